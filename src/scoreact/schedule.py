@@ -1,0 +1,269 @@
+"""Noise schedules: x_t = alpha(t) x_data + sigma(t) noise, with t = 0 noise and t = 1 data.
+
+A schedule knows alpha, sigma, their time derivatives, and the interval [t_min, t_max] on which the coefficients of the
+SDE are finite. It does not know about noise injected during generation (sde.py) nor about steps (solvers.py).
+Sources: Song et al. 2021 (VP, VE; arXiv 2011.13456), Nichol & Dhariwal 2021 (cosine; 2102.09672), Karras et al. 2022
+(EDM; 2206.00364), Liu et al. 2022 and Lipman et al. 2022 (rectified flow; 2209.03003, 2210.02747).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Schedule(Protocol):
+    """Four functions of t, any shape to the same shape, and the interval where they may be used."""
+
+    @property
+    def t_min(self) -> float: ...
+    @property
+    def t_max(self) -> float: ...
+    def alpha(self, t: Tensor) -> Tensor: ...
+    def sigma(self, t: Tensor) -> Tensor: ...
+    def d_alpha(self, t: Tensor) -> Tensor: ...
+    def d_sigma(self, t: Tensor) -> Tensor: ...
+
+
+def log_snr(schedule: Schedule, t: Tensor) -> Tensor:
+    """log(alpha^2 / sigma^2), increasing in t."""
+    return 2 * (schedule.alpha(t).log() - schedule.sigma(t).log())
+
+
+@dataclass(frozen=True)
+class RectifiedFlow:
+    """alpha = t, sigma = 1 - t (Liu et al. 2022). sigma(t_max) = 0: the last step lands on the data."""
+
+    t_min: float = 1e-3
+    t_max: float = 1.0
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return t
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return 1 - t
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def d_sigma(self, t: Tensor) -> Tensor:
+        return -torch.ones_like(t)
+
+
+@dataclass(frozen=True)
+class VP:
+    """Variance preserving, linear beta: alpha = exp(-s^2 (b1 - b0) / 4 - s b0 / 2), s = 1 - t (Song et al. 2021, eq. 33)."""
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+    t_min: float = 0.0
+    t_max: float = 0.999
+
+    def _log_alpha(self, t: Tensor) -> Tensor:
+        s = 1 - t
+        return -0.25 * s**2 * (self.beta_max - self.beta_min) - 0.5 * s * self.beta_min
+
+    def _half_beta(self, t: Tensor) -> Tensor:
+        """-d log alpha / ds = d log alpha / dt."""
+        return 0.5 * ((1 - t) * (self.beta_max - self.beta_min) + self.beta_min)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self._log_alpha(t).exp()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return (-torch.expm1(2 * self._log_alpha(t))).sqrt()
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        return self.alpha(t) * self._half_beta(t)
+
+    def d_sigma(self, t: Tensor) -> Tensor:
+        return -self.alpha(t) ** 2 * self._half_beta(t) / self.sigma(t)
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """alpha = sin(pi t / 2), sigma = cos(pi t / 2): Nichol & Dhariwal 2021 without their offset."""
+
+    t_min: float = 1e-3
+    t_max: float = 0.999
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.sin(0.5 * math.pi * t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.cos(0.5 * math.pi * t)
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        return 0.5 * math.pi * self.sigma(t)
+
+    def d_sigma(self, t: Tensor) -> Tensor:
+        return -0.5 * math.pi * self.alpha(t)
+
+
+@dataclass(frozen=True)
+class VE:
+    """Variance exploding: alpha = 1, sigma = sigma_max (sigma_min / sigma_max)^t (Song et al. 2021, eq. 30)."""
+
+    sigma_min: float = 0.01
+    sigma_max: float = 50.0
+    t_min: float = 0.0
+    t_max: float = 1.0
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self.sigma_max * (self.sigma_min / self.sigma_max) ** t
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        return torch.zeros_like(t)
+
+    def d_sigma(self, t: Tensor) -> Tensor:
+        return self.sigma(t) * math.log(self.sigma_min / self.sigma_max)
+
+
+@dataclass(frozen=True)
+class EDM:
+    """alpha = 1, sigma = (sigma_max^(1/rho) + t (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho (Karras et al. 2022, eq. 5).
+
+    Uniform steps in this t are Karras' steps.
+    """
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+    t_min: float = 0.0
+    t_max: float = 1.0
+
+    def _root(self, t: Tensor) -> Tensor:
+        a, b = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
+        return a + t * (b - a)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self._root(t) ** self.rho
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        return torch.zeros_like(t)
+
+    def d_sigma(self, t: Tensor) -> Tensor:
+        slope = self.sigma_min ** (1 / self.rho) - self.sigma_max ** (1 / self.rho)
+        return self.rho * self._root(t) ** (self.rho - 1) * slope
+
+
+@dataclass(frozen=True)
+class FromAlphasCumprod:
+    """The continuous schedule through a discrete table (DDPM, Stable Diffusion): log-SNR interpolated linearly in time.
+
+    alphas_cumprod: values in (0, 1), strictly decreasing, index 0 the least noisy. Step i of T sits at t = 1 - (i + 1) / T,
+    so that the table's noisiest entry is t = 0 and its cleanest t_max = 1 - 1 / T.
+    """
+
+    alphas_cumprod: Sequence[float]
+    t_min: float = 0.0
+    t_max: float = field(init=False, default=1.0)
+    _log_snr: Tensor = field(init=False, repr=False, compare=False, default=None)  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        table = torch.as_tensor(self.alphas_cumprod, dtype=torch.float64).cpu()
+        if table.ndim != 1 or len(table) < 2:
+            raise ValueError(f"alphas_cumprod has shape {tuple(table.shape)}; expected one row of at least 2 values.")
+        if not bool(((table > 0) & (table < 1)).all()) or not bool((table.diff() < 0).all()):
+            raise ValueError("alphas_cumprod must decrease strictly and lie in (0, 1), the least noisy step first.")
+        # tuple: a frozen record that compares and hashes by value
+        object.__setattr__(self, "alphas_cumprod", tuple(table.tolist()))
+        object.__setattr__(self, "t_max", 1.0 - 1.0 / len(table))
+        object.__setattr__(self, "_log_snr", (table.log() - torch.log1p(-table)).flip(0))
+
+    def _interpolate(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """log-SNR and its slope at t."""
+        knots = self._log_snr.to(device=t.device, dtype=t.dtype)
+        position = (t * len(knots)).clamp(0, len(knots) - 1)
+        left = position.floor().clamp(max=len(knots) - 2).long()
+        slope = knots[left + 1] - knots[left]
+        return knots[left] + (position - left) * slope, slope * len(knots)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.sigmoid(self._interpolate(t)[0]).sqrt()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.sigmoid(-self._interpolate(t)[0]).sqrt()
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        value, slope = self._interpolate(t)
+        return 0.5 * torch.sigmoid(value).sqrt() * torch.sigmoid(-value) * slope
+
+    def d_sigma(self, t: Tensor) -> Tensor:
+        value, slope = self._interpolate(t)
+        return -0.5 * torch.sigmoid(-value).sqrt() * torch.sigmoid(value) * slope
+
+
+# --- time grids: N + 1 increasing times from t_min to t_max --------------------------------------------------------
+
+Grid = Callable[[Schedule, int, torch.Generator | None], Tensor]  # (schedule, steps, generator) -> [steps + 1], on CPU
+
+
+def uniform(schedule: Schedule, steps: int, generator: torch.Generator | None = None) -> Tensor:
+    """Equal steps in t."""
+    return torch.linspace(schedule.t_min, schedule.t_max, steps + 1)
+
+
+def time_at_log_snr(schedule: Schedule, value: Tensor) -> Tensor:
+    """The t at which log_snr(t) equals value, by 60 bisections in float64; values beyond the ends give the ends."""
+    low = torch.full_like(value, schedule.t_min, dtype=torch.float64)
+    high = torch.full_like(value, schedule.t_max, dtype=torch.float64)
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = log_snr(schedule, middle) < value
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return (low + high) / 2
+
+
+def _log_snr_ends(schedule: Schedule) -> tuple[float, float, bool]:
+    """log-SNR at the two ends; where the path ends without noise, at sigma/alpha = 1/100 instead (third value True)."""
+    ends = torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64)
+    first, last = log_snr(schedule, ends).tolist()
+    return (first, last, False) if math.isfinite(last) else (first, 2 * math.log(100.0), True)
+
+
+def _grid_from_log_snr(schedule: Schedule, knots: Tensor, to_zero_noise: bool) -> Tensor:
+    ts = time_at_log_snr(schedule, knots)
+    ts[0] = schedule.t_min
+    if to_zero_noise:
+        ts = torch.cat([ts, ts.new_tensor([schedule.t_max])])
+    else:
+        ts[-1] = schedule.t_max
+    return ts.float()
+
+
+def uniform_log_snr(schedule: Schedule, steps: int, generator: torch.Generator | None = None) -> Tensor:
+    """Equal steps in log(alpha^2 / sigma^2); one of them goes to zero noise where the path ends there."""
+    first, last, to_zero = _log_snr_ends(schedule)
+    return _grid_from_log_snr(schedule, torch.linspace(first, last, steps + (not to_zero), dtype=torch.float64), to_zero)
+
+
+def karras(schedule: Schedule, steps: int, generator: torch.Generator | None = None, rho: float = 7.0) -> Tensor:
+    """Equal steps in (sigma / alpha)^(1 / rho) (Karras et al. 2022, eq. 5)."""
+    first, last, to_zero = _log_snr_ends(schedule)
+    roots = torch.linspace(
+        math.exp(-first / 2 / rho), math.exp(-last / 2 / rho), steps + (not to_zero), dtype=torch.float64
+    )
+    return _grid_from_log_snr(schedule, -2 * rho * roots.log(), to_zero)
+
+
+def random(schedule: Schedule, steps: int, generator: torch.Generator | None = None) -> Tensor:
+    """Uniform steps with each inner time moved by up to half a step: a new grid every rollout, the ends fixed."""
+    ts = uniform(schedule, steps)
+    jitter = torch.rand(steps - 1, generator=generator, device=generator.device if generator else "cpu").cpu() - 0.5
+    ts[1:-1] += jitter * (ts[1] - ts[0])
+    return ts
+
+
+GRIDS: dict[str, Grid] = {"uniform": uniform, "log_snr": uniform_log_snr, "karras": karras, "random": random}

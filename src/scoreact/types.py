@@ -1,0 +1,46 @@
+"""The few shapes and signatures that every module shares. No computation but `expand`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+ScoreFn = Callable[[Tensor, Tensor], Tensor]  # (t [B], x [B, *D]) -> score [B, *D]
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a batch is generated for: one prompt, one embedding row and one metadata entry a sample.
+
+    embedding: tensor [B, ...] or None for an unconditional model. Guidance's "no condition" row belongs to the model.
+    """
+
+    prompts: Sequence[str]
+    embedding: Tensor | None = None
+    metadata: Sequence[Mapping[str, Any]] = field(default=())
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index: Tensor) -> Condition:
+        """The condition of the samples named by an index tensor [b] (a minibatch, or every sample repeated)."""
+        rows = index.tolist()
+        return Condition(
+            [self.prompts[i] for i in rows],
+            None if self.embedding is None else self.embedding[index],
+            [self.metadata[i] for i in rows] if self.metadata else (),
+        )
+
+
+def expand(t: Tensor, x: Tensor) -> Tensor:
+    """t [B] as [B, 1, ...], ready to be multiplied with x [B, *D]."""
+    return t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
+
+
+def sum_over_data(x: Tensor) -> Tensor:
+    """Sum over the data dimensions: [B, *D] -> [B]. Log-probabilities are sums, never means."""
+    return x.flatten(1).sum(1)
