@@ -1,7 +1,7 @@
 """What a network predicts, and its score: every kind goes through x_data_hat, so n kinds cost 2n conversions.
 
-With x = alpha x_data + sigma noise:  epsilon = noise,  x0 = x_data,  v = alpha noise - sigma x_data (Salimans & Ho 2022),
-velocity = d_alpha x_data + d_sigma noise (flow matching, towards the data),  score = -noise / sigma.
+With x = alpha x_data + sigma noise:  epsilon = noise,  x0 = x_data,  v = alpha noise - sigma x_data
+(Salimans & Ho 2022),  velocity = d_alpha x_data + d_sigma noise (flow matching, to the data),  score = -noise / sigma.
 """
 
 from __future__ import annotations

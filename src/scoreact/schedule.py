@@ -57,7 +57,7 @@ class RectifiedFlow:
 
 @dataclass(frozen=True)
 class VP:
-    """Variance preserving, linear beta: alpha = exp(-s^2 (b1 - b0) / 4 - s b0 / 2), s = 1 - t (Song et al. 2021, eq. 33)."""
+    """Linear beta (Song et al. 2021, eq. 33): alpha = exp(-s^2 (b1 - b0) / 4 - s b0 / 2), s = 1 - t."""
 
     beta_min: float = 0.1
     beta_max: float = 20.0
@@ -82,7 +82,7 @@ class VP:
         return self.alpha(t) * self._half_beta(t)
 
     def d_sigma(self, t: Tensor) -> Tensor:
-        return -self.alpha(t) ** 2 * self._half_beta(t) / self.sigma(t)
+        return -(self.alpha(t) ** 2) * self._half_beta(t) / self.sigma(t)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,8 @@ class Cosine:
         return torch.sin(0.5 * math.pi * t)
 
     def sigma(self, t: Tensor) -> Tensor:
-        return torch.cos(0.5 * math.pi * t)
+        # sin of 1 - t, not cos of t: near the data cos(pi t / 2) loses two digits in float32
+        return torch.sin(0.5 * math.pi * (1 - t))
 
     def d_alpha(self, t: Tensor) -> Tensor:
         return 0.5 * math.pi * self.sigma(t)
@@ -129,7 +130,7 @@ class VE:
 
 @dataclass(frozen=True)
 class EDM:
-    """alpha = 1, sigma = (sigma_max^(1/rho) + t (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho (Karras et al. 2022, eq. 5).
+    """alpha = 1, sigma = (a + t (b - a))^rho, a = sigma_max^(1/rho), b = sigma_min^(1/rho) (Karras et al. 2022, eq. 5).
 
     Uniform steps in this t are Karras' steps.
     """
@@ -140,30 +141,33 @@ class EDM:
     t_min: float = 0.0
     t_max: float = 1.0
 
+    def _ends(self) -> tuple[float, float]:
+        return math.pow(self.sigma_max, 1 / self.rho), math.pow(self.sigma_min, 1 / self.rho)
+
     def _root(self, t: Tensor) -> Tensor:
-        a, b = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
+        a, b = self._ends()
         return a + t * (b - a)
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)
 
     def sigma(self, t: Tensor) -> Tensor:
-        return self._root(t) ** self.rho
+        return self._root(t).pow(self.rho)
 
     def d_alpha(self, t: Tensor) -> Tensor:
         return torch.zeros_like(t)
 
     def d_sigma(self, t: Tensor) -> Tensor:
-        slope = self.sigma_min ** (1 / self.rho) - self.sigma_max ** (1 / self.rho)
-        return self.rho * self._root(t) ** (self.rho - 1) * slope
+        a, b = self._ends()
+        return self.rho * self._root(t).pow(self.rho - 1) * (b - a)
 
 
 @dataclass(frozen=True)
 class FromAlphasCumprod:
     """The continuous schedule through a discrete table (DDPM, Stable Diffusion): log-SNR interpolated linearly in time.
 
-    alphas_cumprod: values in (0, 1), strictly decreasing, index 0 the least noisy. Step i of T sits at t = 1 - (i + 1) / T,
-    so that the table's noisiest entry is t = 0 and its cleanest t_max = 1 - 1 / T.
+    alphas_cumprod: values in (0, 1), strictly decreasing, index 0 the least noisy. Step i of T sits at
+    t = 1 - (i + 1) / T, so that the table's noisiest entry is t = 0 and its cleanest t_max = 1 - 1 / T.
     """
 
     alphas_cumprod: Sequence[float]
@@ -246,7 +250,9 @@ def _grid_from_log_snr(schedule: Schedule, knots: Tensor, to_zero_noise: bool) -
 def uniform_log_snr(schedule: Schedule, steps: int, generator: torch.Generator | None = None) -> Tensor:
     """Equal steps in log(alpha^2 / sigma^2); one of them goes to zero noise where the path ends there."""
     first, last, to_zero = _log_snr_ends(schedule)
-    return _grid_from_log_snr(schedule, torch.linspace(first, last, steps + (not to_zero), dtype=torch.float64), to_zero)
+    return _grid_from_log_snr(
+        schedule, torch.linspace(first, last, steps + (not to_zero), dtype=torch.float64), to_zero
+    )
 
 
 def karras(schedule: Schedule, steps: int, generator: torch.Generator | None = None, rho: float = 7.0) -> Tensor:
@@ -259,10 +265,11 @@ def karras(schedule: Schedule, steps: int, generator: torch.Generator | None = N
 
 
 def random(schedule: Schedule, steps: int, generator: torch.Generator | None = None) -> Tensor:
-    """Uniform steps with each inner time moved by up to half a step: a new grid every rollout, the ends fixed."""
+    """Uniform steps with each inner time moved by less than half a step: a new grid every rollout, the ends fixed."""
     ts = uniform(schedule, steps)
     jitter = torch.rand(steps - 1, generator=generator, device=generator.device if generator else "cpu").cpu() - 0.5
-    ts[1:-1] += jitter * (ts[1] - ts[0])
+    # 0.99: two neighbours that meet by rounding would make a step of length 0
+    ts[1:-1] += 0.99 * jitter * (ts[1] - ts[0])
     return ts
 
 

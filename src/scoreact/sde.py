@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import prediction
 from .schedule import Schedule
 from .types import expand
 
@@ -87,5 +88,4 @@ class SDE:
 
     def x_data_hat(self, t: Tensor, x: Tensor, score: Tensor) -> Tensor:
         """Tweedie's estimate of the data, (x + sigma^2 score) / alpha. Shapes as in drift."""
-        sigma, alpha = self.schedule.sigma(t), self.schedule.alpha(t)
-        return (x + expand(sigma**2, x) * score) / expand(alpha, x)
+        return prediction.score.to_data(self.schedule, t, x, score)

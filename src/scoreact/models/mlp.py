@@ -1,0 +1,62 @@
+"""A multilayer perceptron for points and short vectors, alone or as a residual on an exact score."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..schedule import Schedule
+from ..types import Condition
+from . import ScoreModel
+from .unet import fourier_features
+
+
+class MLP(nn.Module):
+    """(x [B, d], t [B] in [0, 1]) -> [B, outputs]; SiLU, two hidden layers by default, last layer zero if asked."""
+
+    def __init__(self, dim: int, outputs: int, width: int = 128, layers: int = 2, zero_last: bool = False) -> None:
+        super().__init__()
+        sizes = [dim + 16, *[width] * layers]
+        hidden: list[nn.Module] = []
+        for inputs, size in zip(sizes[:-1], sizes[1:], strict=True):
+            hidden += [nn.Linear(inputs, size), nn.SiLU()]
+        self.body = nn.Sequential(*hidden)
+        self.last = nn.Linear(sizes[-1], outputs)
+        if zero_last:
+            nn.init.zeros_(self.last.weight)
+            nn.init.zeros_(self.last.bias)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        output: Tensor = self.last(self.body(torch.cat([x.flatten(1), fourier_features(t, 16)], dim=1)))
+        return output
+
+
+class ResidualModel(nn.Module):
+    """base.score(t, x) + residual(x, t): an exact base with a learned change, which is zero at the start.
+
+    The data are vectors [B, d]. Only the residual is trained.
+    """
+
+    def __init__(self, base: ScoreModel, dim: int, width: int = 128, layers: int = 2) -> None:
+        super().__init__()
+        self.base = base
+        self.residual = MLP(dim, dim, width, layers, zero_last=True)
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.base.schedule
+
+    def prior(self, condition: Condition, generator: torch.Generator) -> Tensor:
+        return self.base.prior(condition, generator)
+
+    def condition(self, prompts: Sequence[str]) -> Condition:
+        return self.base.condition(prompts)
+
+    def score(self, t: Tensor, x: Tensor, condition: Condition) -> Tensor:
+        change: Tensor = self.residual(x, t)
+        return self.base.score(t, x, condition) + change
+
+    def decode(self, x: Tensor) -> Tensor:
+        return self.base.decode(x)

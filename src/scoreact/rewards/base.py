@@ -1,0 +1,117 @@
+"""What a reward is, and how a value that a function returned becomes a tensor of rewards.
+
+Knows signatures and types only; the checks that a training run needs are in `check`, the user's files in `user`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..types import Condition
+
+Reward = Callable[[Tensor, Condition], Tensor]  # (decoded samples [B, ...], condition of B) -> [B], larger is better
+Measure = Callable[[Tensor], Tensor]  # decoded samples [B, ...] -> [B], in the measure's own unit
+ClassOf = Callable[[Condition], Tensor]  # condition of B -> class indices [B], int64
+
+
+@dataclass(frozen=True)
+class FunctionReward:
+    """A function (samples, condition) -> [B] with a name for messages and a word on its gradient."""
+
+    function: Reward
+    name: str
+    differentiable: bool = False
+
+    def __call__(self, samples: Tensor, condition: Condition) -> Tensor:
+        return self.function(samples, condition)
+
+
+def is_differentiable(reward: Callable[..., Any]) -> bool:
+    """Whether the reward says that its gradient with respect to the samples may be used. Default: no."""
+    if isinstance(reward, functools.partial):
+        return is_differentiable(reward.func)
+    return bool(getattr(reward, "differentiable", False))
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """A name for messages: the reward's own `name`, else `module:qualified_name`, else its class."""
+    if isinstance(function, functools.partial):
+        return name_of(function.func)
+    own = getattr(function, "name", None)
+    if isinstance(own, str):
+        return own
+    qualified = getattr(function, "__qualname__", None)
+    return f"{function.__module__}:{qualified}" if qualified else type(function).__name__
+
+
+def known(what: str, wanted: str, names: Collection[str]) -> str:
+    """`Did you mean 'x'? What: x, y, z.` for an error about a name that is not among `names`."""
+    close = difflib.get_close_matches(wanted, names, 1)
+    listed = f"{what}: {', '.join(sorted(names)) or 'none'}."
+    return f"Did you mean {close[0]!r}? {listed}" if close else listed
+
+
+class ReturnedValueError(ValueError):
+    """A reward returned something that is no tensor of numbers. Its message names the reward."""
+
+
+def reward_dtype(samples: Tensor) -> torch.dtype:
+    """float32, or float64 for float64 samples (closed forms are compared to 1e-10 there)."""
+    return torch.float64 if samples.dtype == torch.float64 else torch.float32
+
+
+def to_tensor(value: object, samples: Tensor, name: str) -> Tensor:
+    """A returned value as a float tensor on the samples' device; its shape is not looked at.
+
+    Takes a tensor (its gradient is kept), a numpy array, a list or tuple of numbers, and TRL's `(rewards, info)` with
+    info a dict or None. Result: `reward_dtype(samples)`. Raises ReturnedValueError (a ValueError) for
+    anything else, naming its type.
+    """
+    if isinstance(value, tuple) and len(value) == 2 and (value[1] is None or isinstance(value[1], Mapping)):
+        value = value[0]
+    if isinstance(value, list | tuple) and value and all(isinstance(entry, Tensor) for entry in value):
+        tensor = torch.stack(list(value))
+    elif isinstance(value, Tensor):
+        tensor = value
+    elif isinstance(value, list | tuple | np.ndarray | np.generic | float | int):
+        tensor = _from_numbers(value, name)
+    else:
+        raise ReturnedValueError(
+            f"reward {name} returned a value of type {type(value).__name__}; expected one number a sample, as a "
+            f"tensor, a numpy array or a list. {_REMEDY.get(type(value), 'Convert it at its end.')}"
+        )
+    if tensor.is_complex():
+        raise ReturnedValueError(
+            f"reward {name} returned complex numbers; expected real ones. Add `.real` or `.abs()`."
+        )
+    return tensor.to(samples.device, reward_dtype(samples))
+
+
+_REMEDY: dict[type, str] = {
+    type(None): "Add a `return` statement.",
+    dict: "Return one of its entries.",
+    str: "Parse it with `float`, one a sample.",
+}
+
+
+def _from_numbers(value: Any, name: str) -> Tensor:
+    try:
+        array = np.asarray(value)
+    except ValueError as error:  # rows of unequal length
+        raise ReturnedValueError(
+            f"reward {name} returned {type(value).__name__} that is no array ({error}). Return one number a sample."
+        ) from error
+    if array.dtype.kind not in "fiub":
+        found = next((type(entry).__name__ for entry in np.ravel(array).tolist()), "object")
+        raise ReturnedValueError(
+            f"reward {name} returned a {type(value).__name__} of {found}; expected numbers. Convert each with `float`."
+        )
+    return torch.from_numpy(np.array(array, dtype=np.float64))

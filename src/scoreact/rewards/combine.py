@@ -1,0 +1,148 @@
+"""Rewards made of rewards.
+
+Everything here changes what `kl_weight` (beta) means: the optimum is p_ref exp(R / beta) / Z, so R / std at beta is the
+problem R at beta * std. A fixed `normalise` is a change of unit; a `RunningNormaliser` that is updated during training
+moves the optimum while it is being approached, and runs with it are comparable only with `.std` reported.
+A constant added to R changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..types import Condition
+from .base import FunctionReward, Reward, is_differentiable, name_of
+
+
+class WeightedSum:
+    """R = sum of weight * reward. `parts` gives the unweighted rewards by name, for the log.
+
+    Differentiable when every part is. Raises ValueError for no parts or a weight that is not finite.
+    """
+
+    def __init__(self, parts: Mapping[str, tuple[float, Reward]]) -> None:
+        if not parts:
+            raise ValueError("weighted_sum got no rewards. Give {name: (weight, reward)}.")
+        for name, (weight, _) in parts.items():
+            if not math.isfinite(weight):
+                raise ValueError(f"the weight of {name!r} is {weight}; give a finite number.")
+        self._parts = dict(parts)
+        self.name = " + ".join(f"{weight:g} {name}" for name, (weight, _) in parts.items())
+        self.differentiable = all(is_differentiable(reward) for _, reward in parts.values())
+
+    def parts(self, samples: Tensor, condition: Condition) -> dict[str, Tensor]:
+        """{name: rewards [B]}, each reward called once, unweighted."""
+        return {name: reward(samples, condition) for name, (_, reward) in self._parts.items()}
+
+    def __call__(self, samples: Tensor, condition: Condition) -> Tensor:
+        values = self.parts(samples, condition)
+        return torch.stack([weight * values[name] for name, (weight, _) in self._parts.items()]).sum(0)
+
+
+def weighted_sum(parts: Mapping[str, tuple[float, Reward]]) -> WeightedSum:
+    """{name: (weight, reward)} -> R = sum of weight * reward."""
+    return WeightedSum(parts)
+
+
+def product(rewards: Sequence[Reward]) -> FunctionReward:
+    """R = product of the rewards; meant for rewards >= 0, where one bad part spoils the whole."""
+    if not rewards:
+        raise ValueError("product got no rewards. Give a list of at least one.")
+    return FunctionReward(
+        lambda x, condition: torch.stack([reward(x, condition) for reward in rewards]).prod(0),
+        " * ".join(name_of(reward) for reward in rewards),
+        all(is_differentiable(reward) for reward in rewards),
+    )
+
+
+def threshold(reward: Reward, at: float) -> FunctionReward:
+    """R = 1 where reward >= at, else 0. No gradient; `image.logistic_threshold` is the smooth relative."""
+    _check_finite("at", at)
+
+    def above(x: Tensor, condition: Condition) -> Tensor:
+        values = reward(x, condition)
+        return (values >= at).to(values.dtype)
+
+    return FunctionReward(above, f"{name_of(reward)} >= {at:g}")
+
+
+def clip(reward: Reward, low: float, high: float) -> FunctionReward:
+    """R = min(max(reward, low), high); the gradient is zero outside. An end may be infinite."""
+    if not low < high:
+        raise ValueError(f"clip got low={low} and high={high}; give low < high.")
+    return FunctionReward(
+        lambda x, condition: reward(x, condition).clamp(low, high),
+        f"clip({name_of(reward)}, {low:g}, {high:g})",
+        is_differentiable(reward),
+    )
+
+
+def normalise(reward: Reward, mean: float, std: float) -> FunctionReward:
+    """R = (reward - mean) / std with fixed numbers. The same problem at kl_weight * std."""
+    _check_finite("mean", mean)
+    if not 0 < std < math.inf:
+        raise ValueError(f"std is {std}; give a positive number, such as the reward's spread under the reference.")
+    return FunctionReward(
+        lambda x, condition: (reward(x, condition) - mean) / std,
+        f"normalise({name_of(reward)})",
+        is_differentiable(reward),
+    )
+
+
+class RunningNormaliser:
+    """R = (reward - mean) / std of all rewards given to `update`; nothing is learnt from calling it.
+
+    Before two values were given, and for a constant reward, std is 1. Population variance, merged batch by batch
+    (Chan, Golub & LeVeque 1983). Read the head of this file on what it does to kl_weight.
+    """
+
+    def __init__(self, reward: Reward) -> None:
+        self.reward = reward
+        self.name = f"running_normaliser({name_of(reward)})"
+        self.differentiable = is_differentiable(reward)
+        self.count = 0
+        self.mean = 0.0
+        self._squares = 0.0  # sum of squared distances from the mean
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of what was given, 1 while there is none."""
+        return math.sqrt(self._squares / self.count) if self._squares > 0 else 1.0
+
+    def update(self, rewards: Tensor) -> None:
+        """Take in unnormalised rewards [B]. Raises ValueError for NaN or inf."""
+        if not len(rewards):
+            return
+        values = rewards.detach().double()
+        if not values.isfinite().all():
+            raise ValueError("rewards given to the normaliser contain NaN or inf; wrap the reward in `checked` first.")
+        batch_mean, count = float(values.mean()), self.count + len(values)
+        gap = batch_mean - self.mean
+        self._squares += float((values - batch_mean).square().sum()) + gap**2 * self.count * len(values) / count
+        self.mean += gap * len(values) / count
+        self.count = count
+
+    def __call__(self, samples: Tensor, condition: Condition) -> Tensor:
+        return (self.reward(samples, condition) - self.mean) / self.std
+
+    def state_dict(self) -> dict[str, float]:
+        return {"count": self.count, "mean": self.mean, "squares": self._squares}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        missing = {"count", "mean", "squares"} - state.keys()
+        if missing:
+            raise ValueError(
+                f"the normaliser's state lacks {', '.join(sorted(missing))}; give what state_dict returned."
+            )
+        self.count, self.mean = int(state["count"]), float(state["mean"])
+        self._squares = float(state["squares"])
+
+
+def _check_finite(name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value}; give a finite number.")

@@ -1,0 +1,66 @@
+"""Names for rewards: the package's own, and `load`, the one way in for every other.
+
+A name stands for a factory whose keyword options are its signature. Rewards that need objects (a classifier, a
+measure, other rewards) have no name here: build them in Python.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from .base import FunctionReward, Reward, known, name_of
+from .closed_form import Linear, Quadratic
+from .image import brightness, colorfulness, jpeg_compressibility, jpeg_incompressibility, of_measure
+from .user import adapt, from_spec
+
+
+def _brightness() -> FunctionReward:
+    return of_measure(brightness, "brightness")
+
+
+def _colorfulness() -> FunctionReward:
+    return of_measure(colorfulness, "colorfulness")
+
+
+KNOWN: dict[str, Callable[..., Reward]] = {
+    "brightness": _brightness,
+    "colorfulness": _colorfulness,
+    "jpeg_compressibility": jpeg_compressibility,
+    "jpeg_incompressibility": jpeg_incompressibility,
+    "linear": Linear,
+    "quadratic": Quadratic,
+}
+
+
+def load(spec: str | Callable[..., Any], **options: Any) -> Reward:
+    """A reward by name, from the user's code, or from a function in one of the shapes of `user.adapt`.
+
+    spec: a name in `KNOWN` (options: its factory's keywords), `path/to/file.py:name`, `module:name`, or a callable
+    (options: keywords of that function, bound once). The result scores samples [B, ...] as [B] float32 on their device
+    (float64 for float64 samples); wrap it in `checked` for training.
+    Raises ValueError, one sentence with the remedy, for a name, file, module or option that is not there and for a
+    file that fails when run.
+    """
+    if not isinstance(spec, str):
+        return adapt(spec, name_of(spec), options)
+    if ":" in spec:
+        return from_spec(spec, options)
+    if spec.endswith(".py"):
+        raise ValueError(f"reward {spec!r} names a file but no function in it. Give '{spec}:name'.")
+    if spec not in KNOWN:
+        hint = known("Known", spec, KNOWN)
+        raise ValueError(f"unknown reward {spec!r}. {hint} Or give 'file.py:name' or 'module:name'.")
+    factory = KNOWN[spec]
+    signature = inspect.signature(factory)
+    for option in options:
+        if option not in signature.parameters:
+            raise ValueError(
+                f"reward {spec!r} has no option {option!r}. {known('Options', option, signature.parameters)}"
+            )
+    try:
+        signature.bind(**options)
+    except TypeError as error:
+        raise ValueError(f"reward {spec!r}: {error}. Options: {', '.join(signature.parameters)}.") from None
+    return factory(**options)

@@ -1,0 +1,202 @@
+"""The user's own reward: found in a file or a module, called in the shape it was written in.
+
+Knows how to find a function and how to call it; does not judge what it returns (`check` does). Only the file or the
+module that was named is executed: the file's folder is not put on the import path and no cached bytecode is read.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..types import Condition
+from .base import Reward, is_differentiable, known, to_tensor
+
+Shape = Literal["images", "images, prompts", "images, prompts, metadata", "samples, condition"]
+
+_CONDITION_NAMES = {"condition", "conditions", "cond", "c"}
+_PROMPT_NAMES = {"prompt", "prompts", "caption", "captions", "text", "texts"}
+_METADATA_NAMES = {"metadata", "prompt_metadata", "meta", "info"}
+_ACCEPTED = "f(samples, condition), f(images, prompts, metadata), f(images, prompts) or f(images)"
+
+
+@dataclass(frozen=True)
+class UserReward:
+    """A user's function as a Reward: samples [B, ...], condition of B -> float tensor on the samples' device.
+
+    Without `differentiable` the function runs on detached samples and without a graph, so that `.numpy()`, PIL and
+    large networks simply work; with it, the samples come with their graph and the gradient is kept.
+    """
+
+    function: Callable[..., Any]
+    shape: Shape
+    name: str
+    differentiable: bool = False
+
+    def __call__(self, samples: Tensor, condition: Condition) -> Tensor:
+        if self.differentiable:
+            return to_tensor(self.raw(samples, condition), samples, self.name)
+        with torch.no_grad():  # the user's function, not ours: by its own word it has no gradient to keep
+            return to_tensor(self.raw(samples.detach(), condition), samples, self.name)
+
+    def raw(self, samples: Tensor, condition: Condition) -> object:
+        """What the function returns, unconverted. Prompts and metadata go in as lists of length B."""
+        if self.shape == "images":
+            return self.function(samples)
+        if self.shape == "samples, condition":
+            return self.function(samples, condition)
+        prompts = list(condition.prompts)
+        if self.shape == "images, prompts":
+            return self.function(samples, prompts)
+        return self.function(samples, prompts, list(condition.metadata) or [{} for _ in prompts])
+
+
+def adapt(function: Callable[..., Any], name: str, options: Mapping[str, Any] | None = None) -> Reward:
+    """A function of one of the accepted shapes as a Reward.
+
+    Shapes, told apart by the leading positional parameters that are required or bear a known name:
+    one: `f(images)`; two: `f(images, prompts)` when the second is called prompt(s), caption(s) or text(s), else
+    `f(samples, condition)`; three: TRL's `f(images, prompts, metadata)`, which may return `(rewards, info)`.
+    Further parameters with defaults are settings, given by `options`. A class is built with the options and its
+    object called; an `nn.Module` is judged by its `forward`. A two-argument function that carries the attribute
+    `differentiable` is taken to be a Reward already and returned as it is.
+    Raises ValueError for any other signature, and for options that the function does not have.
+    """
+    given = dict(options or {})
+    if inspect.isclass(function):
+        function, given = _built(function, name, given), {}
+    parameters = _parameters(function, name)
+    named = {p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY}
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        for option in given:
+            if option not in named:
+                raise ValueError(f"reward {name} has no option {option!r}. {known('Its parameters', option, named)}")
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    known_names = _CONDITION_NAMES | _PROMPT_NAMES | _METADATA_NAMES
+    leading = [p for p in positional if p.name not in given and (p.default is p.empty or p.name in known_names)]
+    missing = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name not in given]
+    if missing:
+        raise ValueError(f"reward {name} needs a value for {', '.join(missing)}: give it as an option, or a default.")
+    shape = _shape(leading, name)
+    if shape == "samples, condition" and not given and hasattr(function, "differentiable"):
+        return function
+    declared = is_differentiable(function)
+    return UserReward(functools.partial(function, **given) if given else function, shape, name, declared)
+
+
+def from_spec(spec: str, options: Mapping[str, Any]) -> Reward:
+    """The reward named by `path/to/file.py:name` or `module:name`. ValueError for whatever is not there."""
+    place, _, attribute = spec.rpartition(":")
+    if not place or not attribute:
+        raise ValueError(f"reward {spec!r} lacks a half. Give 'file.py:name' or 'module:name'.")
+    is_file = place.endswith(".py") or "/" in place or "\\" in place
+    module = _run_file(place) if is_file else _import(place, spec)
+    try:
+        found = getattr(module, attribute)
+    except AttributeError:
+        callables = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        own = [n for n in callables if getattr(vars(module)[n], "__module__", None) == module.__name__]
+        raise ValueError(
+            f"{place} has no {attribute!r}. {known('Its functions', attribute, own or callables)}"
+        ) from None
+    if not callable(found):
+        raise ValueError(f"{attribute!r} in {place} is a {type(found).__name__}, no function. Name a function there.")
+    return adapt(found, f"{Path(place).name if is_file else place}:{attribute}", options)
+
+
+def _shape(leading: list[inspect.Parameter], name: str) -> Shape:
+    if len(leading) == 1:
+        return "images"
+    if len(leading) == 2 and leading[1].name not in _METADATA_NAMES:
+        return "images, prompts" if leading[1].name in _PROMPT_NAMES else "samples, condition"
+    if len(leading) == 3:
+        return "images, prompts, metadata"
+    found = ", ".join(p.name for p in leading)
+    raise ValueError(f"reward {name} takes the positional arguments ({found}); write it as {_ACCEPTED}.")
+
+
+def _parameters(function: Callable[..., Any], name: str) -> list[inspect.Parameter]:
+    try:
+        signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
+    except (TypeError, ValueError):
+        raise ValueError(f"reward {name} shows no signature. Wrap it in a function {_ACCEPTED}.") from None
+    return list(signature.parameters.values())
+
+
+def _built(cls: type, name: str, options: dict[str, Any]) -> Callable[..., Any]:
+    try:
+        built = cls(**options)
+    except Exception as error:
+        raise ValueError(
+            f"reward class {name} could not be built with the options {options} ({_said(error)}). "
+            "Give the options that its __init__ takes."
+        ) from error
+    if not callable(built):
+        raise ValueError(f"reward class {name} has no __call__. Add `def __call__(self, samples, condition)`.")
+    return built  # type: ignore[no-any-return]
+
+
+def _run_file(place: str) -> ModuleType:
+    path = Path(place).expanduser()
+    if not path.is_file():
+        raise ValueError(f"reward file {place!r} does not exist (looked in {Path.cwd()}). Give the path of a .py file.")
+    full = str(path.resolve())
+    module = ModuleType(f"scoreact_user_{path.stem}_{hashlib.sha256(full.encode()).hexdigest()[:8]}")
+    module.__file__ = full
+    sys.modules[module.__name__] = module  # dataclasses and pickle look their module up
+    try:
+        exec(compile(path.read_bytes(), full, "exec", dont_inherit=True), module.__dict__)
+    except (Exception, SystemExit) as error:
+        del sys.modules[module.__name__]
+        raise ValueError(f"reward file {place} cannot be run: {_said(error, full)}. {_file_remedy(error)}") from error
+    return module
+
+
+def _import(place: str, spec: str) -> ModuleType:
+    try:
+        return importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        if not (error.name and (place == error.name or place.startswith(error.name + "."))):
+            raise ValueError(
+                f"reward module {place} cannot be imported: {_said(error)}. {_file_remedy(error)}"
+            ) from error
+        beside = Path(*place.split(".")).with_suffix(".py")
+        hint = (
+            f"Did you mean '{beside}:{spec.rpartition(':')[2]}'?"
+            if beside.is_file()
+            else ("Install it, put its folder on PYTHONPATH, or give 'path/to/file.py:name'.")
+        )
+        raise ValueError(f"reward module {place!r} was not found. {hint}") from None
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"reward module {place} cannot be imported: {_said(error)}. {_file_remedy(error)}") from error
+
+
+def _said(error: BaseException, file: str | None = None) -> str:
+    """`Type: message`, with the line of `file` where it happened."""
+    line = error.lineno if isinstance(error, SyntaxError) else None
+    trace = error.__traceback__
+    while file and trace:
+        if trace.tb_frame.f_code.co_filename == file:
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    where = f" (line {line})" if line else ""
+    return f"{type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}{where}"
+
+
+def _file_remedy(error: BaseException) -> str:
+    if isinstance(error, ImportError):
+        return "Install what it imports; files beside it are found through PYTHONPATH."
+    if isinstance(error, SystemExit):
+        return "Put the script's own part under `if __name__ == '__main__':`."
+    return "Correct that line."

@@ -1,0 +1,137 @@
+"""Rollouts: paths of the controlled SDE with everything an update rule needs to replay them.
+
+The only place where gradients are off while the policy acts, and where the SDE's own noise is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import girsanov
+from .policy import Policy
+from .sde import SDE
+from .solvers import Solver, Transition
+from .types import Condition
+
+# exploration: (t [B], x, policy score, reference score, generator) -> the score acted with, [B, *D]
+Exploration = Callable[[Tensor, Tensor, Tensor, Tensor, torch.Generator], Tensor]
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """B paths of N steps. A step without noise (std 0) is no action: the reference takes it and it costs nothing."""
+
+    ts: Tensor  # [N+1]
+    xs: Tensor  # [N+1, B, *D]
+    actions: Tensor  # [N, B, *D] the scores acted with
+    means: Tensor  # [N, B, *D] the behaviour's kernel means
+    controls: Tensor  # [N, B, *D] (mean - reference mean) / std: u sqrt(dt)
+    noise: Tensor  # [N, B, *D] standard normal
+    std: Tensor  # [N] of the kernels
+    condition: Condition
+    network_calls: int  # samples through the network, reference included
+
+    def path_kl(self) -> Tensor:
+        """1/2 sum |u|^2 dt of each path, [B], nats."""
+        return torch.stack([girsanov.kl(u) for u in self.controls]).sum(0)
+
+    def log_ratio_to_reference(self) -> Tensor:
+        """log p_behaviour / p_reference of each path, [B], nats; its mean is the path KL."""
+        pairs = zip(self.controls, self.noise, strict=True)
+        return torch.stack([girsanov.stochastic_cost(u, z) for u, z in pairs]).sum(0)
+
+
+@torch.no_grad()
+def rollout(
+    policy: Policy,
+    sde: SDE,
+    solver: Solver,
+    ts: Tensor,
+    condition: Condition,
+    generator: torch.Generator,
+    exploration: Exploration | None = None,
+    reference_only: bool = False,
+) -> Trajectory:
+    """Draw one path for each sample of the condition. ts [N+1] increasing; every random number is the generator's.
+
+    reference_only: act by the reference (half the network calls; controls are zero).
+    """
+    x = policy.reference.prior(condition, generator)
+    ts = ts.to(x.device)
+    batch = len(x)
+    xs, actions, means, controls, noises, stds = [x], [], [], [], [], []
+    calls = 0
+    for t0, t1 in zip(ts[:-1].tolist(), ts[1:].tolist(), strict=True):
+        begin, end = x.new_full((batch,), t0), x.new_full((batch,), t1)
+        reference = policy.reference_score(begin, x, condition)
+        base = solver(sde, _constant(reference), begin, end, x)
+        calls += batch
+        acts = not reference_only and float(base.std.max()) > 0
+        if acts:
+            action = policy.score(begin, x, condition)
+            calls += batch
+            if exploration is not None:
+                action = exploration(begin, x, action, reference, generator)
+            step = solver(sde, _constant(action), begin, end, x)
+        else:
+            action, step = reference, base
+        noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        if float(base.std.max()) == 0:
+            noise = torch.zeros_like(noise)
+        x = step.sample(noise)
+        for record, value in zip(
+            (xs, actions, means, controls, noises, stds),
+            (x, action, step.mean, step.shift(base), noise, step.std[0]),
+            strict=True,
+        ):
+            record.append(value)
+    return Trajectory(
+        ts,
+        torch.stack(xs),
+        torch.stack(actions),
+        torch.stack(means),
+        torch.stack(controls),
+        torch.stack(noises),
+        torch.stack(stds),
+        condition,
+        calls,
+    )
+
+
+def _constant(score: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """A score already computed, as the score function of a one-evaluation solver."""
+    return lambda t, x: score
+
+
+def step_of(sde: SDE, solver: Solver, score: Tensor, t0: Tensor, t1: Tensor, x: Tensor) -> Transition:
+    """The kernel of a one-evaluation solver for a score already computed at (t0 [B], x [B, *D])."""
+    return solver(sde, _constant(score), t0, t1, x)
+
+
+# --- exploration beyond the SDE's own noise ----------------------------------------------------------------------------
+
+
+def gaussian_actions(scale: Callable[[Tensor], Tensor]) -> Exploration:
+    """a = score + scale(t) xi with xi standard normal (Zhao et al. 2025, section 4)."""
+
+    def explore(t: Tensor, x: Tensor, score: Tensor, reference: Tensor, generator: torch.Generator) -> Tensor:
+        xi = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        return score + scale(t).reshape(-1, *[1] * (x.ndim - 1)) * xi
+
+    return explore
+
+
+def epsilon_greedy(epsilon: float) -> Exploration:
+    """With probability epsilon a sample's step acts by the reference instead of the policy."""
+    if not 0 <= epsilon <= 1:
+        raise ValueError(f"epsilon must lie in [0, 1], got {epsilon}.")
+
+    def explore(t: Tensor, x: Tensor, score: Tensor, reference: Tensor, generator: torch.Generator) -> Tensor:
+        coin = torch.rand(len(x), generator=generator, device=x.device) < epsilon
+        return torch.where(coin.reshape(-1, *[1] * (x.ndim - 1)), reference, score)
+
+    return explore
