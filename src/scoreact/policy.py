@@ -23,13 +23,16 @@ class Policy(nn.Module):
         self.reference = copy.deepcopy(model) if reference is None else reference
         if isinstance(self.reference, nn.Module):
             self.reference.eval().requires_grad_(False)
+        self.network_calls = 0  # samples through either network: the one place where they are counted
 
     def score(self, t: Tensor, x: Tensor, condition: Condition) -> Tensor:
         """The action at (t [B], x [B, *D]): float32 [B, *D]."""
+        self.network_calls += len(x)
         return self.model.score(t, x, condition)
 
     def reference_score(self, t: Tensor, x: Tensor, condition: Condition) -> Tensor:
         """The pretrained model's score there."""
+        self.network_calls += len(x)
         return self.reference.score(t, x, condition)
 
     def trainable(self) -> list[nn.Parameter]:

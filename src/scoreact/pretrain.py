@@ -81,7 +81,9 @@ def pretrain(
         norm = nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         value = loss.item()
         if not math.isfinite(value):
-            raise FloatingPointError(f"pretraining loss is {value} at step {step}; lower learning_rate ({learning_rate})")
+            raise FloatingPointError(
+                f"pretraining loss is {value} at step {step}; lower learning_rate ({learning_rate})"
+            )
         optimizer.step()
         # the average follows the steps so far at first, then over `average_halflife` steps
         decay = min(0.5 ** (1 / average_halflife), (step + 1) / (step + 10))
@@ -89,5 +91,7 @@ def pretrain(
             for mean, weight in zip(averaged.parameters(), network.parameters(), strict=True):
                 mean.lerp_(weight, 1 - decay)
         if on_step is not None:
-            on_step(step, {"loss": value, "gradient_norm": float(norm), "learning_rate": learning_rate * rate}, averaged)
+            on_step(
+                step, {"loss": value, "gradient_norm": float(norm), "learning_rate": learning_rate * rate}, averaged
+            )
     return averaged

@@ -33,7 +33,6 @@ class Trajectory:
     noise: Tensor  # [N, B, *D] standard normal
     std: Tensor  # [N] of the kernels
     condition: Condition
-    network_calls: int  # samples through the network, reference included
 
     def path_kl(self) -> Tensor:
         """1/2 sum |u|^2 dt of each path, [B], nats."""
@@ -64,16 +63,13 @@ def rollout(
     ts = ts.to(x.device)
     batch = len(x)
     xs, actions, means, controls, noises, stds = [x], [], [], [], [], []
-    calls = 0
     for t0, t1 in zip(ts[:-1].tolist(), ts[1:].tolist(), strict=True):
         begin, end = x.new_full((batch,), t0), x.new_full((batch,), t1)
         reference = policy.reference_score(begin, x, condition)
         base = solver(sde, _constant(reference), begin, end, x)
-        calls += batch
         acts = not reference_only and float(base.std.max()) > 0
         if acts:
             action = policy.score(begin, x, condition)
-            calls += batch
             if exploration is not None:
                 action = exploration(begin, x, action, reference, generator)
             step = solver(sde, _constant(action), begin, end, x)
@@ -98,7 +94,6 @@ def rollout(
         torch.stack(noises),
         torch.stack(stds),
         condition,
-        calls,
     )
 
 

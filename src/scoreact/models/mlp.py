@@ -60,3 +60,15 @@ class ResidualModel(nn.Module):
 
     def decode(self, x: Tensor) -> Tensor:
         return self.base.decode(x)
+
+
+class VectorValue(nn.Module):
+    """F for points: an MLP on the inputs and t; zero at first."""
+
+    def __init__(self, inputs: int, width: int = 128) -> None:
+        super().__init__()
+        self.net = MLP(inputs, 1, width, 2, zero_last=True)
+
+    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        value: Tensor = self.net(x, t)[:, 0]
+        return value

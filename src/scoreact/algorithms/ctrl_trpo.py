@@ -1,0 +1,19 @@
+"""`ctrl_trpo`: `ctrl`'s advantage; the step is the natural gradient inside path KL(new || behaviour) <= radius.
+
+The rule is `ctrl` without clipping; what differs is the minimiser, `optim.NaturalGradient` (Gauss-Newton in score space,
+conjugate gradients, line search).
+Sources: Schulman et al. 2015 (TRPO, arXiv 1502.05477), Zhao, Tang & Yao 2023 (CPO).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .ctrl import CTRL
+
+
+@dataclass
+class CTRLTrustRegion(CTRL):
+    """Settings of the rule: `ctrl`'s, with the ratio not clipped (the radius bounds it)."""
+
+    clip_range: float = float("inf")
