@@ -6,8 +6,21 @@
 The equation and the objects are in the modules' own words: sde, solvers, policy, rollout, value, algorithms, trainer.
 """
 
-__version__ = "0.1.0"
+from typing import TYPE_CHECKING, Any
 
 from .config import Config as Config
-from .trainer import Result as Result
-from .trainer import finetune as finetune
+
+if TYPE_CHECKING:
+    from .trainer import Result as Result
+    from .trainer import finetune as finetune
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """`finetune` and `Result` on first use: torch takes seconds to import, and `scoreact --help` needs none of it."""
+    if name in ("Result", "finetune"):
+        from . import trainer
+
+        return getattr(trainer, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

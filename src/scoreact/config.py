@@ -45,6 +45,9 @@ class Config:
         0,
         above=True,
     )
+    act_until: float = _setting(
+        1.0, "time from which the pretrained model acts: late steps decide little and cost most KL", 0, 1, above=True
+    )
     exploration: Literal["none", "gaussian", "epsilon_greedy"] = _setting("none", "exploration beyond the SDE's noise")
     exploration_scale: float = _setting(
         0.1, "standard deviation of the action noise times sigma(t), or the probability of a reference step", 0
@@ -73,13 +76,20 @@ class Config:
     form: Literal["regression", "clamped_displacement"] = _setting(
         "regression", "ctrl_pathwise's loss; the second is the authors' published code"
     )
+    transitions: int = _setting(0, "states a rollout at which ctrl_pathwise regresses; 0 is all of them", 0)
+    gradient_at: Literal["state", "next"] = _setting(
+        "state", "where the value's gradient is taken: before the step, or where the step leads (exact on coarse grids)"
+    )
+    reuse_reference: int = _setting(
+        0, "first iterations that learn from the reference's own paths instead of new ones (ctrl_pathwise only)", 0
+    )
     cg_steps: int = _setting(10, "conjugate-gradient steps (ctrl_trpo)", 1)
 
     value: Literal["network", "residual", "surrogate"] = _setting(
         "network", "V = F; or c_skip R(x_data_hat) + c_out F with the reward itself (counted) or a learned stand-in"
     )
-    value_loss: Literal["martingale", "soft"] = _setting(
-        "martingale", "mean return of the policy, or the optimal value"
+    value_loss: Literal["martingale", "soft", "log_probability"] = _setting(
+        "martingale", "mean return of the policy; the optimal value; the same when the reward is a log-probability"
     )
     value_inputs: Literal["x", "x_data_hat", "both"] = _setting("both", "what the value network sees")
     value_learning_rate: float = _setting(2e-3, "value learning rate (AdamW)", 0, above=True)
@@ -104,10 +114,19 @@ class Config:
         hints = typing.get_type_hints(Config)
         for f in dataclasses.fields(self):
             object.__setattr__(self, f.name, _checked(f, hints[f.name], getattr(self, f.name)))
-        if self.value_replay > 1 and self.value_loss != "soft":
+        if self.value_replay > 1 and self.value_loss == "martingale":
             raise ValueError(
                 f"value_replay is {self.value_replay} but value_loss {self.value_loss!r} is on-policy; "
-                "use value_replay 1, or value_loss soft."
+                "use value_replay 1, or value_loss soft or log_probability."
+            )
+
+        if self.reuse_reference and self.algorithm != "ctrl_pathwise":
+            raise ValueError(
+                f"reuse_reference is {self.reuse_reference} but {self.algorithm} needs its own paths; use 0."
+            )
+        if self.reuse_reference > self.reference_batches:
+            raise ValueError(
+                f"reuse_reference ({self.reuse_reference}) is more than reference_batches ({self.reference_batches})."
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -119,7 +138,7 @@ def _checked(f: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
     if typing.get_origin(hint) is Literal:
         known = typing.get_args(hint)
         if value not in known:
-            close = difflib.get_close_matches(str(value), known, 1)
+            close = difflib.get_close_matches(str(value), known, 1, 0.4)  # eulr is short for euler_maruyama
             hint_text = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"{f.name} is {value!r}; known: {', '.join(known)}.{hint_text}")
         return value
@@ -136,7 +155,7 @@ def _checked(f: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
         )
     if hint in (int, float):
         low, high, above = f.metadata["low"], f.metadata["high"], f.metadata["above"]
-        if not (low < value if above else low <= value) or not value <= high or math.isnan(value):
+        if not (low < value if above else low <= value) or not value <= high:  # so written, nan is refused
             bounds = [f"{'above' if above else 'at least'} {low:g}"] * (low > -math.inf)
             bounds += [f"at most {high:g}"] * (high < math.inf)
             raise ValueError(f"{f.name} is {value}; it must be {' and '.join(bounds)} ({f.metadata['help']}).")

@@ -19,7 +19,7 @@ from .rewards import Reward
 from .rollout import rollout
 from .schedule import GRIDS
 from .sde import SDE, noise_level
-from .solvers import SAMPLERS, Sampler, Solver
+from .solvers import Sampler, Solver, sampler_by_name
 from .types import Condition, Metrics
 
 Judge = Callable[[Tensor, Condition], Metrics]
@@ -80,11 +80,11 @@ def estimate_optimum(rewards: Tensor, condition: Condition, kl_weight: float) ->
     }
 
 
-def recovered(j: float, reference: Metrics) -> float:
-    """(J - J_ref) / (J* - J_ref); the exact J* is used where the problem has one."""
+def recovered(gain: float, reference: Metrics) -> float:
+    """gain / (J* - J_ref) with gain = J - J_ref on the same noise; the exact J* is used where the problem has one."""
     optimum = reference.get("objective/J_star_exact", reference["objective/J_star"])
     gap = optimum - reference["objective/J_ref"]
-    return (j - reference["objective/J_ref"]) / gap if gap > 0 else math.nan
+    return gain / gap if gap > 0 else math.nan
 
 
 @torch.no_grad()
@@ -126,7 +126,11 @@ def evaluate(
 def diversity(decoded: Tensor, condition: Condition, features: Features | None = None) -> float:
     """Mean distance of two samples of the same prompt, averaged over prompts with at least two samples."""
     points = features(decoded) if features is not None else decoded.flatten(1)
-    distances = [float(mean_pairwise_distance(points[rows])) for rows in groups(condition).values() if len(rows) > 1]
+    distances = [
+        float(mean_pairwise_distance(points[rows.to(points.device)]))
+        for rows in groups(condition).values()
+        if len(rows) > 1
+    ]
     return sum(distances) / len(distances) if distances else math.nan
 
 
@@ -171,9 +175,9 @@ def transfer_table(
     table: list[dict[str, float | str]] = []
     for solver, steps in rows:
         row: dict[str, float | str] = {"solver": solver, "steps": steps}
-        ts = GRIDS[grid](policy.model.schedule, steps, None)
-        for prefix, model in (("", policy.model), ("reference_", policy.reference)):
-            _, decoded = draw(model, names, SAMPLERS[solver], ts, seed, device)
+        ts = GRIDS["uniform" if grid == "random" else grid](policy.model.schedule, steps, None)
+        for prefix, model in (("", policy), ("reference_", policy.reference)):
+            _, decoded = draw(model, names, sampler_by_name(solver), ts, seed, device)
             mean, error = mean_and_error(reward(decoded, model.condition(names)).cpu())
             row[f"{prefix}reward"], row[f"{prefix}reward_se"] = mean, error
         table.append(row)

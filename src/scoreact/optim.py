@@ -24,11 +24,19 @@ class Diverged(RuntimeError):
     """Training cannot go on; the message says which quantity, its value and the remedy."""
 
 
-def path_kl(shift: Shift, batch: Batch, size: int) -> float:
-    """KL of the current policy's paths from the behaviour's, nats, estimated at up to `size` states of the batch."""
-    index = torch.linspace(0, len(batch) - 1, min(size, len(batch)), device=batch.t0.device).long()
-    with torch.no_grad():
-        return float(batch.steps * 0.5 * shift(batch[index]).flatten(1).square().sum(1).mean())
+class StepKL:
+    """Path KL of the policy from where it was when this was made, nats, at up to `size` states of a batch."""
+
+    def __init__(self, shift: Shift, batch: Batch, size: int) -> None:
+        index = torch.linspace(0, len(batch) - 1, min(size, len(batch)), device=batch.t0.device).long()
+        self.shift, self.batch = shift, batch[index]
+        with torch.no_grad():
+            self.start = shift(self.batch)
+
+    def __call__(self) -> float:
+        with torch.no_grad():
+            moved = self.shift(self.batch) - self.start
+        return float(self.batch.steps * 0.5 * moved.flatten(1).square().sum(1).mean())
 
 
 def backtrack(
@@ -70,7 +78,7 @@ class AdamSteps:
     max_kl: float = 0.5
     max_gradient_norm: float = 1e6
     beta2: float = 0.99
-    kl_states: int = 1024
+    kl_states: int = 512
 
     def __post_init__(self) -> None:
         self.optimizer = torch.optim.Adam(self.parameters, lr=self.learning_rate, betas=(0.9, self.beta2))
@@ -81,6 +89,7 @@ class AdamSteps:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * rate
         before = [p.detach().clone() for p in self.parameters]
+        step_kl = StepKL(shift, batch, self.kl_states)
         metrics: Metrics = {}
         norm = torch.zeros(())
         for _ in range(self.epochs):
@@ -97,7 +106,7 @@ class AdamSteps:
                     norm = nn.utils.clip_grad_norm_(self.parameters, self.max_gradient_norm)
                     self.optimizer.step()
                     self.optimizer.zero_grad()
-        share, kl = backtrack(self.parameters, before, lambda: path_kl(shift, batch, self.kl_states), self.max_kl)
+        share, kl = backtrack(self.parameters, before, step_kl, self.max_kl)
         return {**metrics, "policy/step_kl": kl, "policy/step_share": share, "policy/gradient_norm": float(norm)}
 
     def state_dict(self) -> dict[str, Any]:
@@ -135,12 +144,13 @@ class NaturalGradient:
         direction = self._solve(shift, batch[order], -gradient)
         before = [p.detach().clone() for p in self.parameters]
         start = loss.item()
+        step_kl = StepKL(shift, batch, len(batch))
         scale = rate
         for _ in range(8):
             self._move(before, scale * direction)
             with torch.no_grad():
                 value = algorithm.loss(batch)[0].item()
-            kl = path_kl(shift, batch, len(batch))
+            kl = step_kl()
             if kl <= self.max_kl and value < start:
                 break
             scale *= min(0.5, 0.9 * (self.max_kl / kl) ** 0.5) if kl > 0 else 0.5

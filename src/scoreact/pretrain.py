@@ -47,6 +47,7 @@ def pretrain(
     prediction: Prediction = kinds.velocity,
     *,
     steps: int = 20_000,
+    stop_after: int | None = None,
     batch_size: int = 128,
     learning_rate: float = 1e-3,
     label_dropout: float = 0.1,
@@ -57,16 +58,17 @@ def pretrain(
 ) -> nn.Module:
     """Train `network` in place and return the averaged copy, the one to ship.
 
-    images [N, *D] scaled as the model's states; labels [N] integers, where `network.config["classes"]` means "no class".
-    The learning rate warms up over 200 steps and falls to 0 along a cosine. `on_step(step, metrics, averaged)` is called
-    after every step. Raises FloatingPointError when the loss is not finite.
+    images [N, *D] scaled as the model's states; labels [N] integers; `network.config["classes"]` stands for "no class".
+    The learning rate warms up over 200 steps and falls to 0 along a cosine over `steps`; `stop_after` ends the training
+    earlier on that curve. `on_step(step, metrics, averaged)` is called after every step. Raises FloatingPointError when
+    the loss is not finite.
     """
     device = next(network.parameters()).device
     generator = torch.Generator(device=device).manual_seed(seed)
     averaged = copy.deepcopy(network).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
     network.train()
-    for step in range(steps):
+    for step in range(steps if stop_after is None else min(stop_after, steps)):
         rate = min(1.0, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * rate

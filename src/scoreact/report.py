@@ -1,21 +1,20 @@
 """A run folder as one HTML file: the result first, then samples, curves, tables, and how to repeat it.
 
-Knows the files of a run folder and how to draw numbers, pictures and points; computes nothing that evaluation.py could.
-Everything that comes from outside is escaped; pictures are embedded; the file refers to no address and runs no script.
-A piece that cannot be made becomes a note that says why, so that a report never costs a run its results.
+The words are in summary.py, the drawing in figures.py, the measuring in evaluation.py. Text is escaped, pictures
+are embedded, no outside address, no script. A piece that cannot be made becomes a note that says why.
 """
 
 from __future__ import annotations
 
 import base64
 import dataclasses
+import hashlib
 import html
 import json
 import math
 import shlex
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -23,322 +22,279 @@ from typing import Any
 
 import matplotlib
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .config import Config, updated
+from . import figures
+from .checkpoint import write_json
+from .config import Config
 from .evaluation import balanced, draw, transfer_table
+from .figures import CURVES, Curve, Row, value
+from .models import ScoreModel
 from .policy import Policy
 from .recipes import Problem
 from .schedule import GRIDS
 from .solvers import SAMPLERS
+from .summary import Run, aligned, before_training, duration, headline, number, read_json, read_run, warnings
+from .trainer import choose_device, load_weights
 
-REFERENCE, TUNED, OPTIMUM, TRAINING = "#7a838c", "#0f62a8", "#1b7f4b", "#8ec1e6"
-STYLE = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.edgecolor": "#9aa3ab",
-    "grid.color": "#e3e6ea",
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "lines.linewidth": 1.8,
-    "savefig.dpi": 170,
-    "savefig.bbox": "tight",
-    "text.parse_math": False,  # a prompt may hold dollar signs
-}
 PROMPTS, COLUMNS, FRAMES, POINTS, SERIES = 10, 5, 8, 800, 6  # how much is drawn
-# what reading a folder, drawing, sampling and a user's reward may raise; anything else is a mistake of this file
-Expected = (OSError, ValueError, RuntimeError, LookupError, ArithmeticError)
-Row = dict[str, Any]
+# what reading a folder, sampling, drawing and a user's reward may raise; anything else is a mistake in this file
+EXPECTED = (OSError, ValueError, RuntimeError, LookupError, ArithmeticError)
 
 
-# --- the folder ------------------------------------------------------------------------------------------------------
+# --- pieces of HTML --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Run:
-    """What a run folder holds, as far as it has come."""
-
-    path: Path
-    description: Row
-    config: Row
-    versions: Row
-    reference: Row  # metrics of the reference, {} before they exist
-    iterations: list[Row]
-    evaluations: list[Row]
-    result: Row  # {} while the run is unfinished
-    problems: list[str]  # lines and files that could not be read
-
-    @property
-    def settings(self) -> Config:
-        return updated(Config(), self.config, str(self.path / "config.json"))
+def _note(text: str) -> str:
+    return f'<p class="note">{html.escape(text)}</p>\n'
 
 
-def read_run(path: Path) -> Run:
-    """The folder's files. Raises ValueError where there is no run; torn or missing later files become `problems`."""
-    if not (path / "config.json").is_file():
-        raise ValueError(f"{str(path)!r} holds no run: config.json is missing. Give the folder that training wrote.")
-    problems: list[str] = []
-    config, result = _json(path / "config.json", problems), _json(path / "result.json", problems)
-    rows: list[Row] = []
-    lines = path / "metrics.jsonl"
-    for number, line in enumerate(lines.read_text(encoding="utf-8").splitlines() if lines.is_file() else [], start=1):
-        try:
-            rows.append(dict(json.loads(line)))
-        except (ValueError, TypeError) as error:
-            problems.append(f"line {number} of metrics.jsonl cannot be read and is left out ({error}).")
-    reference = [row for row in rows if row.get("reference")]
-    evaluations = [row for row in rows if row.get("evaluation")]
-    return Run(
-        path,
-        config.get("description") or {},
-        config.get("config") or {},
-        config.get("versions") or {},
-        reference[-1] if reference else {},
-        [row for row in rows if not row.get("reference") and not row.get("evaluation")],
-        evaluations,
-        result,
-        problems,
-    )
-
-
-def _json(path: Path, problems: list[str]) -> Row:
-    """The mapping in a JSON file, {} if it does not exist or is damaged."""
+def _piece(name: str, make: Callable[..., str], *arguments: Any) -> str:
+    """One part of the report, or a note that says why it is missing."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-    except (ValueError, TypeError) as error:
-        problems.append(f"{path.name} cannot be read ({error}).")
-        return {}
+        return make(*arguments)
+    except EXPECTED as error:
+        return _note(f"{name}: not available. {type(error).__name__}: {' '.join(str(error).split())}")
 
 
-def _load_policy(run: Run, problem: Problem) -> Policy | None:
-    """The policy with the folder's averaged weights (the best ones of an unfinished run), or None if none are saved."""
+def _figure(run: Run, figure: Figure, name: str, alt: str, caption: str, kind: str = "plot") -> str:
+    """Write the figure as NAME.png and embed it."""
+    path = run.path / f"{name}.png"
+    figure.savefig(path)
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    image = f'<img src="data:image/png;base64,{data}" alt="{html.escape(alt)}">'
+    return f'<figure class="{kind}"><div>{image}</div><figcaption>{html.escape(caption)}</figcaption></figure>\n'
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable[int] = ()) -> str:
+    """A table of escaped text; the columns in `numbers` are right-aligned. No header line if the header is empty."""
+    right = set(numbers)
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        marks = (' class="n"' if i in right else "" for i in range(len(cells)))
+        cells_text = (f"<{tag}{mark}>{html.escape(cell)}</{tag}>" for mark, cell in zip(marks, cells, strict=True))
+        return f"<tr>{''.join(cells_text)}</tr>\n"
+
+    head = f"<thead>{line(header, 'th')}</thead>" if header else ""
+    body = "".join(line(row, "td") for row in rows)
+    return f'<div class="table"><table>{head}<tbody>\n{body}</tbody></table></div>\n'
+
+
+def _cards(run: Run) -> str:
+    """The main numbers, large."""
+    first, last = (run.evaluations or [{}])[0], (run.evaluations or [{}])[-1]
+    done = (run.iterations or [{}])[-1]
+    best = "objective/J_star_exact" if "objective/J_star_exact" in run.reference else "objective/J_star"
+
+    def change(before: float, after: float) -> str:
+        return f"{number(before)} → {number(after)}"
+
+    cards = (
+        ("held-out reward", change(before_training(run, "reward/heldout")[0], value(last, "reward/heldout"))),
+        ("objective J", change(before_training(run, "objective/J")[0], value(last, "objective/J"))),
+        ("possible: J_ref → J*", change(value(run.reference, "objective/J_ref"), value(run.reference, best))),
+        ("path KL (nats)", number(value(last, "policy/kl"))),
+        ("diversity", change(value(first, "sample/diversity"), value(last, "sample/diversity"))),
+        ("reward calls", number(done.get("cost/reward_calls"))),
+        ("training time", duration(value(run.result or done, "seconds"))),
+        ("iterations", f"{done.get('iteration', 0)} of {run.config.get('iterations', '?')}"),
+    )
+    inside = "".join(f"<div><span>{html.escape(name)}</span><b>{html.escape(text)}</b></div>" for name, text in cards)
+    return f'<div class="cards">{inside}</div>\n'
+
+
+def _curve(run: Run, curve: Curve) -> str:
+    figure = figures.curve_figure(curve, run)
+    if figure is None:
+        return _note(f"{curve.title}: not measured yet.")
+    return _figure(run, figure, curve.name, f"{curve.title} over iterations", curve.caption)
+
+
+def _costs(run: Run) -> str:
+    figure = figures.cost_figure(run.iterations)
+    caption = (
+        "Samples through a network (the reference's included), samples rewarded, wall time. k: thousand, M: million."
+    )
+    return _figure(run, figure, "costs", "Costs over iterations", caption) if figure else _note("Costs: none yet.")
+
+
+# --- samples ---------------------------------------------------------------------------------------------------------
+
+
+def _load_policy(run: Run, problem: Problem) -> Policy:
+    """The policy with the folder's final weights, or the best ones of an unfinished run. Raises ValueError without."""
     found = [path for path in (run.path / "model.safetensors", run.path / "best/model.safetensors") if path.is_file()]
-    if not found or not isinstance(problem.model, nn.Module):
-        return None
-    policy = Policy(problem.model)
-    parameters = dict(problem.model.named_parameters())
-    with torch.no_grad():
-        for name, value in load_file(found[0]).items():
-            parameters[name].copy_(value)
+    if not found:
+        raise ValueError("no weights are saved yet; they come with the first evaluation.")
+    if not isinstance(problem.model, nn.Module):
+        raise ValueError(f"{type(problem.model).__name__} is no nn.Module, so saved weights cannot be put into it.")
+    policy = Policy(problem.model.to(choose_device("auto")).eval())
+    load_weights(problem.model, found[0])
     return policy
 
 
-# --- numbers and words -----------------------------------------------------------------------------------------------
+def _draw(run: Run, model: ScoreModel, names: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+    """Times, states and decoded samples with training's solver and steps; the same noise for every model."""
+    config = run.settings
+    ts = GRIDS[_grid(config)](model.schedule, config.steps, None)
+    noise = config.noise_scale if config.noise == "noise_level" else 1.0
+    device = next(model.parameters()).device if isinstance(model, nn.Module) else None
+    xs, decoded = draw(model, names, SAMPLERS[config.solver], ts, config.seed + 1, device, noise)
+    return ts, xs, decoded
 
 
-def _value(row: Row, key: str) -> float:
-    """A metric, NaN where it is missing."""
-    value = row.get(key)
-    return float(value) if isinstance(value, int | float) else math.nan
+def _grid(config: Config) -> str:
+    """A random grid would differ between before and after."""
+    return "uniform" if config.grid == "random" else config.grid
 
 
-def number(value: object) -> str:
-    """Three significant digits, thousands separated; a dash for what was not measured."""
-    if value is None or isinstance(value, str | bool):
-        return "–" if value is None else str(value)
-    if isinstance(value, int):
-        return f"{value:,}"
-    x = float(value)  # type: ignore[arg-type]
-    if not math.isfinite(x):
-        return "–" if math.isnan(x) else str(x)
-    if x != 0 and not 1e-4 <= abs(x) < 1e12:
-        return f"{x:.2e}"
-    return f"{x:,.{max(0, 2 - math.floor(math.log10(abs(x)))) if x else 2}f}"
+def _samples(run: Run, problem: Problem, policy: Policy) -> str:
+    """Before and after from the same noise, in the form that suits the samples' shape."""
+    shown = list(problem.prompts[:PROMPTS])
+    shape = _draw(run, policy.reference, shown[:1])[2].shape[1:]
+    if shape == (2,):
+        return _points(run, problem, policy)
+    names = [name for name in shown for _ in range(COLUMNS)]
+    ts, paths, before = _draw(run, policy.reference, names)
+    _, tuned_paths, after = _draw(run, policy.model, names)
+    alt = "Samples before and after training, from the same noise"
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        caption = f"{min(len(before), SERIES)} samples; a colour is the same noise on both sides."
+        return _figure(run, figures.series(before[:SERIES], after[:SERIES]), "samples", alt, caption, "wide")
+    caption = "A row a prompt. Each picture on the right starts from the same noise as its partner on the left."
+    if len(problem.prompts) > len(shown):
+        caption += f" The first {len(shown)} of {len(problem.prompts)} prompts."
+    frames = torch.linspace(0, len(ts) - 1, min(FRAMES, len(ts))).round().long()
+    pairs = ((policy.reference, paths), (policy.model, tuned_paths))
+    strips = torch.stack([model.decode(xs[frames.to(xs.device), 0]) for model, xs in pairs])
+    film = f"One denoising of “{textwrap.shorten(shown[0], 60)}”, from noise (t = 0) to picture (t = 1)."
+    return _figure(run, figures.gallery(shown, before, after), "samples", alt, caption, "wide") + _figure(
+        run, figures.film_strip(ts[frames].tolist(), strips), "filmstrip", "One denoising, before and after", film
+    )
 
 
-def _duration(seconds: float) -> str:
-    if not math.isfinite(seconds):
-        return "–"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+def _points(run: Run, problem: Problem, policy: Policy) -> str:
+    """2-D samples before and after, and of the optimum p_ref exp(R / beta) / Z where the problem knows it."""
+    config, generator = run.settings, torch.Generator().manual_seed(run.settings.seed + 1)
+    names = balanced(problem.prompts, POINTS, generator)
+    pairs = (("before", policy.reference), ("after", policy.model))
+    clouds = [(title, _draw(run, model, names)[2].cpu()) for title, model in pairs]
+    tilted = getattr(getattr(problem.model, "base", None), "tilted", None)
+    parts = [getattr(problem.reward, name, None) for name in ("linear", "quadratic")]
+    memoryless = (config.noise, config.noise_scale) == ("noise_level", 1.0)  # with other noise the optimum is another
+    if memoryless and tilted is not None and all(part is not None for part in parts):
+        clouds.append(("optimum, closed form", tilted(*parts, config.kl_weight)[0].cpu().sample(POINTS, generator)))
+
+    def reward(points: Tensor) -> Tensor:
+        with torch.no_grad():
+            return problem.reward(points, problem.model.condition([problem.prompts[0]] * len(points)))
+
+    caption = f"{POINTS} samples each, before and after from the same noise. Lines: equal reward."
+    return _figure(
+        run, figures.scatter(clouds, reward), "samples", "Samples before and after training", caption, "wide"
+    )
 
 
-def _before(run: Run) -> tuple[float, float]:
-    """Reward of the untouched model and its standard error: the evaluation at iteration 0, or J_ref (its KL is 0)."""
-    if run.evaluations and run.evaluations[0].get("iteration") == 0:
-        return _value(run.evaluations[0], "reward/heldout"), _value(run.evaluations[0], "reward/heldout_se")
-    return _value(run.reference, "objective/J_ref"), _value(run.reference, "objective/J_ref_se")
+# --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def _trusted(run: Run) -> bool:
-    """Whether the share recovered means something: J* is known, or its estimate rests on enough samples."""
-    return "objective/J_star_exact" in run.reference or bool(run.reference.get("objective/trusted", False))
+def _transfer(run: Run, problem: Problem, policy: Policy) -> str:
+    """Reward before and after for other step counts and solvers; kept in transfer.json, made anew for other weights."""
+    digest = hashlib.sha256()
+    for parameter in policy.model.parameters() if isinstance(policy.model, nn.Module) else ():
+        digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
+    path = run.path / "transfer.json"
+    kept = read_json(path, [])
+    if kept.get("weights") != digest.hexdigest():
+        device = next(policy.parameters()).device
+        table = transfer_table(policy, problem.reward, problem.prompts, grid=_grid(run.settings), device=device)
+        kept = {"weights": digest.hexdigest(), "rows": table}
+        write_json(path, kept)
+    keys = ("reference_reward", "reference_reward_se", "reward", "reward_se")
+    columns = [aligned([value(row, key) for row in kept["rows"]]) for key in keys]
+    rows = [[str(row["solver"]), str(row["steps"]), *cells] for row, *cells in zip(kept["rows"], *columns, strict=True)]
+    config = run.settings
+    text = f"Mean reward and its standard error (s.e.). Trained with {config.solver}, {config.steps} steps."
+    table_text = _table(("solver", "steps", "before", "s.e.", "after", "s.e."), rows, range(1, 6))
+    return f'<p class="soft">{html.escape(text)}</p>{table_text}'
 
 
-def headline(run: Run) -> str:
-    """The outcome in a sentence, every number from the folder."""
-    if not run.evaluations:
-        done = run.iterations[-1] if run.iterations else {}
-        reward = f"; the training reward is {number(_value(done, 'reward/mean'))}" if done else ""
-        return f"No held-out evaluation yet after {len(run.iterations)} of {run.config.get('iterations', '?')} iterations{reward}."
-    last = run.evaluations[-1]
-    (before, before_se), after, error = _before(run), _value(last, "reward/heldout"), _value(last, "reward/heldout_se")
-    interval = f"(95% interval {number(after - 1.96 * error)} to {number(after + 1.96 * error)})"
-    if not math.isfinite(after):
-        return f"Held-out reward is {number(last.get('reward/heldout'))} at iteration {last.get('iteration')}: the run has failed."
-    if not math.isfinite(before):
-        text = f"Held-out reward is {number(after)} {interval}"
-    elif abs(after - before) <= 1.96 * math.hypot(error, before_se):
-        text = f"Held-out reward did not change measurably: {number(before)} before, {number(after)} after {interval}"
-    else:
-        text = f"Held-out reward {'rose' if after > before else 'fell'} from {number(before)} to {number(after)} {interval}"
-    if math.isfinite(kl := _value(last, "policy/kl")):
-        text += f"; path KL {number(kl)} nats"
-    share = _value(last, "objective/recovered")
-    if math.isfinite(share) and _trusted(run):
-        text += f"; {100 * share:.0f}% of the possible J* − J_ref recovered"
-    return text + "."
+def _judged(run: Run) -> str:
+    """What the reward does not know, at the first and the last evaluation; nothing for a problem without a judge."""
+    rows = [run.evaluations[0], run.evaluations[-1]] if len(run.evaluations) > 1 else run.evaluations
+    names = [name for name in (rows or [{}])[-1] if name.startswith("judge/") and not name.endswith("_se")]
+    if not names:
+        return ""
+
+    def cell(row: Row, name: str) -> str:
+        error = value(row, f"{name}_se")
+        return number(value(row, name)) + (f" ± {number(error)}" if math.isfinite(error) else "")
+
+    header = ["measure", *(f"iteration {row.get('iteration')}" for row in rows)]
+    cells = [[name.removeprefix("judge/"), *(cell(row, name) for row in rows)] for name in names]
+    return f"<h2>What the reward does not know</h2>{_table(header, cells, range(1, len(header)))}"
 
 
-def warnings(run: Run) -> list[str]:
-    """What a reader must know before believing the headline."""
-    found = list(run.problems)
-    done, planned = (run.iterations[-1].get("iteration", 0) if run.iterations else 0), run.config.get("iterations")
-    stopped = run.result.get("stopped")
-    if stopped:
-        found.append(f"The run stopped early, at iteration {done} of {planned}: {stopped}")
-    elif not run.result:
-        found.append(f"The run is unfinished: {done} of {planned} iterations so far. `scoreact resume` continues it.")
-    share = _value(run.evaluations[-1], "objective/recovered") if run.evaluations else math.nan
-    if run.reference and not _trusted(run):
-        left_out = f", so the share recovered ({100 * share:.0f}%) means little" if math.isfinite(share) else ""
-        found.append(
-            f"J* is a rough estimate{left_out}: it rests on {number(_value(run.reference, 'objective/effective_samples'))} "
-            "effective samples of the reference. A larger kl_weight or more reference_batches make it firmer."
-        )
-    broken = [row for row in run.iterations if not math.isfinite(_value(row, "reward/mean"))]
-    if broken:
-        found.append(f"The training reward is not finite at iteration {broken[0].get('iteration')} and {len(broken) - 1} others.")
-    return found + _overfitting(run)
+def _configuration(run: Run) -> str:
+    """Every setting with its meaning; a star marks what differs from the library's default."""
+    fields = {f.name: f for f in dataclasses.fields(Config)}
+    rows = []
+    for name, setting in run.config.items():
+        known = fields.get(name)
+        changed = known is None or setting != known.default
+        rows.append([name, f"{setting}{' *' if changed else ''}", known.metadata["help"] if known else ""])
+    table = _table(("setting", "value (* not the default)", "meaning"), rows)
+    return f"<details><summary>All settings</summary>{table}</details>\n"
 
 
-def _overfitting(run: Run) -> list[str]:
-    """Held-out reward below its best by more than noise while the training reward rose; J below its best."""
-    rows = [row for row in run.evaluations if math.isfinite(_value(row, "reward/heldout"))]
-    if len(rows) < 2:
-        return []
-    last = rows[-1]
-
-    def fell(key: str) -> Row | None:
-        """The best evaluation, if the last one is below it by more than the noise."""
-        best = max(rows, key=lambda row: _value(row, key))
-        noise = 1.96 * math.hypot(_value(best, f"{key}_se"), _value(last, f"{key}_se"))
-        return best if _value(best, key) - _value(last, key) > noise else None
-
-    def training(row: Row) -> float:
-        """Mean training reward of the five iterations up to an evaluation."""
-        near = [x for x in run.iterations if row["iteration"] - 5 < x.get("iteration", 0) <= row["iteration"]]
-        return sum(_value(x, "reward/mean") for x in near) / len(near) if near else math.nan
-
-    found = []
-    if (best := fell("reward/heldout")) and training(last) > training(best):
-        found.append(
-            f"Held-out reward falls ({number(_value(best, 'reward/heldout'))} at iteration {best['iteration']}, "
-            f"{number(_value(last, 'reward/heldout'))} at {last['iteration']}) while the training reward rises: the policy "
-            "fits what it was trained on. Prefer the weights in best/."
-        )
-    if best := fell("objective/J"):
-        found.append(
-            f"J was highest at iteration {best['iteration']} ({number(_value(best, 'objective/J'))}, now "
-            f"{number(_value(last, 'objective/J'))}); best/ holds those weights."
-        )
-    return found
+def _origin(run: Run) -> str:
+    """Commands to repeat and to use the run, what it was, and the versions that made it."""
+    made_by, folder = run.description.get("command"), shlex.quote(str(run.path))
+    made_by = shlex.join(map(str, made_by)) if isinstance(made_by, list) else made_by
+    verbs = ("resume", "sample", "evaluate", "report")
+    text = "\n".join(
+        [str(made_by or "# made from Python: no command"), *(f"scoreact {verb} {folder}" for verb in verbs)]
+    )
+    rows = [(str(k), v if isinstance(v, str) else json.dumps(v)) for k, v in run.description.items() if k != "command"]
+    rows += [("seed", str(run.config.get("seed", "n/a"))), *((str(k), str(v)) for k, v in run.versions.items())]
+    return f"<pre>{html.escape(text)}</pre>\n" + _table((), rows)
 
 
-# --- curves ----------------------------------------------------------------------------------------------------------
+# --- the report ------------------------------------------------------------------------------------------------------
 
 
-def _column(rows: Sequence[Row], key: str) -> tuple[list[float], list[float]]:
-    """Iterations and values where the value is finite."""
-    points = [(_value(row, "iteration"), _value(row, key)) for row in rows]
-    kept = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
-    return [x for x, _ in kept], [y for _, y in kept]
+def write(run: Path, problem: Problem, policy: Policy | None = None) -> Path:
+    """Write report.html and its PNGs into the folder `run`; returns its path.
 
-
-def _heldout(axes: Axes, run: Run, key: str) -> None:
-    """Evaluations with 95% intervals where the standard error is known."""
-    rows = [row for row in run.evaluations if math.isfinite(_value(row, key))]
-    x, y = _column(rows, key)
-    errors = [_value(row, f"{key}_se") for row in rows]
-    bars = [1.96 * e if math.isfinite(e) else 0.0 for e in errors]
-    label = "held out, 95% interval" if any(bars) else "held out"
-    axes.errorbar(x, y, yerr=bars if any(bars) else None, color=TUNED, marker="o", markersize=4, capsize=3, label=label)
-
-
-def _level(axes: Axes, value: float, low: float, high: float, color: str, label: str) -> None:
-    """A horizontal line with its band, where they are known."""
-    if math.isfinite(value):
-        axes.axhline(value, color=color, linestyle="--", linewidth=1.4, label=label)
-    if math.isfinite(low) and math.isfinite(high):
-        axes.axhspan(low, high, color=color, alpha=0.13, linewidth=0)
-
-
-def _reference_level(axes: Axes, run: Run, label: str) -> None:
-    value, error = _value(run.reference, "objective/J_ref"), _value(run.reference, "objective/J_ref_se")
-    _level(axes, value, value - 1.96 * error, value + 1.96 * error, REFERENCE, label)
-
-
-def _reward_curve(axes: Axes, run: Run) -> None:
-    axes.plot(*_column(run.iterations, "reward/mean"), color=TRAINING, label="training rollouts")
-    _heldout(axes, run, "reward/heldout")
-    _reference_level(axes, run, "reference")
-
-
-def _objective_curve(axes: Axes, run: Run) -> None:
-    _heldout(axes, run, "objective/J")
-    _reference_level(axes, run, "J_ref")
-    ends = [_value(run.reference, f"objective/J_star_{end}") for end in ("low", "high")]
-    exact = _value(run.reference, "objective/J_star_exact")
-    _level(axes, _value(run.reference, "objective/J_star"), *ends, OPTIMUM, "J*, estimated")
-    if math.isfinite(exact):
-        axes.axhline(exact, color=OPTIMUM, linewidth=1.4, label="J*, closed form")
-
-
-def _kl_curve(axes: Axes, run: Run) -> None:
-    axes.plot(*_column(run.iterations, "policy/kl"), color=TRAINING, label="training rollouts")
-    _heldout(axes, run, "policy/kl")
-
-
-def _diversity_curve(axes: Axes, run: Run) -> None:
-    _heldout(axes, run, "sample/diversity")
-    axes.set_ylim(bottom=0)
-
-
-def _value_curve(axes: Axes, run: Run) -> None:
-    axes.plot(*_column(run.iterations, "value/explained_variance"), color=TUNED)
-    axes.axhline(0, color=REFERENCE, linewidth=1)
-    axes.set_ylim(max(-1.0, min([-0.1, *_column(run.iterations, "value/explained_variance")[1]])), 1.05)
-
-
-CURVES: tuple[tuple[str, str, str, Callable[[Axes, Run], None], str], ...] = (
-    ("reward", "Reward", "reward", _reward_curve, "Larger is better; the reference is the model before training."),
-    ("objective", "Objective J", "J (reward units)", _objective_curve,
-     "J = reward − kl_weight × path KL: what is maximised. J* is the most that any policy can reach."),
-    ("kl", "Path KL to the reference", "path KL (nats)", _kl_curve, "How far the policy has moved from the reference."),
-    ("diversity", "Diversity", "mean pairwise distance", _diversity_curve,
-     "Mean distance of two samples of one prompt. A fall towards 0 would be a collapse."),
-    ("value", "Value network", "explained variance", _value_curve,
-     "Share of the returns' variance that the value network predicts: 1 is perfect, below 0 worse than a constant."),
-)  # fmt: skip
-
-
-def _curve(run: Run, curve: tuple[str, str, str, Callable[[Axes, Run], None], str]) -> str:
-    name, title, unit, plot, caption = curve
-    figure = Figure(figsize=(5.4, 3.3))
-    axes = figure.add_subplot()
-    plot(axes, run)
-    if not axes.lines and not axes.collections:
-        return _note(f"{title}: not measured yet.")
-    axes.set(title=title, xlabel="iteration", ylabel=unit)
-    axes.margins(x=0.03)
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend()
-    return _figure(run, figure, name, f"{title} over iterations", caption)
+    policy: the trained one; without it the folder's weights are put into `problem.model`, which must be untrained.
+    Raises ValueError when the folder holds no run, OSError when it cannot be written.
+    """
+    found = read_run(Path(run))
+    subject = " · ".join(str(text) for text in (found.description.get("recipe"), *problem.labels.values()) if text)
+    with matplotlib.rc_context(figures.STYLE):
+        curves = "".join(_piece(curve.title, _curve, found, curve) for curve in CURVES)
+        curves += _piece("Costs", _costs, found)
+        try:
+            policy = policy or _load_policy(found, problem)
+        except EXPECTED as error:
+            samples = transfer = _note(f"Not available: {' '.join(str(error).split())}")
+        else:
+            samples = _piece("Samples", _samples, found, problem, policy)
+            transfer = _piece("Steps and solvers", _transfer, found, problem, policy)
+    body = [
+        f"<h1>scoreact{html.escape(' · ' + subject if subject else '')}</h1>",
+        f'<p class="headline">{html.escape(headline(found))}</p>',
+        *(f'<p class="warning">{html.escape(text)}</p>' for text in warnings(found)),
+        _cards(found),
+        f"<h2>Before and after</h2>{samples}",
+        f'<h2>Training</h2><div class="plots">{curves}</div>',
+        f"<h2>Other step counts and solvers</h2>{transfer}",
+        _piece("Judge", _judged, found),
+        f"<h2>How to repeat it</h2>{_piece('Origin', _origin, found)}{_piece('Settings', _configuration, found)}",
+    ]
+    template = resources.files("scoreact").joinpath("assets/report.html").read_text(encoding="utf-8")
+    path = found.path / "report.html"
+    title = f"scoreact: {subject or found.path.name}"
+    path.write_text(Template(template).substitute(title=html.escape(title), body="\n".join(body)), encoding="utf-8")
+    return path

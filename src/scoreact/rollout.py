@@ -5,8 +5,8 @@ The only place where gradients are off while the policy acts, and where the SDE'
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -23,16 +23,27 @@ Exploration = Callable[[Tensor, Tensor, Tensor, Tensor, torch.Generator], Tensor
 
 @dataclass(frozen=True)
 class Trajectory:
-    """B paths of N steps. A step without noise (std 0) is no action: the reference takes it and it costs nothing."""
+    """B paths of N steps. A step without noise (std 0) or after the policy's `act_until` is the reference's, at no cost."""
 
     ts: Tensor  # [N+1]
     xs: Tensor  # [N+1, B, *D]
     actions: Tensor  # [N, B, *D] the scores acted with
+    references: Tensor  # [N, B, *D] the pretrained model's scores there
     means: Tensor  # [N, B, *D] the behaviour's kernel means
     controls: Tensor  # [N, B, *D] (mean - reference mean) / std: u sqrt(dt)
     noise: Tensor  # [N, B, *D] standard normal
     std: Tensor  # [N] of the kernels
+    acts: Tensor  # [N] bool: the policy's steps; in the others the reference acts and the control is zero
     condition: Condition
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that are tensors, by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "condition"}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], condition: Condition) -> Trajectory:
+        """The inverse of `tensors` (other keys are ignored)."""
+        return cls(condition=condition, **{f.name: tensors[f.name] for f in fields(cls) if f.name != "condition"})
 
     def path_kl(self) -> Tensor:
         """1/2 sum |u|^2 dt of each path, [B], nats."""
@@ -62,13 +73,15 @@ def rollout(
     x = policy.reference.prior(condition, generator)
     ts = ts.to(x.device)
     batch = len(x)
-    xs, actions, means, controls, noises, stds = [x], [], [], [], [], []
+    acts: list[bool] = []
+    records: tuple[list[Tensor], ...] = ([x], [], [], [], [], [], [])  # in the order of the fields of Trajectory
     for t0, t1 in zip(ts[:-1].tolist(), ts[1:].tolist(), strict=True):
         begin, end = x.new_full((batch,), t0), x.new_full((batch,), t1)
         reference = policy.reference_score(begin, x, condition)
         base = solver(sde, _constant(reference), begin, end, x)
-        acts = not reference_only and float(base.std.max()) > 0
-        if acts:
+        noisy = float(base.std.max()) > 0
+        acts.append(noisy and t0 < policy.act_until)
+        if acts[-1] and not reference_only:
             action = policy.score(begin, x, condition)
             if exploration is not None:
                 action = exploration(begin, x, action, reference, generator)
@@ -76,25 +89,18 @@ def rollout(
         else:
             action, step = reference, base
         noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        if float(base.std.max()) == 0:
+        if not noisy:
             noise = torch.zeros_like(noise)
         x = step.sample(noise)
         for record, value in zip(
-            (xs, actions, means, controls, noises, stds),
-            (x, action, step.mean, step.shift(base), noise, step.std[0]),
+            records,
+            (x, action, reference, step.mean, step.shift(base), noise, step.std[0]),
             strict=True,
         ):
             record.append(value)
-    return Trajectory(
-        ts,
-        torch.stack(xs),
-        torch.stack(actions),
-        torch.stack(means),
-        torch.stack(controls),
-        torch.stack(noises),
-        torch.stack(stds),
-        condition,
-    )
+    xs, actions, references, means, controls, noises, std = (torch.stack(record) for record in records)
+    acting = torch.tensor(acts, device=x.device)
+    return Trajectory(ts, xs, actions, references, means, controls, noises, std, acting, condition)
 
 
 def _constant(score: Tensor) -> Callable[[Tensor, Tensor], Tensor]:

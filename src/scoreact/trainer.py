@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__, checkpoint, girsanov
-from .algorithms import Batch, noisy_steps, shift_of, states
+from .algorithms import Batch, acting_steps, shift_of, states
 from .algorithms.ctrl import CTRL
 from .algorithms.ctrl_pathwise import CTRLPathwise
 from .algorithms.ctrl_trpo import CTRLTrustRegion
@@ -119,7 +119,7 @@ class Trainer:
         self.config = config
         self.device = choose_device(config.device)
         model.to(self.device).eval()
-        self.policy = Policy(model)
+        self.policy = Policy(model, act_until=config.act_until)
         if not self.policy.trainable():
             raise ValueError(f"{type(model).__name__} has no parameter with requires_grad; nothing could be trained.")
         self.prompts = list(prompts)
@@ -139,10 +139,12 @@ class Trainer:
         self.iteration = 0
         self.history: list[dict[str, Any]] = []
         self.reference: Metrics = {}
+        self.start: Metrics = {}  # held-out J before the first update
         self.final: Metrics = {}
         self.best = -math.inf
         self.falling = 0  # evaluations in a row with held-out J falling while the training reward rose
         self.seconds = 0.0
+        self.saved: list[tuple[Trajectory, Tensor]] = []  # the reference's paths that the first iterations learn from
         self.out: Path | None = None
         self._interrupted = False
         self._writer: Any = None
@@ -152,12 +154,12 @@ class Trainer:
     def iterate(self) -> Metrics:
         """One iteration: rollout, reward, prepare, minimise, average."""
         rate = self.rate()
-        trajectory, rewards = self.rollout()
+        trajectory, rewards = self.saved.pop() if self.saved else self.rollout()
         batch = self.algorithm.prepare(trajectory, rewards, self.generator, rate)
         if self.iteration == 0:
             self._check_ratio(batch)
         metrics = self.minimise(self.algorithm, self._shift, batch, self.generator, rate)
-        self.average.update(self.policy.model)
+        self.average.update(self.policy.model)  # type: ignore[arg-type]
         self.iteration += 1
         kl = trajectory.path_kl()
         return {
@@ -196,6 +198,8 @@ class Trainer:
             rewards.append(r)
             prompts += list(trajectory.condition.prompts)
             self._remember(trajectory, r)
+            if len(self.saved) < self.config.reuse_reference:
+                self.saved.append((trajectory, r))
         metrics = estimate_optimum(torch.cat(rewards), Condition(prompts), self.config.kl_weight)
         if self.optimum is not None:
             metrics["objective/J_star_exact"] = self.optimum(self.config.kl_weight)
@@ -203,7 +207,7 @@ class Trainer:
 
     @torch.no_grad()
     def _remember(self, trajectory: Trajectory, rewards: Tensor) -> None:
-        keep = noisy_steps(trajectory)
+        keep = acting_steps(trajectory)
         if len(keep) == 0:
             raise ValueError(
                 "no step of the path has noise, so there is no action to learn; raise noise_scale or steps."
@@ -218,12 +222,12 @@ class Trainer:
         ts = GRIDS[c.grid](
             self.policy.model.schedule, c.steps, torch.Generator(self.device).manual_seed(EVALUATION_SEED)
         )
-        policy = Policy(self.average.model, self.policy.reference)  # type: ignore[arg-type]
         metrics = evaluate(
-            policy, self.sde, self.solver, ts, self.heldout_reward, self.prompts, c.kl_weight,
+            self._averaged(), self.sde, self.solver, ts, self.heldout_reward, self.prompts, c.kl_weight,
             c.heldout_samples, EVALUATION_SEED, self.judge, self.features, self.device,
         )  # fmt: skip
-        metrics["objective/recovered"] = recovered(metrics["objective/J"], self.reference)
+        start = self.start.setdefault("objective/J", metrics["objective/J"])  # same noise: errors cancel
+        metrics["objective/recovered"] = recovered(metrics["objective/J"] - start, self.reference)
         return metrics
 
     # --- a whole run --------------------------------------------------------------------------------------------
@@ -262,6 +266,9 @@ class Trainer:
                     if self.out is not None:
                         self._checkpoint()
                     raise KeyboardInterrupt(f"stopped after iteration {self.iteration}")
+        except Diverged as error:
+            self._write_result(str(error))
+            raise
         finally:
             _restore_signals(previous)
             if self._writer is not None:
@@ -292,16 +299,20 @@ class Trainer:
     def _finish(self, stopped: str | None) -> Result:
         if self.out is not None:
             checkpoint.write_tensors(self.out / "model.safetensors", self._weights())
-            checkpoint.write_json(
-                self.out / "result.json",
-                {"final": self.final, "reference": self.reference, "stopped": stopped, "seconds": self.seconds,
-                 "iterations": self.iteration},
-            )  # fmt: skip
+        self._write_result(stopped)
         if stopped:
             self._tell("stopped", {})
         self._tell("finished", self.final)
-        policy = Policy(self.average.model, self.policy.reference)  # type: ignore[arg-type]
-        return Result(policy, self.history, self.reference, self.final, stopped, self.out)
+        return Result(self._averaged(), self.history, self.reference, self.final, stopped, self.out)
+
+    def _write_result(self, stopped: str | None) -> None:
+        if self.out is not None:
+            result = {"final": self.final, "reference": self.reference, "stopped": stopped, "seconds": self.seconds}
+            checkpoint.write_json(self.out / "result.json", {**result, "iterations": self.iteration})
+
+    def _averaged(self) -> Policy:
+        """The averaged weights beside the same reference: what is evaluated and returned."""
+        return Policy(self.average.model, self.policy.reference, self.config.act_until)  # type: ignore[arg-type]
 
     # --- files --------------------------------------------------------------------------------------------------
 
@@ -360,10 +371,14 @@ class Trainer:
                 {"t": s.t, "features": s.features, "target": s.target, "prompts": list(s.condition.prompts)}
                 for s in self.value.memory
             ],
+            "saved": [
+                {"rewards": r, "prompts": list(path.condition.prompts), **path.tensors()} for path, r in self.saved
+            ],
             "generator": self.generator.get_state(),
             "network_calls": self.policy.network_calls,
             "reward_calls": self.reward.calls,
             "reference": self.reference,
+            "start": self.start,
             "final": self.final,
             "best": self.best if math.isfinite(self.best) else None,
             "falling": self.falling,
@@ -386,9 +401,13 @@ class Trainer:
             Sample(s["t"], s["features"], s["target"], self.policy.model.condition(s["prompts"]))
             for s in state["memory"]
         ]
+        self.saved = [
+            (Trajectory.of(entry, self.policy.model.condition(entry["prompts"])), entry["rewards"])
+            for entry in state["saved"]
+        ]
         self.generator.set_state(state["generator"].cpu())
         self.policy.network_calls, self.reward.calls = state["network_calls"], state["reward_calls"]
-        self.reference, self.final = state["reference"], state["final"]
+        self.reference, self.start, self.final = state["reference"], state["start"], state["final"]
         self.best = -math.inf if state["best"] is None else state["best"]
         self.falling, self.seconds = state["falling"], state["seconds"]
 
@@ -419,7 +438,7 @@ class Trainer:
         with torch.no_grad():
             worst = float(girsanov.log_ratio(self._shift(part), part.noise).abs().max())
         limit = 1e-5 * max(1.0, part.x[0].numel() ** 0.5)
-        if self.exploration is None and not worst <= limit and not getattr(self.policy.model, "bfloat16", False):
+        if self.exploration is None and not worst <= limit and not getattr(self.policy.model, "use_bfloat16", False):
             raise Diverged(
                 f"before the first update log-ratios reach {worst:.2g} instead of 0: the model's score depends on the batch "
                 "or is random. Put the model in eval mode and remove dropout, or compute it in float32."
@@ -427,10 +446,12 @@ class Trainer:
 
     def _value(self, make: Callable[[], nn.Module] | None) -> ValueFit:
         c = self.config
-        network = make() if make is not None else _default_value_network(self.policy.model, c.value_inputs)
+        inputs = c.value_inputs if c.value == "network" else "x_data_hat"
+        network = make() if make is not None else _default_value_network(self.policy.model, inputs)
         value: ValueNetwork
         if c.value == "network":
-            value = ValueNetwork(network, self.sde, self.policy, c.value_inputs)
+            link = c.kl_weight if c.value_loss == "log_probability" else None
+            value = ValueNetwork(network, self.sde, self.policy, c.value_inputs, link)
         else:
             terminal: Any = Surrogate(make()) if c.value == "surrogate" and make is not None else self._reward_of_state
             value = ResidualValue(network, self.sde, self.policy, terminal)
@@ -446,10 +467,14 @@ class Trainer:
         c = self.config
         common = (self.policy, self.sde, self.solver, self.value, c.kl_weight)
         if c.algorithm == "ctrl":
-            return CTRL(*common, c.clip_range, c.trace, c.ratio_weight, c.trust, c.advantage)
+            return CTRL(*common, c.clip_range, c.trace, c.ratio_weight, c.trust, c.advantage, c.gradient_at)
         if c.algorithm == "ctrl_pathwise":
-            return CTRLPathwise(*common, trust=c.trust, form=c.form)
-        return CTRLTrustRegion(*common, trace=c.trace, ratio_weight=c.ratio_weight, trust=c.trust)
+            return CTRLPathwise(
+                *common, trust=c.trust, form=c.form, transitions=c.transitions, gradient_at=c.gradient_at
+            )
+        return CTRLTrustRegion(
+            *common, trace=c.trace, ratio_weight=c.ratio_weight, trust=c.trust, gradient_at=c.gradient_at
+        )
 
     def _minimiser(self) -> AdamSteps | NaturalGradient:
         c, parameters = self.config, self.policy.trainable()

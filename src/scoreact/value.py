@@ -18,18 +18,21 @@ from torch import Tensor, nn
 
 from .policy import Policy
 from .sde import SDE
-from .types import Condition, Metrics
+from .types import Condition, Metrics, expand
 
 
 class ValueNetwork(nn.Module):
-    """V = shift + scale (head(t) + gate(t) F(inputs, t, condition)),  gate = alpha / sqrt(alpha^2 + sigma^2).
+    """V = shift + scale F(inputs, t, condition), or beta log sigmoid(F) where the reward is a log-probability.
 
     network: (input [B, C, ...] or [B, n], t [B], condition) -> [B]. It sees `inputs`: "x_data_hat" (the reference's
-    estimate), "x", or "both", joined along dimension 1. At t_min the state says nothing about the sample; the gate
-    keeps the gradient there proportional to alpha, as the true value's is.
+    estimate), "x", or "both", joined along dimension 1. x enters times alpha / sqrt(alpha^2 + sigma^2): at t_min the state
+    says nothing about the sample, and this keeps the gradient there proportional to alpha, as the true value's is.
     """
 
-    def __init__(self, network: nn.Module, sde: SDE, policy: Policy, inputs: str = "both") -> None:
+    def __init__(
+        self, network: nn.Module, sde: SDE, policy: Policy, inputs: str = "both", log_sigmoid: float | None = None
+    ) -> None:
+        """log_sigmoid: beta for V = beta log sigmoid(F), None for the affine form."""
         super().__init__()
         if inputs not in ("x_data_hat", "x", "both"):
             raise ValueError(f"value inputs {inputs!r} unknown. Known: x_data_hat, x, both.")
@@ -37,6 +40,7 @@ class ValueNetwork(nn.Module):
         self.sde = sde
         self._policy = (policy,)  # in a tuple: its parameters are not this module's
         self.inputs = inputs
+        self.log_sigmoid = log_sigmoid
         self.register_buffer("shift", torch.zeros(()))
         self.register_buffer("scale", torch.ones(()))
         self.shift: Tensor
@@ -44,18 +48,21 @@ class ValueNetwork(nn.Module):
 
     def features(self, t: Tensor, x: Tensor, condition: Condition, reference: Tensor | None = None) -> Tensor:
         """What the network sees at (t [B], x [B, *D]); `reference`: the reference's score there if already known."""
+        alpha, sigma = self.sde.schedule.alpha(t), self.sde.schedule.sigma(t)
+        scaled = expand(alpha / (alpha**2 + sigma**2).sqrt(), x) * x
         if self.inputs == "x":
-            return x
+            return scaled
         if reference is None:
             reference = self._policy[0].reference_score(t, x, condition)
         x_data_hat = self.sde.x_data_hat(t, x, reference)
-        return x_data_hat if self.inputs == "x_data_hat" else torch.cat([x, x_data_hat], dim=1)
+        return x_data_hat if self.inputs == "x_data_hat" else torch.cat([scaled, x_data_hat], dim=1)
 
     def of_features(self, t: Tensor, features: Tensor, condition: Condition) -> Tensor:
         """V for inputs from `features`: [B]."""
-        alpha, sigma = self.sde.schedule.alpha(t), self.sde.schedule.sigma(t)
-        gate = alpha / (alpha**2 + sigma**2).sqrt()
-        return self.shift + self.scale * gate * self.network(features, t, condition).float()
+        output = self.network(features, t, condition).float()
+        if self.log_sigmoid is not None:
+            return self.log_sigmoid * nn.functional.logsigmoid(output)
+        return self.shift + self.scale * output
 
     def forward(self, t: Tensor, x: Tensor, condition: Condition) -> Tensor:
         """V(t, x, c): [B]."""
@@ -125,7 +132,25 @@ def soft_loss(value: Tensor, target: Tensor, kl_weight: float, limit: float = 2.
     return kl_weight**2 * (exponential - 1 - d).mean()
 
 
-LOSSES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {"martingale": martingale_loss, "soft": soft_loss}
+def log_probability_loss(value: Tensor, target: Tensor, kl_weight: float, limit: float = 1.0) -> Tensor:
+    """Cross-entropy of exp(V / beta) with exp(target / beta): `soft_loss`'s minimiser for rewards that are at most 0.
+
+    For R = log p(property | sample) this is logistic regression of the property, far less noisy than the exponential.
+    Needs V = beta log sigmoid(F). Returns above 0 occur (a path less likely under the policy than under the reference);
+    exp is limited to exp(limit). value, target [B].
+    """
+    log_p = value / kl_weight
+    p = (target / kl_weight).clamp(max=limit).exp()
+    # log(1 - e^v), stable at both ends; v < 0 strictly except by rounding
+    log_rest = torch.log(-torch.expm1(log_p.clamp(max=-1e-7)))
+    return kl_weight**2 * -(p * log_p + (1 - p) * log_rest).mean()
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "martingale": martingale_loss,
+    "soft": soft_loss,
+    "log_probability": log_probability_loss,
+}
 
 
 @dataclass(frozen=True)
@@ -142,8 +167,8 @@ class Sample:
 class ValueFit:
     """Adam on a value network over the newest trajectories. One object holds what must survive a resume.
 
-    loss: "martingale" (mean return of the policy: on-policy, replay 1) or "soft" (the optimal value, from any policy's
-    paths). The weights kept after each fit are the average over its steps: a value's gradient is much noisier than the value.
+    loss: "martingale" (mean return of the policy: on-policy, replay 1), "soft" (the optimal value, from any policy's
+    paths) or "log_probability" (the same for rewards that are log-probabilities). The weights kept after each fit are the average over its steps: a value's gradient is much noisier than the value.
     """
 
     value: ValueNetwork

@@ -47,7 +47,7 @@ class Batch:
     def minibatches(self, size: int, generator: torch.Generator) -> Iterator[Batch]:
         """Every transition once, in random order, `size` at a time (the last may be smaller)."""
         order = torch.randperm(len(self), generator=generator, device=self.t0.device)
-        for index in order.split(size):
+        for index in torch.split(order, size):
             yield self[index]
 
 
@@ -66,28 +66,28 @@ class Algorithm(Protocol):
         ...
 
 
-def flatten(trajectory: Trajectory, advantage: Tensor, target: Tensor, keep: Tensor) -> Batch:
-    """The batch of the steps named by `keep` (indices into the N steps). advantage [N, B], target [N, B, *D]."""
+def flatten(trajectory: Trajectory, keep: Tensor) -> Batch:
+    """The transitions of the steps named by `keep` (indices into the N steps), advantage and target zero."""
     n, b = len(keep), trajectory.xs.shape[1]
-    ts = trajectory.ts
+    t, x, condition = states(trajectory, keep)
     return Batch(
-        t0=ts[keep].repeat_interleave(b),
-        t1=ts[keep + 1].repeat_interleave(b),
-        x=trajectory.xs[keep].flatten(0, 1),
+        t0=t,
+        t1=trajectory.ts[keep + 1].repeat_interleave(b),
+        x=x,
         noise=trajectory.noise[keep].flatten(0, 1),
         mean=trajectory.means[keep].flatten(0, 1),
         std=trajectory.std[keep].repeat_interleave(b),
         control=trajectory.controls[keep].flatten(0, 1),
-        advantage=advantage[keep].flatten(),
-        target=target[keep].flatten(0, 1),
-        condition=trajectory.condition[torch.arange(b).repeat(n)],
+        advantage=torch.zeros_like(t),
+        target=torch.zeros_like(x),
+        condition=condition,
         steps=n,
     )
 
 
-def noisy_steps(trajectory: Trajectory) -> Tensor:
-    """Indices of the steps that are actions (std > 0)."""
-    return torch.nonzero(trajectory.std > 0).flatten()
+def acting_steps(trajectory: Trajectory) -> Tensor:
+    """Indices of the steps that are actions."""
+    return torch.nonzero(trajectory.acts).flatten()
 
 
 def states(trajectory: Trajectory, keep: Tensor) -> tuple[Tensor, Tensor, Condition]:

@@ -3,10 +3,10 @@
     grad J = E sum_k [ grad w_k . (h_k - beta w_k)  +  grad log_ratio_k (A_k - h_k . z_k) ]
 
 w_k = u sqrt(dt) is the control of step k in units of its noise z_k. The cost beta |w|^2 / 2 is paid by the action: its
-gradient is taken directly. A_k = V_{k+1} - V_k - later costs is the advantage. h_k, any function of the state, is a control
-variate: its part of the advantage is known and enters as a direct force. Two candidates are weighed per step by least
-squares: beta w_k (exact at the optimum) and S grad V (exact when V is). What is left goes under a clipped Girsanov ratio.
-Later costs are counted as sampled log-ratios, which makes the return constant along every path at the optimum.
+gradient is taken directly. A_k = V_{k+1} - V_k - later costs is the advantage. h_k, anything that does not know z_k, is a
+control variate: its part of the advantage is known and enters as a direct force. Two candidates are weighed per step by
+least squares: beta w_k (exact at the optimum) and S grad V (exact when V is). What is left goes under a clipped Girsanov
+ratio. Later costs are counted as sampled log-ratios, which makes the return constant along every path at the optimum.
 
 Sources: Zhao et al. 2025 (Score as Action), Zhao, Tang & Yao 2023 (CPO, arXiv 2305.18901), Schulman et al. 2017 (clip).
 Departs from the paper: control variates, the direct gradient of the cost. The variant of the authors' published code
@@ -15,7 +15,7 @@ Departs from the paper: control variates, the direct gradient of the cost. The v
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -26,11 +26,12 @@ from ..policy import Policy
 from ..rollout import Trajectory, step_of
 from ..sde import SDE
 from ..solvers import Solver
-from ..types import Metrics
+from ..types import Condition, Metrics, expand
 from ..value import Sample, ValueFit
-from . import Batch, flatten, noisy_steps, shift_of, states
+from . import Batch, flatten, acting_steps, shift_of, states
 
 ADVANTAGES = ("gae", "standardised_value_differences")
+PLACES = ("state", "next")
 
 
 @dataclass
@@ -39,8 +40,10 @@ class CTRL:
 
     kl_weight: beta. clip_range: per square root of unit time, the ratio of a step of length dt is clipped at
     1 +- clip_range sqrt(dt). trace: GAE's lambda per unit time. ratio_weight: weight of the ratio term, 1 the unbiased
-    gradient; in high dimension its noise grows with the dimension, and less (down to 0, the pathwise rule) learns faster.
+    gradient; its noise grows with the dimension, and less (down to 0, the pathwise rule) learns faster there.
     trust: weight of the squared distance to the behaviour policy, in units of kl_weight.
+    gradient_at: where the force S grad V is taken. "state": at (t_k, x_k), the continuous-time form. "next": at
+    (t_{k+1}, x'), x' drawn from the step's kernel: its mean is the kernel's exact policy gradient on any grid.
     """
 
     policy: Policy
@@ -53,6 +56,7 @@ class CTRL:
     ratio_weight: float = 1.0
     trust: float = 0.0
     advantage: str = "gae"
+    gradient_at: str = "state"
     metrics: Metrics = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -60,17 +64,27 @@ class CTRL:
             raise ValueError(f"kl_weight must be positive, got {self.kl_weight}.")
         if self.advantage not in ADVANTAGES:
             raise ValueError(f"unknown advantage {self.advantage!r}. Known: {', '.join(ADVANTAGES)}.")
+        if self.gradient_at not in PLACES:
+            raise ValueError(f"unknown gradient_at {self.gradient_at!r}. Known: {', '.join(PLACES)}.")
 
     def prepare(self, trajectory: Trajectory, rewards: Tensor, generator: torch.Generator, rate: float) -> Batch:
         """Fit V to the returns, then advantages [N, B] and forces h [N, B, *D]."""
-        beta, keep = self.kl_weight, noisy_steps(trajectory)
+        beta, keep = self.kl_weight, acting_steps(trajectory)
         costs = torch.stack([beta * girsanov.kl(w) for w in trajectory.controls])
         sampled = torch.stack(
             [beta * girsanov.stochastic_cost(w, z) for w, z in zip(trajectory.controls, trajectory.noise, strict=True)]
         )
         returns = returns_to_go(rewards, sampled)
-        values, forces, fit = value_and_force(self, trajectory, returns, keep, generator, rate)
-        values[-1] = rewards
+        at_states, fit = fit_value(self, trajectory, returns, keep, generator, rate)
+        batch = flatten(trajectory, keep)
+        # "next" at another draw than the path's own: h must not know the noise that it is multiplied with
+        noise = batch.noise
+        if self.gradient_at == "next":
+            noise = torch.randn(noise.shape, generator=generator, device=noise.device, dtype=noise.dtype)
+        force = pathwise_force(self, batch, trajectory.references[keep].flatten(0, 1), noise)
+        values, forces = returns.clone(), torch.zeros_like(trajectory.controls)
+        values[keep] = at_states
+        forces[keep] = force.reshape(len(keep), *forces.shape[1:])
         if self.advantage == "standardised_value_differences":
             advantages = standardised_per_step(values[1:] - values[:-1])
             forces = torch.zeros_like(forces)
@@ -85,7 +99,7 @@ class CTRL:
             advantages = advantages - (forces * trajectory.noise).flatten(2).sum(2)
             advantages = advantages - advantages.mean(1, keepdim=True)
         self.metrics = fit
-        return flatten(trajectory, advantages, forces / beta, keep)
+        return replace(batch, advantage=advantages[keep].flatten(), target=(forces[keep] / beta).flatten(0, 1))
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """beta / 2 |w - h / beta|^2 - clipped ratio x advantage, summed over a path's steps, mean over paths."""
@@ -102,39 +116,55 @@ class CTRL:
             force = self.kl_weight * girsanov.kl(batch.control + shift - batch.target)
         loss = batch.steps * (force - self.ratio_weight * surrogate + self.trust * self.kl_weight * moved).mean()
         return loss, {
-            "policy/clip_fraction": float(((ratio - 1).abs() > clip).float().mean()),
-            "policy/ratio_deviation": float((ratio - 1).abs().max()),
-            "policy/kl_to_behaviour": float(batch.steps * moved.mean()),
+            "policy/clip_fraction": float(((ratio.detach() - 1).abs() > clip).float().mean()),
+            "policy/ratio_deviation": float((ratio.detach() - 1).abs().max()),
+            "policy/kl_to_behaviour": float(batch.steps * moved.detach().mean()),
         }
 
 
-def value_and_force(
+def fit_value(
     rule: CTRL, trajectory: Trajectory, returns: Tensor, keep: Tensor, generator: torch.Generator, rate: float
-) -> tuple[Tensor, Tensor, Metrics]:
-    """Fit the value; V at the states [N + 1, B] and S grad V (beta times the pathwise control) [N, B, *D].
+) -> tuple[Tensor, Metrics]:
+    """Fit V to the returns [N + 1, B] at the states before the steps `keep`; V there, [len(keep), B].
 
-    The force is the shift that the optimal action s_ref + (g^2 / gain) grad V / beta makes in the solver's own kernel.
+    With gradient_at "next" the state after the last of these steps is fitted too: the force asks for its gradient.
     """
-    t, x, condition = states(trajectory, keep)
-    b, shape = trajectory.xs.shape[1], trajectory.xs.shape[2:]
+    fitted = torch.cat([keep, keep[-1:] + 1]) if rule.gradient_at == "next" else keep
+    t, x, condition = states(trajectory, fitted)
+    known = fitted[fitted < len(trajectory.references)]
+    references = trajectory.references[known].flatten(0, 1)
+    value = rule.value.value
     with torch.no_grad():
-        reference = rule.policy.reference_score(t, x, condition)
-        features = rule.value.value.features(t, x, condition, reference)
-    targets = returns[keep].flatten()
-    rule.value.add(Sample(t, features, targets, condition))
+        if len(known) < len(fitted):  # the path's end, where nobody has asked the reference yet
+            end = torch.arange(len(references), len(t), device=t.device)
+            references = torch.cat([references, rule.policy.reference_score(t[end], x[end], condition[end])])
+        features = value.features(t, x, condition, references)
+        rule.value.add(Sample(t, features, returns[fitted].flatten(), condition))
+        before = torch.arange(len(keep) * trajectory.xs.shape[1], device=t.device)
     metrics = rule.value.fit(generator, rate)
-    chunks = torch.arange(len(t), device=t.device).split(1024)  # bounds the memory of the gradient's graph
-    pairs = [rule.value.value.gradient(t[i], x[i], condition[i]) for i in chunks]
-    value = torch.cat([v for v, _ in pairs])
-    gradient = torch.cat([g for _, g in pairs])
-    action = rule.sde.optimal_action(t, reference, gradient, rule.kl_weight)
-    t1 = trajectory.ts[keep + 1].repeat_interleave(b)
-    base = step_of(rule.sde, rule.solver, reference, t, t1, x)
-    force = rule.kl_weight * step_of(rule.sde, rule.solver, action, t, t1, x).shift(base)
-    values = returns.clone()
-    values[keep] = value.reshape(len(keep), b)
-    forces = torch.zeros_like(trajectory.controls)
-    forces[keep] = force.reshape(len(keep), b, *shape)
-    metrics["value/explained_variance"] = explained_variance(value, targets)
-    metrics["value/mean"] = float(value.mean())
-    return values, forces, metrics
+    with torch.no_grad():
+        parts = [value.of_features(t[i], features[i], condition[i]) for i in torch.split(before, 1024)]
+    values = torch.cat(parts).reshape(len(keep), -1)
+    metrics["value/explained_variance"] = explained_variance(values, returns[keep])
+    return values, metrics
+
+
+def pathwise_force(rule: CTRL, batch: Batch, reference: Tensor, noise: Tensor) -> Tensor:
+    """The force S grad V [M, *D] (kl_weight times the pathwise control) on a batch's steps.
+
+    "state": the shift that the optimal action s_ref + (g^2 / gain) grad V / beta makes in the solver's own kernel, with
+    reference [M, *D] the pretrained scores there. "next": S grad V where the step leads with `noise` [M, *D].
+    """
+    if rule.gradient_at == "next":
+        std = expand(batch.std, noise)
+        return std * gradients(rule, batch.t1, batch.mean + std * noise, batch.condition)
+    gradient = gradients(rule, batch.t0, batch.x, batch.condition)
+    action = rule.sde.optimal_action(batch.t0, reference, gradient, rule.kl_weight)
+    base, best = (step_of(rule.sde, rule.solver, s, batch.t0, batch.t1, batch.x) for s in (reference, action))
+    return rule.kl_weight * best.shift(base)
+
+
+def gradients(rule: CTRL, t: Tensor, x: Tensor, condition: Condition) -> Tensor:
+    """grad_x V [M, *D] at any states, 1024 at a time: that bounds the memory of the graph."""
+    chunks = torch.split(torch.arange(len(t), device=t.device), 1024)
+    return torch.cat([rule.value.value.gradient(t[i], x[i], condition[i])[1] for i in chunks])

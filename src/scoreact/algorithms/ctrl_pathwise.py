@@ -2,16 +2,16 @@
 
     loss = sum_k beta / 2 |w_k - S grad V / beta|^2 + trust |w_k - w_behaviour|^2
 
-Needs only states, so any solver may have produced them. With the `soft` value loss V is the optimal value whatever policy
-drew the paths, and the regression's target is the optimum at once.
-Sources: Zhao et al. 2025 (Score as Action, the policy gradient with the score's gradient), Tang 2024 (arXiv 2403.06279).
+Needs only states, so any solver may have produced them. With the `soft` value loss V is the optimal value whatever
+policy drew the paths, and the regression's target is the optimum at once.
+Sources: Zhao et al. 2025 (Score as Action, policy gradient with the score's gradient), Tang 2024 (arXiv 2403.06279).
 Departs from it: a trust region. The variant of the authors' published code (value gradient times displacement, both
 clamped, no regulariser) is `form="clamped_displacement"`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,8 +20,8 @@ from .. import girsanov
 from ..advantage import returns_to_go
 from ..rollout import Trajectory, step_of
 from ..types import Metrics, expand, sum_over_data
-from . import Batch, flatten, noisy_steps, shift_of
-from .ctrl import CTRL, value_and_force
+from . import Batch, flatten, acting_steps, shift_of
+from .ctrl import CTRL, fit_value, pathwise_force
 
 FORMS = ("regression", "clamped_displacement")
 
@@ -30,10 +30,12 @@ FORMS = ("regression", "clamped_displacement")
 class CTRLPathwise(CTRL):
     """Settings of the rule; clip_range, trace, ratio_weight and advantage are `ctrl`'s and unused here.
 
+    transitions: at how many states a rollout to take the value's gradient and regress; 0 is all.
     displacement_clamp, loss_clamp: of the published variant only (0.1 and 1 in their code).
     """
 
     form: str = "regression"
+    transitions: int = 0
     displacement_clamp: float = 0.1
     loss_clamp: float = 1.0
 
@@ -43,13 +45,18 @@ class CTRLPathwise(CTRL):
             raise ValueError(f"unknown form {self.form!r}. Known: {', '.join(FORMS)}.")
 
     def prepare(self, trajectory: Trajectory, rewards: Tensor, generator: torch.Generator, rate: float) -> Batch:
-        """Fit V to the returns; targets are the pathwise controls, advantages unused."""
+        """Fit V to the returns; the controls to regress to, at `transitions` random states of the paths."""
         pairs = zip(trajectory.controls, trajectory.noise, strict=True)
         sampled = torch.stack([self.kl_weight * girsanov.stochastic_cost(w, z) for w, z in pairs])
-        keep = noisy_steps(trajectory)
+        keep = acting_steps(trajectory)
         returns = returns_to_go(rewards, sampled)
-        _, forces, self.metrics = value_and_force(self, trajectory, returns, keep, generator, rate)
-        return flatten(trajectory, torch.zeros_like(sampled), forces / self.kl_weight, keep)
+        _, self.metrics = fit_value(self, trajectory, returns, keep, generator, rate)
+        batch = flatten(trajectory, keep)
+        order = torch.randperm(len(batch), generator=generator, device=batch.t0.device)
+        chosen = order[: self.transitions or len(batch)]
+        batch = batch[chosen]
+        force = pathwise_force(self, batch, trajectory.references[keep].flatten(0, 1)[chosen], batch.noise)
+        return replace(batch, target=force / self.kl_weight)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """beta / 2 |w - w_target|^2, summed over a path's steps, mean over paths."""
@@ -60,7 +67,7 @@ class CTRLPathwise(CTRL):
         else:
             force = self.kl_weight * girsanov.kl(batch.control + shift - batch.target)
         loss = batch.steps * (force + self.trust * self.kl_weight * moved).mean()
-        return loss, {"policy/kl_to_behaviour": float(batch.steps * moved.mean())}
+        return loss, {"policy/kl_to_behaviour": float(batch.steps * moved.detach().mean())}
 
     def _clamped(self, batch: Batch, shift: Tensor) -> Tensor:
         """clamp(<grad V, clamp(x' - x, +-0.1)>, +-1) with x' the policy's next state under the step's own noise."""

@@ -1,7 +1,7 @@
 """`ctrl_trpo`: `ctrl`'s advantage; the step is the natural gradient inside path KL(new || behaviour) <= radius.
 
-The rule is `ctrl` without clipping; what differs is the minimiser, `optim.NaturalGradient` (Gauss-Newton in score space,
-conjugate gradients, line search).
+The rule is `ctrl` without clipping; what differs is the minimiser, `optim.NaturalGradient` (Gauss-Newton in score
+space, conjugate gradients, line search).
 Sources: Schulman et al. 2015 (TRPO, arXiv 1502.05477), Zhao, Tang & Yao 2023 (CPO).
 """
 

@@ -83,7 +83,7 @@ def measures(images: Tensor) -> dict[str, Tensor]:
     return {"jpeg_bytes": (kilobytes.double() * 1000).round().long(), "brightness": images.flatten(1).long().sum(1)}
 
 
-def make(data: str | None, scale_share: float = 0.25, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def make(data: str | None, scale_share: float = 0.125, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the description to ship; scale = scale_share times the class's deviation of the measure."""
     generator = torch.Generator().manual_seed(seed)
     network = judge.load("judge")
@@ -186,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m scoreact.data.make_reference", description=main.__doc__)
     parser.add_argument("--data", help="an .npz or a folder with the official files; downloaded when left out")
     parser.add_argument("--out", type=Path, default=Path("src/scoreact/assets"), help="folder to write to")
-    parser.add_argument("--scale", type=float, default=0.25, help="logistic scale over the class's standard deviation")
+    parser.add_argument("--scale", type=float, default=0.125, help="logistic scale over the class's standard deviation")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)

@@ -44,7 +44,7 @@ class NetworkModel(nn.Module):
         self.classes = tuple(classes)
         self.guidance_scale = guidance_scale
         self.low, self.high = low, high
-        self.bfloat16 = bfloat16
+        self.use_bfloat16 = bfloat16
 
     @property
     def schedule(self) -> Schedule:
@@ -80,7 +80,7 @@ class NetworkModel(nn.Module):
         return kinds.convert(self.prediction, kinds.score, self.schedule, t, x, output)
 
     def _predict(self, t: Tensor, x: Tensor, label: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.use_bfloat16):
             output: Tensor = self.network(x, t, label)
         return output.float()
 

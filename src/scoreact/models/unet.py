@@ -13,12 +13,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..types import Condition
+
 
 def fourier_features(t: Tensor, dim: int) -> Tensor:
     """Cosines and sines of t [B] in [0, 1] at dim/2 frequencies from 1 to 1000, geometric: [B, dim]."""
     frequencies = torch.exp(torch.linspace(0, math.log(1000.0), dim // 2, device=t.device, dtype=t.dtype))
     angles = t.reshape(-1, 1) * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def fold(x: Tensor, multiple: int) -> tuple[Tensor, tuple[int, int]]:
+    """x [B, C, H, W] padded to a multiple, then each 2x2 block as 4 channels; also the padding's top and left."""
+    height, width = x.shape[-2:]
+    bottom, right = -height % multiple, -width % multiple
+    top, left = bottom // 2, right // 2
+    padded = F.pad(x, (left, right - left, top, bottom - top))
+    return F.pixel_unshuffle(padded, 2).contiguous(memory_format=torch.channels_last), (top, left)
 
 
 class ResBlock(nn.Module):
@@ -36,7 +47,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        scale, shift = self.film(embedding)[:, :, None, None].chunk(2, dim=1)
+        scale, shift = self.film(embedding).reshape(len(x), -1, 1, 1).chunk(2, dim=1)
         h = self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
         return self.skip(x) + h
 
@@ -115,10 +126,8 @@ class UNet(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        h, (top, left) = fold(x, self.multiple)
         height, width = x.shape[-2:]
-        bottom, right = -height % self.multiple, -width % self.multiple
-        h = F.pad(x, (right // 2, right - right // 2, bottom // 2, bottom - bottom // 2))
-        h = F.pixel_unshuffle(h, 2).contiguous(memory_format=torch.channels_last)
         embedding = F.silu(self.time(fourier_features(t, 64)) + self.label(label))
         h = self.stem(h)
         skips = []
@@ -132,4 +141,40 @@ class UNet(nn.Module):
         for layer in self.up:
             h = layer(torch.cat([h, skips.pop()], 1), embedding) if isinstance(layer, ResBlock) else layer(h)
         h = F.pixel_shuffle(self.head(F.silu(self.norm(h))), 2)
-        return h[..., bottom // 2 : bottom // 2 + height, right // 2 : right // 2 + width]
+        return h[..., top : top + height, left : left + width]
+
+
+class Encoder(nn.Module):
+    """A small convolutional value network F: pictures [B, C, H, W], t [B], class in `condition.embedding` -> [B].
+
+    A class has its own offset. The picture's part starts at zero and is gated by t / sqrt(t^2 + (1 - t)^2): a state of pure
+    noise says nothing about the sample, and what a denoiser makes of it there is error, which its gradient would amplify.
+    """
+
+    def __init__(self, channels: int = 1, widths: tuple[int, ...] = (16, 32, 64), classes: int = 10) -> None:
+        super().__init__()
+        embedding = 4 * widths[0]
+        self.multiple = 2 ** len(widths)
+        self.time = nn.Linear(64, embedding)
+        self.label = nn.Embedding(classes + 1, embedding)
+        self.stem = nn.Conv2d(4 * channels, widths[0], 3, padding=1)
+        self.blocks = nn.ModuleList(
+            ResBlock(inputs, outputs, embedding)
+            for inputs, outputs in zip((widths[0], *widths[:-1]), widths, strict=True)
+        )
+        self.norm = nn.GroupNorm(8, widths[-1])
+        self.head = nn.Linear(widths[-1], 1)
+        self.offset = nn.Embedding(classes + 1, 1)
+        for weight in (self.head.weight, self.head.bias, self.offset.weight):
+            nn.init.zeros_(weight)
+
+    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        assert condition.embedding is not None
+        embedding = F.silu(self.time(fourier_features(t, 64)) + self.label(condition.embedding))
+        h = self.stem(fold(x, self.multiple)[0])
+        for level, block in enumerate(self.blocks):
+            h = block(F.avg_pool2d(h, 2) if level else h, embedding)
+        h = F.silu(self.norm(h)).mean((2, 3))
+        gate = t / (t**2 + (1 - t) ** 2).sqrt()
+        value: Tensor = gate * self.head(h)[:, 0] + self.offset(condition.embedding)[:, 0]
+        return value

@@ -1,0 +1,239 @@
+"""The commands that look at something: sample, evaluate, report, check. They train nothing."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import cli_output as output
+from .cli_source import (
+    Parser,
+    Source,
+    assignments,
+    find_recipe,
+    known_name,
+    load_policy,
+    open_run,
+    open_source,
+    recipe_options,
+    whole,
+)
+
+if TYPE_CHECKING:
+    from .recipes import Problem
+
+
+# --- looking at runs -------------------------------------------------------------------------------------------------
+
+
+def write_report(source: Source) -> int:
+    from . import report
+
+    assert source.folder is not None
+    with output.waiting("report"):
+        path = report.write(source.folder, source.build())
+    print(f"report     {path}")
+    return 0
+
+
+def report_arguments(parser: Parser) -> None:
+    parser.add_argument("run", metavar="RUN_DIR", type=Path)
+
+
+def report(options: argparse.Namespace) -> int:
+    return write_report(open_run(options.run))
+
+
+def sample_arguments(parser: Parser) -> None:
+    parser.add_argument("source", metavar="RUN_DIR|RECIPE")
+    parser.add_argument("--prompts", nargs="+", metavar="TEXT", help="[default: all of the run's]")
+    parser.add_argument("--count", type=whole(1), default=8, metavar="INT", help="samples a prompt [default 8]")
+    parser.add_argument("--steps", type=whole(1), default=20, metavar="INT", help="steps of a path [default 20]")
+    parser.add_argument("--solver", default="ddim", metavar="NAME", help="known name or file.py:name [default ddim]")
+    parser.add_argument(
+        "--noise-level", type=float, default=1.0, metavar="FLOAT", help="eta of a noisy solver [default 1]"
+    )
+    parser.add_argument("--seed", type=whole(0), default=0, metavar="INT", help="same seed, same noise [default 0]")
+    parser.add_argument("--reference", action="store_true", help="the pretrained model, on the same noise")
+    parser.add_argument("--weights", choices=["final", "best"], default="final", help="of the run [default final]")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="[default RUN_DIR/samples, or samples]")
+
+
+def sample(options: argparse.Namespace) -> int:
+    import torch
+
+    from .evaluation import draw
+    from .schedule import GRIDS
+    from .solvers import sampler_by_name
+
+    sampler = sampler_by_name(options.solver)
+    source = open_source(options.source)
+    policy, problem, weights = load_policy(source, options.weights)
+    model = policy.reference if options.reference else policy.model
+    prompts = [p for p in options.prompts or problem.prompts for _ in range(options.count)]
+    model.condition(prompts[:: options.count])  # an unknown prompt is said before any work
+    grid = "uniform" if source.config.grid == "random" else source.config.grid
+    ts = GRIDS[grid](model.schedule, options.steps, None)
+    device = next(iter(policy.parameters())).device
+    parts = []
+    with output.waiting("sampling"):
+        for start in range(0, len(prompts), 256):
+            some = prompts[start : start + 256]
+            parts.append(draw(model, some, sampler, ts, options.seed + start, device, options.noise_level)[1].cpu())
+    decoded = torch.cat(parts)
+    kind = "pretrained" if options.reference else weights
+    name = f"{kind}-{options.solver.rpartition(':')[2]}-{options.steps}-seed{options.seed}"
+    columns = options.count if len(prompts) > options.count else max(1, round(options.count**0.5))
+    folder = options.out or (source.folder / "samples" if source.folder else Path("samples"))
+    for path in output.write_samples(decoded, prompts, columns, folder, name):
+        print(path)
+    return 0
+
+
+def evaluate_arguments(parser: Parser) -> None:
+    parser.add_argument("run", metavar="RUN_DIR", type=Path)
+    parser.add_argument("--samples", type=whole(2), metavar="INT", help="samples a row [default heldout_samples]")
+    parser.add_argument(
+        "--steps", type=whole(1), nargs="+", default=[5, 10, 20, 50], metavar="INT", help="[default 5 10 20 50]"
+    )
+    parser.add_argument(
+        "--solver",
+        nargs="+",
+        default=["ddim", "ode", "dpm_solver_pp_2m"],
+        metavar="NAME",
+        help="[default ddim ode dpm_solver_pp_2m]",
+    )
+    parser.add_argument("--seed", type=whole(0), default=1, metavar="INT", help="of the noise [default 1]")
+    parser.add_argument("--weights", choices=["final", "best"], default="final", help="of the run [default final]")
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    from . import evaluation
+    from .checkpoint import read_lines, write_json
+    from .rewards import checked
+    from .schedule import GRIDS
+    from .sde import SDE
+    from .solvers import SAMPLERS, SOLVERS, sampler_by_name
+    from .trainer import NOISES
+
+    for name in options.solver:
+        SAMPLERS.setdefault(name, sampler_by_name(name))  # a user's solver is known by its address from here on
+    source = open_run(options.run)
+    config = source.config
+    policy, problem, weights = load_policy(source, options.weights)
+    reward, device = checked(problem.reward), next(iter(policy.parameters())).device
+    samples = options.samples or config.heldout_samples
+    schedule = policy.model.schedule
+    grid = "uniform" if config.grid == "random" else config.grid
+    with output.waiting("evaluation"):
+        heldout = evaluation.evaluate(
+            policy, SDE(schedule, NOISES[config.noise](config.noise_scale)), SOLVERS[config.solver],
+            GRIDS[grid](schedule, config.steps, None), reward, problem.prompts, config.kl_weight,
+            samples, options.seed, problem.judge, problem.features, device,
+        )  # fmt: skip
+        rows = [(solver, steps) for solver in options.solver for steps in options.steps]
+        table = evaluation.transfer_table(policy, reward, problem.prompts, samples, options.seed, grid, rows, device)
+    for line in read_lines(options.run / "metrics.jsonl"):
+        if line.get("reference"):
+            heldout["objective/recovered"] = evaluation.recovered(heldout["objective/J"], line)
+    write_json(
+        options.run / "evaluation.json",
+        {"weights": weights, "samples": samples, "seed": options.seed, "heldout": heldout, "transfer": table},
+    )
+    print(f"{weights} weights, {samples} samples, as trained ({config.solver}, {config.steps} steps):")
+    for name, value in heldout.items():
+        if not name.endswith("_se"):
+            print(f"  {name:<26} {output.number(value, heldout.get(f'{name}_se'))}")
+    cells = [
+        [f"{row['solver']}", f"{row['steps']}"]
+        + [output.number(float(row[f"{who}reward"]), float(row[f"{who}reward_se"])) for who in ("reference_", "")]
+        for row in table
+    ]
+    print("\nmean reward with other solvers and steps, same noise for both:")
+    print("\n".join(output.table(["solver", "steps", "pretrained", "tuned"], cells)))
+    print(f"\n{options.run / 'evaluation.json'}")
+    return 0
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def check_arguments(parser: Parser) -> None:
+    parser.add_argument("what", metavar="{reward,recipe,run}")
+    parser.add_argument("name", metavar="SPEC|RECIPE|RUN_DIR")
+    parser.add_argument(
+        "--recipe", default="gaussian", metavar="RECIPE", help="whose samples a reward gets [default gaussian]"
+    )
+    parser.add_argument("--samples", type=whole(1), default=16, metavar="INT", help="how many [default 16]")
+    parser.add_argument("--gradient", action="store_true", help="the reward's gradient is needed")
+    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the reward or recipe")
+
+
+def check(options: argparse.Namespace) -> int:
+    """Print findings; 1 if any is a problem."""
+    known_name(options.what, CHECKS, "unknown kind of check")
+    lines = CHECKS[options.what](options)
+    print("\n".join(lines))
+    return int(any(line.startswith("problem") for line in lines))
+
+
+def check_reward(options: argparse.Namespace) -> list[str]:
+    from . import rewards
+
+    recipe = find_recipe(options.recipe)
+    problem = Source(recipe, dict(recipe.options), recipe.config).build()
+    decoded, condition = _few_samples(problem, options.samples)
+    what = f"note: tried on {len(decoded)} samples of shape {tuple(decoded.shape[1:])} of recipe {recipe.name}."
+    given = assignments(options.option, "--option")
+    return [what, *rewards.explain(options.name, decoded, condition, options.gradient, **given)]
+
+
+def check_recipe(options: argparse.Namespace) -> list[str]:
+    from . import rewards
+
+    recipe = find_recipe(options.name)
+    problem = Source(recipe, recipe_options(recipe, assignments(options.option, "--option")), recipe.config).build()
+    decoded, condition = _few_samples(problem, options.samples)
+    lines = rewards.explain(problem.reward, decoded, condition, options.gradient)
+    if not bool(decoded.isfinite().all()):
+        lines.append("problem: the model's samples are not all finite.")
+    if problem.judge is not None:
+        lines += [f"note: {name} {output.number(value)}" for name, value in problem.judge(decoded, condition).items()]
+    return lines
+
+
+def check_run(options: argparse.Namespace) -> list[str]:
+    """Whether a run can be read, continued and sampled from."""
+    from . import checkpoint
+
+    folder = Path(options.name)
+    source = open_run(folder)
+    lines = []
+    try:
+        iteration, _ = checkpoint.load(folder / "checkpoints")
+        lines.append(f"fine: the checkpoint of iteration {iteration} of {source.config.iterations} can be read.")
+    except ValueError as error:
+        lines.append(f"problem: {error}")
+    try:
+        lines.append(f"fine: the {load_policy(source, 'final')[2]} weights fit recipe {source.recipe.name}.")
+    except ValueError as error:
+        lines.append(f"problem: {error}")
+    return lines
+
+
+CHECKS = {"reward": check_reward, "recipe": check_recipe, "run": check_run}
+
+
+def _few_samples(problem: Problem, count: int) -> tuple[Any, Any]:
+    from torch import nn
+
+    from .evaluation import draw
+    from .schedule import uniform
+    from .solvers import sampler_by_name
+
+    model = problem.model
+    assert isinstance(model, nn.Module)
+    prompts = [problem.prompts[i % len(problem.prompts)] for i in range(count)]
+    ts = uniform(model.schedule, 10)
+    return draw(model.eval(), prompts, sampler_by_name("ddim"), ts, 0)[1].detach(), model.condition(prompts)

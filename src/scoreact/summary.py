@@ -1,0 +1,202 @@
+"""What a run folder says, in words: its files read with patience, the outcome in a sentence, and what to beware of.
+
+Knows the files of a run folder; does not draw, sample or print.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import trainer
+from .config import Config, updated
+from .figures import Lines, Row, value
+
+# --- the folder ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run(Lines):
+    """What a run folder holds, as far as it has come; {} for files that do not exist yet."""
+
+    path: Path
+    description: Row
+    config: Row
+    versions: Row
+    result: Row
+    problems: list[str]  # what could not be read
+
+    @property
+    def settings(self) -> Config:
+        return updated(Config(), self.config, str(self.path / "config.json"))
+
+
+def read_run(path: Path) -> Run:
+    """The folder's files. Raises ValueError where there is no run; torn or damaged later files become `problems`."""
+    start = trainer.read_run(path)
+    problems: list[str] = []
+    result = read_json(path / "result.json", problems)
+    rows: list[Row] = []
+    metrics = path / "metrics.jsonl"
+    text = metrics.read_text(encoding="utf-8", errors="replace") if metrics.is_file() else ""
+    for count, line in enumerate(text.splitlines(), start=1):
+        try:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            problems.append(f"Line {count} of metrics.jsonl cannot be read and is left out ({error}).")
+    reference = [row for row in rows if row.get("reference")]
+    return Run(
+        iterations=[row for row in rows if not row.get("reference") and not row.get("evaluation")],
+        evaluations=[row for row in rows if row.get("evaluation")],
+        reference=reference[-1] if reference else {},
+        path=path,
+        description=start.get("description") or {},
+        config=start["config"],
+        versions=start.get("versions") or {},
+        result=result,
+        problems=problems,
+    )
+
+
+def read_json(path: Path, problems: list[str]) -> Row:
+    """The mapping in a JSON file; {} if there is none, and a problem if it is damaged."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    except (ValueError, TypeError) as error:
+        problems.append(f"{path.name} cannot be read ({error}).")
+        return {}
+
+
+# --- numbers and words -----------------------------------------------------------------------------------------------
+
+
+def number(x: object) -> str:
+    """Three significant digits, thousands separated; n/a for what was not measured."""
+    if not isinstance(x, int | float) or (isinstance(x, float) and math.isnan(x)):
+        return "n/a"
+    if isinstance(x, int) or not math.isfinite(x):
+        return f"{x:,}"
+    if x != 0 and not 1e-4 <= abs(x) < 1e12:
+        return f"{x:.2e}"
+    return f"{x:,.{max(0, 2 - math.floor(math.log10(abs(x)))) if x else 2}f}"
+
+
+def aligned(values: Sequence[float]) -> list[str]:
+    """One number of decimals for a column: what three significant digits of its largest number need."""
+    largest = max((abs(x) for x in values if math.isfinite(x)), default=0.0)
+    decimals = max(0, 2 - math.floor(math.log10(largest))) if largest else 2
+    return [f"{x:,.{decimals}f}" if math.isfinite(x) else "n/a" for x in values]
+
+
+def duration(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "n/a"
+    minutes, rest = divmod(round(seconds), 60)
+    return (
+        f"{minutes // 60} h {minutes % 60} min"
+        if minutes >= 60
+        else f"{minutes} min {rest} s"
+        if minutes
+        else f"{rest} s"
+    )
+
+
+def before_training(run: Run, key: str) -> tuple[float, float]:
+    """Reward or J of the untouched model and its standard error: the evaluation at iteration 0, or J_ref (KL 0)."""
+    first = run.evaluations[0] if run.evaluations else {}
+    if first.get("iteration") == 0:
+        return value(first, key), value(first, f"{key}_se")
+    return value(run.reference, "objective/J_ref"), value(run.reference, "objective/J_ref_se")
+
+
+def _trusted(run: Run) -> bool:
+    """Whether the share recovered means something: J* is known, or its estimate rests on enough samples."""
+    return "objective/J_star_exact" in run.reference or bool(run.reference.get("objective/trusted"))
+
+
+def headline(run: Run) -> str:
+    """The outcome in a sentence, every number from the folder."""
+    last = run.evaluations[-1] if run.evaluations else {}
+    before, before_error = before_training(run, "reward/heldout")
+    after, error = value(last, "reward/heldout"), value(last, "reward/heldout_se")
+    done = last.get("iteration", 0)
+    if not done:
+        return f"No result yet: no held-out evaluation after training began. The reward before it is {number(before)}."
+    if not math.isfinite(after):
+        return f"Held-out reward is not a number at iteration {done}: the run has failed."
+    if not math.isfinite(before):
+        text = f"Held-out reward is {number(after)}"
+    elif abs(after - before) <= 1.96 * math.hypot(error, before_error):
+        text = f"Held-out reward did not change measurably: {number(before)} before, {number(after)} after"
+    else:
+        text = f"Held-out reward {'rose' if after > before else 'fell'} from {number(before)} to {number(after)}"
+    if math.isfinite(error):
+        text += f" (95% interval {number(after - 1.96 * error)} to {number(after + 1.96 * error)})"
+    if math.isfinite(kl := value(last, "policy/kl")):
+        text += f"; path KL {number(kl)} nats"
+    share = value(last, "objective/recovered")
+    if math.isfinite(share) and _trusted(run):
+        text += f"; {100 * share:.0f}% of the possible J*\u00a0-\u00a0J_ref recovered"
+    return text + "."
+
+
+def warnings(run: Run) -> list[str]:
+    """What a reader must know before believing the headline."""
+    found = list(run.problems)
+    done, planned = (run.iterations[-1].get("iteration", 0) if run.iterations else 0), run.config.get("iterations", "?")
+    if run.result.get("stopped"):
+        found.append(f"The run stopped early, at iteration {done} of {planned}: {run.result['stopped']}")
+    elif not run.result:
+        found.append(f"The run is unfinished: {done} of {planned} iterations so far. `scoreact resume` continues it.")
+    share = value(run.evaluations[-1], "objective/recovered") if run.evaluations else math.nan
+    if run.reference and not _trusted(run):
+        means_little = f", so the share recovered ({100 * share:.0f}%) means little" if math.isfinite(share) else ""
+        effective = number(value(run.reference, "objective/effective_samples"))
+        found.append(
+            f"J* is only a rough estimate{means_little}: in the prompt with fewest it rests on {effective} effective "
+            "samples of the reference. A larger kl_weight or more reference_batches make it firmer."
+        )
+    before, before_error = before_training(run, "objective/J")
+    last = run.evaluations[-1] if run.evaluations else {}
+    if value(last, "objective/J") < before - 1.96 * math.hypot(before_error, value(last, "objective/J_se")):
+        found.append(
+            f"J fell from {number(before)} to {number(last['objective/J'])}: the reward gained does not pay for the "
+            "path KL. Lower learning_rate or max_kl, or train longer."
+        )
+    broken = [row.get("iteration") for row in run.iterations if not math.isfinite(value(row, "reward/mean"))]
+    if broken:
+        found.append(f"The training reward is not a number in {len(broken)} iterations, the first being {broken[0]}.")
+    return found + _overfitting(run)
+
+
+def _overfitting(run: Run) -> list[str]:
+    """Held-out reward below its best by more than noise while the training reward rose; J below its best."""
+    rows = [row for row in run.evaluations if math.isfinite(value(row, "reward/heldout")) and row.get("iteration")]
+    last, found = (rows or [{}])[-1], []
+
+    def fell(key: str) -> Row:
+        """The best evaluation if the last one is below it by more than the noise, else {}."""
+        best = max(rows, key=lambda row: value(row, key), default={})
+        noise = 1.96 * math.hypot(value(best, f"{key}_se"), value(last, f"{key}_se"))
+        return best if value(best, key) - value(last, key) > noise else {}
+
+    def training(row: Row) -> float:
+        """Mean training reward of the five iterations up to an evaluation."""
+        near = [x for x in run.iterations if row["iteration"] - 5 < value(x, "iteration") <= row["iteration"]]
+        return sum(value(x, "reward/mean") for x in near) / len(near) if near else math.nan
+
+    if (best := fell("reward/heldout")) and training(last) > training(best):
+        found.append(
+            f"Held-out reward falls (from {number(best['reward/heldout'])} at iteration {best['iteration']} to "
+            f"{number(last['reward/heldout'])} at {last['iteration']}) while the training reward rises: the policy "
+            "fits what it was trained on. Prefer the weights in best/."
+        )
+    if best := fell("objective/J"):
+        found.append(
+            f"J was higher at iteration {best['iteration']} ({number(best['objective/J'])}, now "
+            f"{number(last['objective/J'])}); best/ holds the weights with the highest J."
+        )
+    return found
