@@ -57,7 +57,11 @@ EVALUATION_SEED = 77_000_001
 SETTINGS: dict[str, Any] = {"iterations": 40, "batch_size": 512, "solver": "euler_maruyama", "gradient_at": "next",
                             "device": "cpu"}  # fmt: skip
 # where a rule departs from the defaults of `Config`
-RULE_SETTINGS: dict[str, dict[str, Any]] = {"ctrl": {}, "ctrl_pathwise": {}, "ctrl_trpo": {}}
+RULE_SETTINGS: dict[str, dict[str, Any]] = {
+    "ctrl": {"iterations": 60, "learning_rate": 3e-3},  # the ratio's noise: more steps, and larger ones
+    "ctrl_pathwise": {},
+    "ctrl_trpo": {},
+}
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def test_whole_return_by_hand() -> None:
 
 
 def test_gae_against_its_definition(generator: torch.Generator) -> None:
-    """A_k = sum_{j >= k} trace^(t_{j+1} - t_{k+1}) delta_j, delta_j the TD error of step j; the own cost in the first."""
+    """A_k = sum_{j >= k} trace^(t_{j+1} - t_{k+1}) delta_j, delta_j step j's TD error; the own cost in the first."""
     steps, trace = 6, 0.3
     values = torch.randn(steps + 1, 4, generator=generator, dtype=torch.float64)
     costs, later = (torch.rand(steps, 4, generator=generator, dtype=torch.float64) for _ in range(2))

@@ -158,6 +158,10 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
         time.sleep(0.0007 * number)  # other moments of the next write
         os.kill(child, signal.SIGKILL)
         assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        for folder in (tmp_path / "checkpoints").iterdir():  # whatever can be seen is whole
+            if folder.name.isdigit():
+                json.loads((folder / "state.json").read_text())
+                checkpoint.read_tensors(folder / "tensors.safetensors")
         iteration, found = checkpoint.load(tmp_path / "checkpoints")
         assert torch.equal(found["a"], torch.full((200_000,), float(iteration)))
         assert iteration >= int(reached.read_text() or 0)

@@ -1,4 +1,4 @@
-"""Evaluation: J* against the closed form, shares, balanced prompts, fixed noise, transfer to other steps and solvers."""
+"""Evaluation: J* against the closed form, shares, balanced prompts, fixed noise, other steps and solvers."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def test_transfer_table_has_a_row_for_each_solver_and_both_models() -> None:
 
 @pytest.mark.slow
 def test_step_invariance() -> None:
-    """Trained at N = 10: at 20 steps and by the ODE it keeps 80 % of the gain over the reference that the optimum has."""
+    """Trained at N = 10: at 20 steps and by the ODE it keeps 80 % of the gain that the exact optimum has there."""
     problem = build()
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -127,9 +127,7 @@ def test_accumulated_minibatches_are_one_step() -> None:
     results = []
     for size, accumulate in ((COUNT, 1), (COUNT // 4, 4)):
         problem = Linear(noise=1.0)
-        step = AdamSteps(
-            [problem.parameter], 1e-2, epochs=2, minibatch_size=size, accumulate=accumulate, max_kl=1e9
-        )
+        step = AdamSteps([problem.parameter], 1e-2, epochs=2, minibatch_size=size, accumulate=accumulate, max_kl=1e9)
         metrics = take(step, problem)
         results.append((problem.parameter.detach().clone(), metrics["policy/gradient_norm"]))
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-4, atol=1e-6)

@@ -133,6 +133,30 @@ def test_a_step_without_noise_is_the_reference_and_free(generator: torch.Generat
     assert not torch.equal(path.actions[0], policy.reference.score(ts[0].expand(6), path.xs[0], path.condition))
 
 
+def test_from_act_until_on_the_reference_acts(generator: torch.Generator) -> None:
+    free, sde = policies()
+    policy = Policy(free.model, free.reference, act_until=0.5)
+    ts = uniform(sde.schedule, 7)
+    path = rollout(policy, sde, euler_maruyama, ts, condition(6), generator)
+    assert path.acts.tolist() == (ts[:-1] < 0.5).tolist() == [True] * 4 + [False] * 3
+    moved = path.controls.abs().flatten(1).sum(1) > 0
+    assert moved.tolist() == path.acts.tolist()
+    assert bool((path.noise[-1] != 0).any())  # the noise stays
+    x, t = path.xs[3], torch.tensor([0.1, 0.6, 0.2, 0.9, 0.5, 0.49])  # rows at different times
+    expected = torch.where(
+        (t < 0.5).unsqueeze(1), free.model.score(t, x, path.condition), free.reference.score(t, x, path.condition)
+    )
+    torch.testing.assert_close(policy.score(t, x, path.condition), expected)
+
+
+def test_a_record_survives_as_tensors(generator: torch.Generator) -> None:
+    policy, sde = policies()
+    path = rollout(policy, sde, euler_maruyama, uniform(sde.schedule, 3), condition(4), generator)
+    again = Trajectory.of({**path.tensors(), "other": torch.zeros(1)}, path.condition)
+    assert again.tensors().keys() == path.tensors().keys()
+    assert all(torch.equal(a, b) for a, b in zip(again.tensors().values(), path.tensors().values(), strict=True))
+
+
 def test_reference_only_costs_half_the_calls_and_follows_the_reference(generator: torch.Generator) -> None:
     policy, sde = policies()
     ts = uniform(sde.schedule, 5)
@@ -150,7 +174,13 @@ def draw(seed: int, exploration: object = None) -> Trajectory:
     policy, sde = policies()
     generator = torch.Generator().manual_seed(seed)
     return rollout(
-        policy, sde, euler_maruyama, uniform(sde.schedule, 5), condition(4000), generator, exploration  # type: ignore[arg-type]
+        policy,
+        sde,
+        euler_maruyama,
+        uniform(sde.schedule, 5),
+        condition(4000),
+        generator,
+        exploration,  # type: ignore[arg-type]
     )
 
 

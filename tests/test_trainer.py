@@ -42,7 +42,13 @@ def train(out: Path | None = None, *, tuned: ResidualModel | None = None, **sett
     reward = settings.pop("reward", linear_reward(2, 0))
     inputs = 2 if settings.get("value") == "residual" else 4
     return finetune(
-        tuned or model(), reward, [""], value_network=lambda: VectorValue(inputs, 16), out=out, **run, **{**SMALL, **settings}
+        tuned or model(),
+        reward,
+        [""],
+        value_network=lambda: VectorValue(inputs, 16),
+        out=out,
+        **run,
+        **{**SMALL, **settings},
     )
 
 
@@ -53,7 +59,9 @@ def weights(result: Result) -> Tensor:
 
 def lines(folder: Path) -> list[dict[str, Any]]:
     """The metrics without the clock's."""
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in checkpoint.read_lines(folder / "metrics.jsonl")]
+    return [
+        {k: v for k, v in line.items() if k != "seconds"} for line in checkpoint.read_lines(folder / "metrics.jsonl")
+    ]
 
 
 RULES = [
@@ -108,6 +116,7 @@ def killed_at(out: Path, when: Callable[[str, Metrics], bool], rule: dict[str, A
     child = os.fork()
     if child == 0:
         try:
+
             def die(kind: str, metrics: Metrics) -> None:
                 if when(kind, metrics):
                     if not in_write:
@@ -126,9 +135,7 @@ def killed_at(out: Path, when: Callable[[str, Metrics], bool], rule: dict[str, A
 @pytest.mark.parametrize("in_write", [False, True])
 def test_kill_and_resume_equals_uninterrupted(tmp_path: Path, rule: dict[str, Any], in_write: bool) -> None:
     whole = train(tmp_path / "whole", **rule)
-    killed_at(
-        tmp_path / "cut", lambda kind, m: kind == "iteration" and m["iteration"] == 3, rule, in_write
-    )
+    killed_at(tmp_path / "cut", lambda kind, m: kind == "iteration" and m["iteration"] == 3, rule, in_write)
     assert not (tmp_path / "cut" / "model.safetensors").exists()
     assert checkpoint.load(tmp_path / "cut" / "checkpoints")[0] == 2
     assert max(line["iteration"] for line in lines(tmp_path / "cut")) > 2  # to be dropped
@@ -150,7 +157,9 @@ def test_resume_of_a_finished_run_changes_nothing(tmp_path: Path) -> None:
 
 def test_resume_refuses_other_settings_and_models(tmp_path: Path) -> None:
     train(tmp_path / "run")
-    with pytest.raises(ValueError, match=r"started with other settings: batch_size 32 -> 64; Resume|batch_size 32 -> 64"):
+    with pytest.raises(
+        ValueError, match=r"started with other settings: batch_size 32 -> 64; Resume|batch_size 32 -> 64"
+    ):
         train(tmp_path / "run", resume=True, batch_size=64)
     with pytest.raises(ValueError, match="the stored weights do not fit this model"):
         train(tmp_path / "run", resume=True, tuned=ResidualModel(mixture(2, 3, 0), 2, width=24))
@@ -250,7 +259,7 @@ def test_what_cannot_be_trained_is_refused() -> None:
     fixed = mixture(2, 3, 0)
     with pytest.raises(ValueError, match="GaussianMixture has no parameter with requires_grad"):
         finetune(fixed, linear_reward(2, 0), [""])
-    with pytest.raises(TypeError, match="model is str; training needs an nn.Module"):
+    with pytest.raises(TypeError, match=r"model is str; training needs an nn\.Module"):
         finetune("model", linear_reward(2, 0), [""])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="prompts is empty"):
         finetune(model(), linear_reward(2, 0), [])

@@ -47,7 +47,7 @@ def problem(dim: int = 2) -> tuple[Policy, SDE]:
 
 
 def test_true_value_has_martingale_increments(generator: torch.Generator) -> None:
-    """One Gaussian, quadratic reward: along the optimum, V* = beta log(p*_t / p_t) + J* less the costs is a martingale."""
+    """One Gaussian, quadratic reward: along the optimum beta log(p*_t / p_t) + J* less the costs is a martingale."""
     schedule, beta, count = VP(t_max=0.999), 0.8, 4000
     base = GaussianMixture(schedule, torch.ones(1), torch.full((1, 2), 0.4), 0.5 * torch.eye(2).unsqueeze(0))
     reward = quadratic_reward(2, 0)

@@ -124,6 +124,8 @@ def train_source(options: argparse.Namespace) -> Source:
         raise ValueError("--reward-option needs --reward; options of the recipe are given with --option.")
     if reward is not None:
         reward = _portable(reward)
+        if config.value_loss == "log_probability" and "value_loss" not in {**content, **settings}:
+            config = updated(config, {"value_loss": "soft"})  # another reward need not be a log-probability
     return Source(recipe, build_options, config, reward, reward_options)
 
 

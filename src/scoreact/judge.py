@@ -153,7 +153,7 @@ def train(
                 logits = network(batch)
             loss = cross_entropy(logits.float(), labels[index])
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             losses.append(loss.item())
             step += 1

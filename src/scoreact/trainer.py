@@ -195,6 +195,10 @@ class Trainer:
         rewards, prompts = [], []
         for _ in range(self.config.reference_batches):
             trajectory, r = self.rollout(reference_only=True)
+            if self.config.value_loss == "log_probability" and float(r.max()) > 0:
+                raise ValueError(
+                    f"reward {self.reward.name} reached {float(r.max()):.3g}, so it is no log-probability; use value_loss soft."
+                )
             rewards.append(r)
             prompts += list(trajectory.condition.prompts)
             self._remember(trajectory, r)

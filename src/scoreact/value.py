@@ -168,7 +168,8 @@ class ValueFit:
     """Adam on a value network over the newest trajectories. One object holds what must survive a resume.
 
     loss: "martingale" (mean return of the policy: on-policy, replay 1), "soft" (the optimal value, from any policy's
-    paths) or "log_probability" (the same for rewards that are log-probabilities). The weights kept after each fit are the average over its steps: a value's gradient is much noisier than the value.
+    paths) or "log_probability" (the same for rewards that are log-probabilities). The weights kept after each fit are the
+    average over its steps: a value's gradient is much noisier than the value.
     """
 
     value: ValueNetwork

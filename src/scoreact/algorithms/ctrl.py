@@ -28,7 +28,7 @@ from ..sde import SDE
 from ..solvers import Solver
 from ..types import Condition, Metrics, expand
 from ..value import Sample, ValueFit
-from . import Batch, flatten, acting_steps, shift_of, states
+from . import Batch, acting_steps, flatten, shift_of, states
 
 ADVANTAGES = ("gae", "standardised_value_differences")
 PLACES = ("state", "next")
@@ -96,7 +96,8 @@ class CTRL:
             fit["policy/value_force"] = float(weights[keep, 1].mean())
             shape = (-1, *[1] * (forces.ndim - 1))
             forces = weights[:, 0].reshape(shape) * own + weights[:, 1].reshape(shape) * forces
-            advantages = advantages - (forces * trajectory.noise).flatten(2).sum(2)
+            known = (forces * trajectory.noise).flatten(2).sum(2)  # of each step's noise; later ones have mean zero too
+            advantages = gae(values, costs, costs + known, trajectory.ts, self.trace) - known
             advantages = advantages - advantages.mean(1, keepdim=True)
         self.metrics = fit
         return replace(batch, advantage=advantages[keep].flatten(), target=(forces[keep] / beta).flatten(0, 1))

@@ -20,7 +20,7 @@ from .. import girsanov
 from ..advantage import returns_to_go
 from ..rollout import Trajectory, step_of
 from ..types import Metrics, expand, sum_over_data
-from . import Batch, flatten, acting_steps, shift_of
+from . import Batch, acting_steps, flatten, shift_of
 from .ctrl import CTRL, fit_value, pathwise_force
 
 FORMS = ("regression", "clamped_displacement")

@@ -48,9 +48,7 @@ class Stage:
 
     def __post_init__(self) -> None:
         if self.steps < 1 or not 1 <= self.stop_after <= self.steps:
-            raise ValueError(
-                f"steps is {self.steps} and stop_after {self.stop_after}; both must be at least 1, stop_after at most steps."
-            )
+            raise ValueError(f"steps is {self.steps}, stop_after {self.stop_after}; expected 1 <= stop_after <= steps.")
 
 
 STAGES = (Stage(11_000, 3_500, 1e-3, 0), Stage(3_000, 3_000, 7e-4, 1))  # what made the shipped weights

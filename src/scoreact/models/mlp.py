@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ class MLP(nn.Module):
         super().__init__()
         sizes = [dim + 16, *[width] * layers]
         hidden: list[nn.Module] = []
-        for inputs, size in zip(sizes[:-1], sizes[1:], strict=True):
+        for inputs, size in pairwise(sizes):
             hidden += [nn.Linear(inputs, size), nn.SiLU()]
         self.body = nn.Sequential(*hidden)
         self.last = nn.Linear(sizes[-1], outputs)

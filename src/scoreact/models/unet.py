@@ -165,8 +165,9 @@ class Encoder(nn.Module):
         self.norm = nn.GroupNorm(8, widths[-1])
         self.head = nn.Linear(widths[-1], 1)
         self.offset = nn.Embedding(classes + 1, 1)
-        for weight in (self.head.weight, self.head.bias, self.offset.weight):
-            nn.init.zeros_(weight)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        nn.init.zeros_(self.offset.weight)
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         assert condition.embedding is not None

@@ -144,7 +144,7 @@ def _built(cls: type, name: str, options: dict[str, Any]) -> Callable[..., Any]:
         ) from error
     if not callable(built):
         raise ValueError(f"reward class {name} has no __call__. Add `def __call__(self, samples, condition)`.")
-    return built  # type: ignore[no-any-return]
+    return built
 
 
 def _run_file(place: str) -> ModuleType:
