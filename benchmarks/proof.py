@@ -278,7 +278,7 @@ def table(lines: Sequence[dict[str, Any]], rules: Sequence[str], problems: Seque
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rules", nargs="+", default=list(RULES), choices=RULES)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, help="default 5, with --quick 2")
     parser.add_argument("--quick", action="store_true", help="4 problems, 2 seeds")
     parser.add_argument("--mixture-seed", type=int, default=0)
     parser.add_argument("--components", type=int, default=4)
@@ -290,7 +290,7 @@ def main() -> int:
     changes = {k: json.loads(v) if v[:1] in "0123456789.-" else v for k, v in (s.split("=", 1) for s in arguments.set)}
     problems = [c for c in cases(arguments.mixture_seed, arguments.components, arguments.quick)
                 if arguments.only in c.name]  # fmt: skip
-    seeds = 2 if arguments.quick else arguments.seeds
+    seeds = arguments.seeds or (2 if arguments.quick else 5)
     settings = {rule: {**SETTINGS, **RULE_SETTINGS[rule], **changes} for rule in RULES}
     wanted = [
         (rule, case, seed, settings[rule]) for seed in range(seeds) for rule in arguments.rules for case in problems

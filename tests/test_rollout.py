@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -39,8 +40,8 @@ class Shifted(nn.Module):
     def prior(self, condition: Condition, generator: torch.Generator) -> Tensor:
         return torch.randn(len(condition), 1, generator=generator)
 
-    def condition(self, prompts: list[str]) -> Condition:
-        return Condition(prompts)
+    def condition(self, prompts: Sequence[str]) -> Condition:
+        return Condition(list(prompts))
 
     def score(self, t: Tensor, x: Tensor, condition: Condition) -> Tensor:
         variance = self.schedule.alpha(t) ** 2 + self.schedule.sigma(t) ** 2

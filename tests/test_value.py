@@ -84,7 +84,7 @@ def minimiser(loss: object, targets: Tensor) -> float:
         value.backward()  # type: ignore[no-untyped-call]
         return value
 
-    steps.step(closure)  # type: ignore[arg-type]
+    steps.step(closure)  # type: ignore[no-untyped-call]
     return v.item()
 
 

@@ -64,6 +64,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, temporary)
     except SafetensorError as error:  # a full disk reaches us in this dress
         raise OSError(f"{path} could not be written: {error}") from error
+    temporary.chmod(0o644)  # safetensors writes 0600: the report's readers could not open the weights
     os.replace(temporary, path)
 
 
@@ -88,7 +89,8 @@ def save(folder: Path, iteration: int, state: Mapping[str, Any], keep: int = 2) 
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{iteration:08d}"
     temporary = folder / f".{iteration:08d}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    for left in folder.glob(".*"):  # by a run that was killed in here
+        shutil.rmtree(left, ignore_errors=True)
     temporary.mkdir()
     tensors, rest = flatten(state)
     try:
@@ -97,11 +99,19 @@ def save(folder: Path, iteration: int, state: Mapping[str, Any], keep: int = 2) 
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    shutil.rmtree(target, ignore_errors=True)
+    if target.exists():
+        _remove(target)
     os.replace(temporary, target)
     for old in sorted(p for p in folder.iterdir() if p.name.isdigit())[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
     return target
+
+
+def _remove(path: Path) -> None:
+    """Out of sight first, at once: a kill in the middle of the deletion leaves no half checkpoint to be read."""
+    hidden = path.with_name(f".{path.name}.old")
+    os.replace(path, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def load(folder: Path, device: str | torch.device = "cpu") -> tuple[int, dict[str, Any]]:

@@ -123,6 +123,7 @@ class UNet(nn.Module):
         self.norm = nn.GroupNorm(8, width)
         self.head = nn.Conv2d(width, 4 * self.outputs, 3, padding=1)
         nn.init.zeros_(self.head.weight)
+        assert self.head.bias is not None  # for the type checker: a convolution may have none
         nn.init.zeros_(self.head.bias)
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
