@@ -58,9 +58,10 @@ SETTINGS: dict[str, Any] = {"iterations": 40, "batch_size": 512, "solver": "eule
                             "device": "cpu"}  # fmt: skip
 # where a rule departs from the defaults of `Config`
 RULE_SETTINGS: dict[str, dict[str, Any]] = {
-    "ctrl": {"iterations": 60, "learning_rate": 3e-3},  # the ratio's noise: more steps, and larger ones
+    # the ratio's noise grows with the dimension: a smaller weight, more steps, and larger ones
+    "ctrl": {"ratio_weight": 0.3, "iterations": 60, "learning_rate": 3e-3},
     "ctrl_pathwise": {},
-    "ctrl_trpo": {},
+    "ctrl_trpo": {"ratio_weight": 0.3},
 }
 
 
