@@ -97,7 +97,7 @@ def build_minimiser(config: Config, rule: Rule) -> AdamSteps | NaturalGradient:
     """What turns the rule's loss into a step."""
     c, parameters = config, rule.policy.trainable()
     if rule.minimiser == "natural_gradient":
-        return NaturalGradient(parameters, c.kl_weight, c.max_kl, cg_steps=c.rule["cg_steps"])
+        return NaturalGradient(parameters, c.kl_weight, c.max_kl, c.rule["damping"], c.rule["cg_steps"])
     return AdamSteps(
         parameters, c.learning_rate, c.epochs, c.minibatch_size, c.accumulate, c.max_kl, c.max_gradient_norm,
         kl_states=c.kl_states,

@@ -129,8 +129,8 @@ class NaturalGradient:
     parameters: list[nn.Parameter]
     kl_weight: float = 1.0
     max_kl: float = 0.5
-    damping: float = 1e-2
-    cg_steps: int = 10
+    damping: float = 1e-4
+    cg_steps: int = 20
     states: int = 4096
 
     def __call__(self, algorithm: Rule, batch: Rows, generator: torch.Generator, rate: float) -> Metrics:

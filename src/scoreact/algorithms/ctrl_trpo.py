@@ -23,7 +23,9 @@ class CTRLTrustRegion(CTRL):
     minimiser = "natural_gradient"
 
     clip_range: float = float("inf")
-    cg_steps: int = setting(10, "conjugate-gradient steps", 1)
+    cg_steps: int = setting(20, "conjugate-gradient steps", 1)
+    # at 1e-2 weakly curved directions were never learned: 88 instead of 101 % on the proof's hardest problem
+    damping: float = setting(1e-4, "added to the Fisher matrix, in units of its curvature along the gradient", 0)
 
 
 RULES = {"ctrl_trpo": CTRLTrustRegion}
