@@ -23,8 +23,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -35,6 +34,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from torch import Tensor, nn
 
+from scoreact.checkpoint import append_line, resume_lines
 from scoreact.config import Config, updated
 from scoreact.metrics import confidence_interval
 from scoreact.models.gaussian_mixture import GaussianMixture
@@ -48,6 +48,7 @@ from scoreact.sde import SDE, noise_level
 from scoreact.solvers import euler_maruyama
 from scoreact.trainer import finetune
 from scoreact.types import Condition
+from scoreact.workers import Workers
 
 RULES = ("ctrl", "ctrl_pathwise", "ctrl_trpo")
 FLOORS = {"ctrl": 0.95, "ctrl_pathwise": 0.90, "ctrl_trpo": 0.90}  # of the mean over seeds
@@ -207,7 +208,6 @@ def measure(policy: Policy, case: Case, reward: Quadratic) -> Measured:
 
 def run(rule: str, case: Case, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
     """Train once and measure against the reference and the two yardsticks."""
-    torch.set_num_threads(1)
     base, reward, _ = case.parts()
     problem = {"algorithm": rule, "seed": seed, "steps": case.steps, "kl_weight": case.kl_weight}
     watching = {"heldout_samples": 2, "evaluate_every": 10_000}
@@ -234,31 +234,6 @@ def run(rule: str, case: Case, seed: int, settings: dict[str, Any]) -> dict[str,
 
 def key(line: dict[str, Any]) -> str:
     return json.dumps([line["rule"], line["case"], line["seed"], line["settings"]], sort_keys=True)
-
-
-def stored(path: Path | None) -> dict[str, dict[str, Any]]:
-    """Finished runs by key; a last line cut short by a kill is dropped."""
-    lines: dict[str, dict[str, Any]] = {}
-    if path is not None and path.is_file():
-        for text in path.read_text(encoding="utf-8").splitlines():
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:
-                continue
-            lines[key(line)] = line
-    return lines
-
-
-def work(task: tuple[str, Case, int, dict[str, Any]]) -> dict[str, Any]:
-    return run(*task)
-
-
-def finished(tasks: Sequence[tuple[str, Case, int, dict[str, Any]]], jobs: int) -> Iterable[dict[str, Any]]:
-    if jobs == 1:
-        yield from map(work, tasks)
-        return
-    with ProcessPoolExecutor(jobs) as pool:
-        yield from pool.map(work, tasks)
 
 
 def table(lines: Sequence[dict[str, Any]], rules: Sequence[str], problems: Sequence[Case]) -> tuple[str, list[str]]:
@@ -309,7 +284,7 @@ def main() -> int:
     wanted = [
         (rule, case, seed, settings[rule]) for seed in range(seeds) for rule in arguments.rules for case in problems
     ]
-    done = stored(arguments.out)
+    done = {} if arguments.out is None else {key(line): line for line in resume_lines(arguments.out)}
     lines, todo = [], []
     for task in wanted:
         line = done.get(json.dumps([task[0], asdict(task[1]), task[2], task[3]], sort_keys=True))
@@ -317,15 +292,17 @@ def main() -> int:
             todo.append(task)
         else:
             lines.append(line)
-    for line in finished(todo, arguments.jobs):
-        lines.append(line)
-        if arguments.out is not None:
-            with arguments.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        shares = f"{100 * line['recovered']:.1f} %, grid {100 * line['recovered_grid']:.1f} %"
-        where = f"{line['rule']} {Case(**line['case']).name} seed {line['seed']}"
-        done_so_far = f"{len(lines)}/{len(wanted)} {where}: {shares}, KL {line['kl_ratio']:.2f}"
-        print(f"{done_so_far}, {line['seconds']:.0f} s", file=sys.stderr, flush=True)
+    with Workers(arguments.jobs) as workers:
+        for index, line in workers.map(run, todo):
+            if "failed" in line:
+                sys.exit(f"{todo[index][0]} {todo[index][1].name} seed {todo[index][2]}: {line['failed']}")
+            lines.append(line)
+            if arguments.out is not None:
+                append_line(arguments.out, line)
+            shares = f"{100 * line['recovered']:.1f} %, grid {100 * line['recovered_grid']:.1f} %"
+            where = f"{line['rule']} {Case(**line['case']).name} seed {line['seed']}"
+            done_so_far = f"{len(lines)}/{len(wanted)} {where}: {shares}, KL {line['kl_ratio']:.2f}"
+            print(f"{done_so_far}, {line['seconds']:.0f} s", file=sys.stderr, flush=True)
     text, missed = table(lines, arguments.rules, problems)
     print(text)
     print(f"\n{seeds} seeds, {max(line['reward_calls'] for line in lines)} reward calls a run at most, "

@@ -15,15 +15,14 @@ from scoreact.algorithms import Batch, acting_steps, flatten, shift_of
 from scoreact.algorithms.ctrl import CTRL, gradients
 from scoreact.algorithms.ctrl_pathwise import CTRLPathwise
 from scoreact.algorithms.ctrl_trpo import CTRLTrustRegion
-from scoreact.config import Config, updated
 from scoreact.models.mlp import ResidualModel, VectorValue
 from scoreact.policy import Policy
-from scoreact.recipes.gaussian import build, linear_reward, mixture
+from scoreact.recipes.gaussian import linear_reward, mixture
 from scoreact.rollout import Trajectory, rollout, step_of
 from scoreact.schedule import uniform
 from scoreact.sde import SDE, noise_level
 from scoreact.solvers import SOLVERS, Solver, ddim, euler_maruyama
-from scoreact.trainer import finetune
+from scoreact.trainer import Result
 from scoreact.types import Condition
 from scoreact.value import ValueFit, ValueNetwork
 
@@ -143,8 +142,8 @@ def directions(size: int) -> Tensor:
     ("value_scale", "solver", "settings"),
     [
         (3.0, "euler_maruyama", {}),  # V a random function, far off
-        (0.0, "ddim", {}),  # V learned: most of the gradient is the force
-        (0.0, "euler_maruyama", {"gradient_at": "next"}),
+        (0.0, "ddim", {"gradient_at": "state"}),  # V learned: most of the gradient is the force
+        (0.0, "euler_maruyama", {}),
     ],
 )
 def test_gradient_of_ctrl_is_unbiased_whatever_the_value(
@@ -269,29 +268,16 @@ def test_unknown_settings_are_told(make: Callable[[Setup], CTRL], message: str) 
         make(Setup())
 
 
-def share(algorithm: str, iterations: int) -> float:
-    """Recovered share of J* - J_ref of the gaussian recipe on a 10-step grid (0.76 is the exact policy's there)."""
-    problem = build()
-    config = updated(
-        Config(kl_weight=0.5, solver="euler_maruyama", device="cpu", batch_size=256, heldout_samples=2000,
-               evaluate_every=10_000),
-        {"algorithm": algorithm, "iterations": iterations, "gradient_at": "next"},
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        result = finetune(
-            problem.model, problem.reward, [""], value_network=problem.value_network, config=config,
-            optimum=problem.optimum,
-        )  # fmt: skip
-    return result.final["objective/recovered"]
-
-
 @pytest.mark.parametrize(("algorithm", "floor"), [("ctrl", 0.3), ("ctrl_pathwise", 0.3), ("ctrl_trpo", 0.3)])
-def test_every_rule_is_on_its_way_in_eight_iterations(algorithm: str, floor: float) -> None:
-    assert share(algorithm, 8) > floor
+def test_every_rule_is_on_its_way_in_eight_iterations(
+    algorithm: str, floor: float, train_on_mixture: Callable[..., Result]
+) -> None:
+    assert train_on_mixture(algorithm=algorithm, iterations=8).final["objective/recovered"] > floor
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("algorithm", "floor"), [("ctrl", 0.7), ("ctrl_pathwise", 0.7), ("ctrl_trpo", 0.7)])
-def test_every_rule_reaches_the_grids_optimum(algorithm: str, floor: float) -> None:
-    assert share(algorithm, 60) > floor
+def test_every_rule_reaches_the_grids_optimum(
+    algorithm: str, floor: float, train_on_mixture: Callable[..., Result]
+) -> None:
+    assert train_on_mixture(algorithm=algorithm, iterations=60).final["objective/recovered"] > floor

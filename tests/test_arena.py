@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,17 +13,18 @@ import pytest
 import torch
 from PIL import Image
 
-from scoreact import arena, cli
-from scoreact.arena import ArenaProblem, Job, Workers, bench, tune
+from scoreact import arena, arena_report, arena_run, cli, tuning
+from scoreact.arena import bench
+from scoreact.arena_run import ArenaProblem, Job
+from scoreact.checkpoint import resume_lines
 from scoreact.evaluation import draw
 from scoreact.models.mlp import ResidualModel, VectorValue
 from scoreact.policy import Policy
-from scoreact.recipes import recipes
-from scoreact.recipes.series import SeriesModel
 from scoreact.rewards import Quadratic, is_differentiable
 from scoreact.schedule import uniform
 from scoreact.solvers import sampler_by_name
 from scoreact.trainer import Trainer
+from scoreact.tuning import search_space, tune
 from scoreact.types import Condition
 
 SMALL = {
@@ -36,7 +35,7 @@ TINY = ArenaProblem("tiny", "gaussian", 20_000, 400, True, {"width": 8}, setting
 
 
 def job(rule: str = "ctrl", seed: int = 0, network_calls: int = 8_000, reward_calls: int = 400, **changes: Any) -> Job:
-    yardstick = arena.measure(TINY, {}, 0, arena.HELDOUT["bench"])
+    yardstick = arena_run.measure(TINY, {}, 0, arena_run.HELDOUT["bench"])
     changes = {"transfer_samples": 0, **changes}
     return Job(rule, TINY, seed, 0.5, network_calls, reward_calls, yardstick=yardstick, **changes)
 
@@ -66,7 +65,7 @@ class Counter:
         ):  # fmt: skip
             monkeypatch.setattr(kind, method, self._counted(getattr(kind, method), column))
         for name in ("heldout", "transfer"):
-            monkeypatch.setattr(arena, name, self._uncounted(getattr(arena, name)))
+            monkeypatch.setattr(arena_run, name, self._uncounted(getattr(arena_run, name)))
         iterate = Trainer.iterate
 
         def watched(trainer: Trainer) -> Any:
@@ -102,7 +101,7 @@ def test_no_run_exceeds_a_budget_and_the_calls_are_those_of_an_independent_count
 ) -> None:
     wanted = job(rule, network_calls=network, reward_calls=reward)
     counter = Counter(monkeypatch)
-    line = arena.run_one(wanted)
+    line = arena_run.run_one(wanted)
     assert line["iterations"] >= 2
     assert (line["network_calls"], line["reward_calls"]) == counter.after[line["iterations"] - 1]
     for point in line["curve"]:
@@ -118,10 +117,10 @@ def test_no_run_exceeds_a_budget_and_the_calls_are_those_of_an_independent_count
 
 
 def test_a_budget_of_just_what_was_used_is_used_again_and_one_call_less_is_an_iteration_less() -> None:
-    first = arena.run_one(job(network_calls=4_000))
+    first = arena_run.run_one(job(network_calls=4_000))
     used = first["network_calls"]
     assert used < 4_000
-    same, less = (arena.run_one(job(network_calls=n)) for n in (used, used - 1))
+    same, less = (arena_run.run_one(job(network_calls=n)) for n in (used, used - 1))
     assert (same["iterations"], same["network_calls"]) == (first["iterations"], used)
     assert less["iterations"] == first["iterations"] - 1
     assert less["network_calls"] < used
@@ -131,7 +130,7 @@ def test_an_iteration_taken_back_leaves_the_weights_that_are_measured(monkeypatc
     """The final evaluation is of the average before the iteration that went over."""
     seen: list[torch.Tensor] = []
     averages: list[torch.Tensor] = []
-    heldout, iterate = arena.heldout, Trainer.iterate
+    heldout, iterate = arena_run.heldout, Trainer.iterate
 
     def weights(model: Any) -> torch.Tensor:
         return torch.cat([p.detach().flatten().clone() for p in model.parameters()])
@@ -144,13 +143,13 @@ def test_an_iteration_taken_back_leaves_the_weights_that_are_measured(monkeypatc
         metrics = iterate(trainer)
         averages.append(weights(trainer.average.model))
         if trainer.iteration == 3:
-            trainer.policy.network_calls += 8_001 - arena.spent(trainer)[0]  # one over, which nobody could foresee
+            trainer.policy.network_calls += 8_001 - arena_run.spent(trainer)[0]  # one over, which nobody could foresee
         return metrics
 
     wanted = job()
-    monkeypatch.setattr(arena, "heldout", looking)
+    monkeypatch.setattr(arena_run, "heldout", looking)
     monkeypatch.setattr(Trainer, "iterate", watched)
-    line = arena.run_one(wanted)
+    line = arena_run.run_one(wanted)
     assert (line["iterations"], len(averages)) == (2, 3)
     assert line["network_calls"] < 8_000
     assert line["reward_calls"] == 16 * (2 + 2)
@@ -159,7 +158,7 @@ def test_an_iteration_taken_back_leaves_the_weights_that_are_measured(monkeypatc
 
 
 def test_the_curve_starts_at_nothing_and_a_critics_first_paths_are_spent_before_it_moves() -> None:
-    critic = arena.run_one(job("ctrl"))["curve"]
+    critic = arena_run.run_one(job("ctrl"))["curve"]
     assert (critic[0]["network_calls"], critic[0]["reward_calls"], critic[0]["recovered"]) == (0, 0, 0.0)
     assert (critic[1]["reward_calls"], critic[1]["recovered"]) == (2 * 16, 0.0)
     assert critic[1]["network_calls"] == 2 * 16 * 4
@@ -177,7 +176,7 @@ def test_the_learning_rate_falls_to_the_runs_end_whatever_the_budget(monkeypatch
         return iterate(trainer)
 
     monkeypatch.setattr(Trainer, "iterate", watched)
-    line = arena.run_one(job("ctrl_pathwise", network_calls=10_000_000, reward_calls=16 * (2 + 12)))
+    line = arena_run.run_one(job("ctrl_pathwise", network_calls=10_000_000, reward_calls=16 * (2 + 12)))
     assert line["iterations"] == 12
     assert rates[:3] == pytest.approx([0.25, 0.5, 0.75])
     assert rates[-3:] == pytest.approx([3 / 6, 2 / 6, 1 / 6])
@@ -192,7 +191,7 @@ def test_a_budget_too_small_for_one_iteration_is_said_beforehand_or_by_the_run(t
         small_bench(tmp_path / "a", network_calls=100)
     assert not (tmp_path / "a").exists()
     with pytest.raises(ValueError, match=r"ctrl on tiny needs \d+ network calls and 48 reward calls for its first"):
-        arena.run_one(job(network_calls=200))
+        arena_run.run_one(job(network_calls=200))
 
 
 def test_a_rules_settings_do_not_touch_the_referee() -> None:
@@ -212,7 +211,7 @@ def test_a_run_that_diverges_counts_with_what_it_had(monkeypatch: pytest.MonkeyP
         return iterate(trainer)
 
     monkeypatch.setattr(Trainer, "iterate", failing)
-    line = arena.run_one(job())
+    line = arena_run.run_one(job())
     assert line["stopped"] == "diverged at iteration 3: the loss is nan"
     assert line["iterations"] == 2
     assert line["network_calls"] < 8_000
@@ -222,7 +221,7 @@ def test_a_run_that_diverges_counts_with_what_it_had(monkeypatch: pytest.MonkeyP
 @pytest.fixture
 def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures take a second each."""
-    monkeypatch.setattr(arena, "plots", lambda *arguments: [])
+    monkeypatch.setattr(arena_report, "plots", lambda *arguments: [])
 
 
 # --- results, resumed ------------------------------------------------------------------------------------------------
@@ -251,7 +250,7 @@ def test_a_second_call_runs_nothing_and_a_torn_line_is_run_again(
 ) -> None:
     out = copied(results, tmp_path)
     ran: list[tuple[str, int, float]] = []
-    run_one = arena.run_one
+    run_one = arena_run.run_one
 
     def watched(one: Job) -> Any:
         ran.append((one.rule, one.seed, one.kl_weight))
@@ -276,7 +275,7 @@ def test_a_second_call_runs_nothing_and_a_torn_line_is_run_again(
 def test_more_seeds_run_only_what_is_new_and_another_budget_needs_another_folder(results: Path, tmp_path: Path) -> None:
     out = copied(results, tmp_path)
     small_bench(out, ["ctrl"], seeds=3)
-    lines = arena.read_results(out / "results.jsonl")
+    lines = resume_lines(out / "results.jsonl")
     assert [(x["rule"], x["seed"]) for x in lines[8:]] == [("ctrl", 2)]
     with pytest.raises(ValueError, match=r"other settings: network_calls 3000 -> 4000\. Repeat with the same, or give"):
         small_bench(out, network_calls=4_000)
@@ -293,7 +292,7 @@ def test_a_damaged_line_in_the_middle_is_named(results: Path, tmp_path: Path) ->
 
 @pytest.mark.usefixtures("no_plots")
 def test_a_crash_is_recorded_and_stops_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_one = arena.run_one
+    run_one = arena_run.run_one
     crash = True
 
     def failing(one: Job) -> Any:
@@ -316,7 +315,7 @@ def test_a_crash_is_recorded_and_stops_nobody_else(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.usefixtures("no_plots")
 def test_ctrl_c_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_one = arena.run_one
+    run_one = arena_run.run_one
 
     def interrupted(one: Job) -> Any:
         if one.seed == 1:
@@ -326,28 +325,14 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(arena, "run_one", interrupted)
     with pytest.raises(KeyboardInterrupt):
         small_bench(tmp_path, ["ctrl"])
-    assert [line["seed"] for line in arena.read_results(tmp_path / "results.jsonl")] == [0]
-
-
-@pytest.mark.slow
-def test_a_process_that_dies_costs_its_own_task_only() -> None:
-    tasks = [("{'n': 1}",), ("__import__('os')._exit(9)",), ("1 / 0",), ("{'n': 2, 'pid': __import__('os').getpid()}",)]
-    with Workers(2) as workers:
-        found = dict(workers.map(eval, tasks))
-        started = [process for process, _ in workers.idle]
-    assert found[0] == {"n": 1}
-    assert found[1] == {"failed": "its process ended with status 9; out of memory, or killed", "killed": True}
-    assert found[2] == {"failed": "ZeroDivisionError: division by zero"}
-    assert found[3]["n"] == 2
-    assert found[3]["pid"] != os.getpid()
-    assert not any(process.is_alive() for process in started)
+    assert [line["seed"] for line in resume_lines(tmp_path / "results.jsonl")] == [0]
 
 
 # --- what a run says -------------------------------------------------------------------------------------------------
 
 
 def test_lines_hold_what_the_tables_need(results: Path) -> None:
-    lines = arena.read_results(results / "results.jsonl")
+    lines = resume_lines(results / "results.jsonl")
     assert len(lines) == 8
     for line in lines:
         assert line["curve"][-1]["recovered"] == line["recovered"]
@@ -364,30 +349,25 @@ def test_lines_hold_what_the_tables_need(results: Path) -> None:
 
 def test_transfer_is_the_reward_of_the_trained_policy_by_other_samplers(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = (("ddim", 3), ("ode", 2))
-    monkeypatch.setattr(arena, "TRANSFER", rows)
-    line = arena.run_one(job(transfer_samples=50))
+    monkeypatch.setattr(arena_run, "TRANSFER", rows)
+    line = arena_run.run_one(job(transfer_samples=50))
     problem = TINY.build(0)
     policy = Policy(problem.model)
-    untrained = arena.transfer(policy, problem, TINY.config({}), 50, arena.HELDOUT["bench"])
+    untrained = arena_run.transfer(policy, problem, TINY.config({}), 50, arena_run.HELDOUT["bench"])
     assert list(line["transfer"]) == list(untrained) == ["ddim 3", "ode 2"]
     for solver, steps in rows:
         ts = uniform(problem.model.schedule, steps)
-        x = draw(problem.model, [""] * 50, sampler_by_name(solver), ts, arena.HELDOUT["bench"])[1]
+        x = draw(problem.model, [""] * 50, sampler_by_name(solver), ts, arena_run.HELDOUT["bench"])[1]
         mean = float(problem.reward(x, Condition([""] * 50)).mean())
         assert untrained[f"{solver} {steps}"] == pytest.approx(mean)
         assert line["transfer"][f"{solver} {steps}"] != pytest.approx(mean, abs=1e-4)
 
 
-def test_nothing_that_is_not_finite_is_written(tmp_path: Path) -> None:
-    arena.append_result(tmp_path / "r.jsonl", {"a": math.nan, "b": [1.0, {"c": math.inf}], "d": "x"})
-    assert arena.read_results(tmp_path / "r.jsonl") == [{"a": None, "b": [1.0, {"c": None}], "d": "x"}]
-
-
 def test_every_problem_can_be_set_up_and_knows_whether_its_reward_has_a_gradient() -> None:
-    assert set(arena.PROBLEMS) == {
+    assert set(arena_run.PROBLEMS) == {
         "gaussian-2d", "gaussian-16d", "fashion-plain", "fashion-classifier", "fashion-jpeg", "series",
     }  # fmt: skip
-    for problem in arena.PROBLEMS.values():
+    for problem in arena_run.PROBLEMS.values():
         built = problem.build(0)
         assert is_differentiable(built.reward) == problem.differentiable, problem.name
         config = problem.config({})
@@ -395,9 +375,17 @@ def test_every_problem_can_be_set_up_and_knows_whether_its_reward_has_a_gradient
         assert (built.optimum is not None) == (problem.recipe in ("gaussian", "series"))
         for rule in ("ctrl", "ctrl_pathwise", "ctrl_trpo"):
             one = Job(rule, problem, 0, config.kl_weight, problem.network_calls, problem.reward_calls)
-            arena._check_budget(one)
-    sixteen = arena.PROBLEMS["gaussian-16d"].build(0)
+            arena_run.check_budget(one)
+    sixteen = arena_run.PROBLEMS["gaussian-16d"].build(0)
     assert sixteen.model.prior(Condition([""] * 3), torch.Generator().manual_seed(0)).shape == (3, 16)
+
+
+@pytest.mark.slow
+def test_the_series_is_learned() -> None:
+    problem = arena_run.PROBLEMS["series"]
+    yardstick = arena_run.measure(problem, {}, 0, arena_run.HELDOUT["bench"])
+    one = Job("ctrl", problem, 0, 0.3, 500_000, 12_000, transfer_samples=0, yardstick=yardstick)
+    assert arena_run.run_one(one)["recovered"] > 0.4
 
 
 def test_the_weights_of_a_problem_come_from_the_seed_and_leave_the_callers_generator_alone() -> None:
@@ -413,122 +401,7 @@ def test_the_weights_of_a_problem_come_from_the_seed_and_leave_the_callers_gener
     assert not torch.equal(one, other)
 
 
-# --- statistics ------------------------------------------------------------------------------------------------------
-
-
-def test_area_under_the_curve() -> None:
-    # 0..100: (0 + 0.4) / 2 * 100 = 20; 100..300: (0.4 + 0.6) / 2 * 200 = 100; 300..400 held at 0.6: 60
-    assert arena.area([0, 100, 300], [0.0, 0.4, 0.6], 400) == pytest.approx(180 / 400)
-    assert arena.area([0, 100], [0.5, 0.5], 100) == pytest.approx(0.5)
-    assert arena.area([0, 50, 50, 100], [0.0, 0.0, 1.0, 1.0], 100) == pytest.approx(0.5)
-
-
-def test_calls_to_a_fraction() -> None:
-    calls, shares = [0, 100, 300, 400], [0.0, 0.4, 0.8, 0.7]
-    assert arena.calls_to(calls, shares, 0.5) == pytest.approx(150)  # a quarter of the way from 0.4 to 0.8
-    assert arena.calls_to(calls, shares, 0.4) == pytest.approx(100)
-    assert arena.calls_to(calls, shares, 0.8) == pytest.approx(300)
-    assert arena.calls_to(calls, shares, 0.81) == math.inf
-    assert arena.calls_to(calls, shares, -0.5) == 0
-
-
-def test_probability_that_one_rule_is_better() -> None:
-    # pairs (3,2) (3,3) (3,1) (1,2) (1,3) (1,1): 2 wins, 2 ties
-    assert arena.probability_better([3, 1], [2, 3, 1]) == pytest.approx(3 / 6)
-    assert arena.probability_better([4, 5], [1, 2, 3]) == 1
-    assert arena.probability_better([1, 2, 3], [4, 5]) == 0
-    assert arena.probability_better([1, 1], [1, 1]) == 0.5
-    assert arena.probability_interval([4, 5, 6], [1, 2, 3]) == (1, 1)
-    assert all(map(math.isnan, arena.probability_interval([4], [1, 2])))
-    low, high = arena.probability_interval([1, 2, 3, 4, 5], [2, 3, 4, 5, 6])
-    swapped_low, swapped_high = arena.probability_interval([2, 3, 4, 5, 6], [1, 2, 3, 4, 5])
-    centre = arena.probability_better([1, 2, 3, 4, 5], [2, 3, 4, 5, 6])
-    assert centre == pytest.approx((0 + 0.5 + 1.5 + 2.5 + 3.5) / 25)
-    assert low < centre < high
-    assert low == pytest.approx(1 - swapped_high, abs=0.05)
-    assert high == pytest.approx(1 - swapped_low, abs=0.05)
-
-
-def made_up(rule: str, seed: int, shares: list[float], failed: bool = False) -> dict[str, Any]:
-    """A line of results whose share at 0, 100 and 200 of 400 calls is known; J* - J_ref is 2, J_ref 1."""
-    named: dict[str, Any] = {"rule": rule, "problem": "p", "kl_weight": 0.5, "seed": seed, "key": f"{rule}{seed}"}
-    if failed:
-        return {**named, "failed": "ValueError: no"}
-    curve = [
-        {"iteration": k, "network_calls": 100 * k, "reward_calls": 10 * k, "seconds": 0.5 * k, "recovered": share,
-         "J": 1 + 2 * share, "J_se": 0.1, "reward": 1 + 3 * share, "kl": 2 * share, "diversity": 2.0}
-        for k, share in enumerate(shares)
-    ]  # fmt: skip
-    reference = {"objective/J_ref": 1.0, "objective/J_star": 3.0, "objective/effective_samples": 50.0}
-    start = {"objective/J": 1.0, "reward/heldout": 1.0, "policy/kl": 0.0, "sample/diversity": 2.5}
-    last = {k: v for k, v in curve[-1].items() if k not in ("iteration", "J_se")}
-    return {
-        **named, **last, "tuned": False, "stopped": None, "iterations": len(shares) - 1, "curve": curve,
-        "budget": {"network_calls": 400, "reward_calls": 40}, "transfer": {"ode 10": 1 + shares[-1]},
-        "yardstick": {**reference, "start": start, "transfer": {"ode 10": 1.0}},
-    }  # fmt: skip
-
-
-def test_the_summary_of_made_up_runs() -> None:
-    lines = [
-        made_up("slow", 0, [0.0, 0.2, 0.4]), made_up("slow", 1, [0.0, 0.3, 0.6]), made_up("slow", 2, [0], True),
-        made_up("fast", 0, [0.0, 0.6, 0.9]), made_up("fast", 1, [0.0, 0.5, 0.7]), made_up("fast", 1, [0.0, 0.6, 0.7]),
-    ]  # fmt: skip
-    [place] = arena.summary(lines)
-    fast, slow = place["rules"]
-    assert (fast["rule"], fast["runs"], slow["runs"], slow["failed"]) == ("fast", 2, 2, ["ValueError: no"])
-    # t of one degree of freedom is 12.7062: half width 12.7062 * 0.1 for 0.9 and 0.7
-    assert fast["recovered"] == pytest.approx((0.8, 1.27062), rel=1e-5)
-    assert fast["spread"] == pytest.approx(0.2 / math.sqrt(2))
-    areas = [(30 + 75 + 2 * 90) / 400, (30 + 65 + 2 * 70) / 400]
-    assert fast["area"][0] == pytest.approx(statistics.mean(areas))
-    assert fast["calls_to"]["0.5"] == {"median": pytest.approx(250 / 3), "reached": 2}
-    assert fast["calls_to"]["0.8"] == {"median": math.inf, "reached": 1}
-    assert slow["calls_to"]["0.5"] == {"median": math.inf, "reached": 1}
-    ahead, behind = place["pairs"]
-    assert (ahead["a"], ahead["b"], ahead["better"], behind["better"]) == ("fast", "slow", 1.0, 0.0)
-    # slow ends at 0.5 in the mean: fast is there at 83.3 calls; slow itself at 200 (seed 0, its end) and 166.7
-    assert ahead["calls_to_the_others_end"] == pytest.approx(250 / 3)
-    assert ahead["times_fewer"] == pytest.approx((200 + 500 / 3) / 2 / (250 / 3))
-    assert behind["calls_to_the_others_end"] == math.inf
-
-
-def test_the_optimums_frontier_from_the_references_rewards() -> None:
-    """R standard normal under the reference: exp(R / beta) shifts its mean by 1 / beta, which costs 1 / (2 beta^2)."""
-    count = 200_000
-    grid = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    values = math.sqrt(2) * torch.erfinv(2 * grid - 1)
-    found = arena.tilted_frontier({"rewards": values.tolist(), "prompts": [""] * count}, 1.0)
-    assert found[0][1] < found[-1][1]
-    near = [(kl, reward) for kl, reward in found if 0.01 < kl < 1]
-    assert len(near) >= 5
-    for kl, reward in near:
-        assert reward == pytest.approx(math.sqrt(2 * kl), rel=0.01)
-    # one sample of a hundred that soon carries everything: no further than its part is trusted
-    lucky = arena.tilted_frontier({"rewards": [0.0] * 99 + [100.0], "prompts": [""] * 100}, 1.0)
-    assert 0 < len(lucky) < 20
-    assert max(reward for _, reward in lucky) < 100 / 20**0.5
-
-
 # --- what is written -------------------------------------------------------------------------------------------------
-
-
-def test_the_table_of_made_up_runs() -> None:
-    lines = [made_up("slow", seed, [0.0, 0.2, 0.4 + seed / 10]) for seed in (0, 1)]
-    text = arena.table(arena.summary([*lines, made_up("fast", 0, [0.0, 0.6, 0.9]), made_up("fast", 1, [0, 0.6, 0.7])]))
-    assert (
-        "J_ref 1; J* 3, estimated from 50 effective samples. Budget of a run: 400 network calls and 40 reward" in text
-    )
-    rows = [row for row in text.splitlines() if row.startswith("| ")]
-    assert rows[0].startswith("| recovered | rule | J | reward | path KL | area | calls to 50 % | calls to 80 % |")
-    assert rows[2].startswith("| 80.0 ± 127.1 % | fast | 2.6 ± 2.5 |")
-    assert "| not reached (1 of 2) |" in rows[2]
-    assert rows[3].startswith("| 45.0 ± 63.5 % | slow |")
-    assert "| not reached (1 of 2) | not reached |" in rows[3]
-    assert rows[4].startswith("| 0 % | (pretrained) | 1 | 1 | 0 |")
-    assert "| fast | slow | 1.00 [1.00, 1.00] | 75 | " in text
-    assert "| (pretrained) | 1 |" in text
-    assert len({row.count("|") for row in rows[:5]}) == 1
 
 
 def test_the_files_and_pictures(results: Path) -> None:
@@ -601,7 +474,7 @@ def test_bench_by_words_and_its_table_again(jobs: int, tmp_path: Path, capsys: p
     assert cli.run(words) == 0
     said = capsys.readouterr().out
     assert "2/2 ctrl on gaussian-2d, kl_weight 0.5, seed" in said
-    lines = arena.read_results(tmp_path / "out" / "results.jsonl")
+    lines = resume_lines(tmp_path / "out" / "results.jsonl")
     assert sorted(line["seed"] for line in lines) == [0, 1]
     assert {line["config"]["rule"]["ratio_weight"] for line in lines} == {0.5}
     assert {line["config"]["batch_size"] for line in lines} == {16}
@@ -614,10 +487,10 @@ def test_bench_by_words_and_its_table_again(jobs: int, tmp_path: Path, capsys: p
 def test_rules_that_need_a_gradient_are_skipped_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     from scoreact.algorithms.ctrl import CTRL
 
-    assert arena.skips("ctrl", arena.PROBLEMS["fashion-jpeg"]) is None
+    assert arena_run.skips("ctrl", arena_run.PROBLEMS["fashion-jpeg"]) is None
     monkeypatch.setattr(CTRL, "differentiates_reward", True)
-    assert arena.skips("ctrl", TINY) is None
-    sentence = arena.skips("ctrl", arena.PROBLEMS["fashion-jpeg"])
+    assert arena_run.skips("ctrl", TINY) is None
+    sentence = arena_run.skips("ctrl", arena_run.PROBLEMS["fashion-jpeg"])
     assert sentence == "ctrl follows the reward's gradient, and the reward of fashion-jpeg has none."
 
 
@@ -628,7 +501,7 @@ def test_every_rule_has_a_search_space_inside_its_settings() -> None:
     from scoreact.algorithms import rules
 
     for rule in rules():
-        space = arena.search_space(rule, Job(rule, TINY, 0, 0.5, 1, 1).config())
+        space = search_space(rule, Job(rule, TINY, 0, 0.5, 1, 1).config())
         assert ("learning_rate" in space) == (rules()[rule].minimiser == "adam")
         for name, choices in space.items():
             if isinstance(choices, tuple):
@@ -643,12 +516,12 @@ def test_a_rules_own_search_is_used_and_a_wrong_name_in_it_is_told(monkeypatch: 
 
     config = Job("ctrl", TINY, 0, 0.5, 1, 1).config()
     monkeypatch.setattr(CTRL, "search", {"ratio_weight": (0.1, 2.0, "log"), "max_kl": [0.1, 0.2]}, raising=False)
-    space = arena.search_space("ctrl", config)
+    space = search_space("ctrl", config)
     assert space["ratio_weight"] == (0.1, 2.0, "log")
     assert space["max_kl"] == [0.5, 0.1, 0.2]  # the default is among the choices
     monkeypatch.setattr(CTRL, "search", {"ratio_wait": (0.1, 2.0, "log")})
     with pytest.raises(ValueError, match="ctrl searches 'ratio_wait', which is no setting of it; known: clip_range"):
-        arena.search_space("ctrl", config)
+        search_space("ctrl", config)
 
 
 needs_optuna = pytest.mark.skipif(importlib.util.find_spec("optuna") is None, reason="needs the extra tune")
@@ -659,18 +532,19 @@ needs_optuna = pytest.mark.skipif(importlib.util.find_spec("optuna") is None, re
 def test_tuning_continues_and_is_used_on_seeds_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     budget: dict[str, Any] = {"network_calls": 2_000, "reward_calls": 240}
     ran: list[Job] = []
-    run_one = arena.run_one
+    run_one = arena_run.run_one
 
     def watched(one: Job) -> Any:
         ran.append(one)
         return run_one(one)
 
     monkeypatch.setattr(arena, "run_one", watched)
+    monkeypatch.setattr(tuning, "run_one", watched)
     found = tune("ctrl", TINY, 2, 2, out=tmp_path / "tuned", **budget)
-    assert [one.seed - arena.TUNING_SEEDS for one in ran] == [0, 1, 0, 1]
-    assert {one.heldout_seed for one in ran} == {arena.HELDOUT["tune"]}
+    assert [one.seed - arena_run.TUNING_SEEDS for one in ran] == [0, 1, 0, 1]
+    assert {one.heldout_seed for one in ran} == {arena_run.HELDOUT["tune"]}
     assert found["defaults"]["settings"]["learning_rate"] == 2e-3  # the first trial
-    trials = arena.read_results(tmp_path / "tuned" / "ctrl.tiny.trials.jsonl")
+    trials = resume_lines(tmp_path / "tuned" / "ctrl.tiny.trials.jsonl")
     assert max(trial["J"] for trial in trials) == found["J"]
     assert [trial["settings"]["learning_rate"] for trial in trials] == [
         one.settings["learning_rate"] for one in ran[::2]
@@ -679,13 +553,13 @@ def test_tuning_continues_and_is_used_on_seeds_of_its_own(tmp_path: Path, monkey
     more = tune("ctrl", TINY, 3, 2, out=tmp_path / "tuned", **budget)
     assert len(ran) == 6
     assert more["J"] >= found["J"]
-    assert more["J"] == max(trial["J"] for trial in arena.read_results(tmp_path / "tuned" / "ctrl.tiny.trials.jsonl"))
+    assert more["J"] == max(trial["J"] for trial in resume_lines(tmp_path / "tuned" / "ctrl.tiny.trials.jsonl"))
     # used, and kept beside the results
     tuned, plain = small_bench(tmp_path / "out", ["ctrl", "ctrl_pathwise"], seeds=1, tuned=tmp_path / "tuned")
     assert (tuned["tuned"], plain["tuned"]) == (True, False)
     assert tuned["config"]["learning_rate"] == more["settings"]["learning_rate"]
     assert ran[-1].seed == ran[-2].seed == 0
-    assert ran[-1].heldout_seed != arena.HELDOUT["tune"]
+    assert ran[-1].heldout_seed != arena_run.HELDOUT["tune"]
     kept = json.loads((tmp_path / "out" / "tuned" / "ctrl.tiny.json").read_text())
     assert kept["settings"] == more["settings"]
     assert "| tuned |" in (tmp_path / "out" / "table.md").read_text()
@@ -713,56 +587,3 @@ def test_tune_words_that_cannot_be_used(arguments: list[str], sentence: str, tmp
     with pytest.raises(ValueError, match=sentence):
         cli.run(["tune", *arguments, "--out", str(tmp_path / "none")])
     assert not (tmp_path / "none").exists()
-
-
-# --- the series ------------------------------------------------------------------------------------------------------
-
-
-def test_the_series_problem_against_its_formulas() -> None:
-    problem = recipes()["series"].build()
-    model = problem.model
-    assert isinstance(model, SeriesModel)
-    condition = model.condition([""] * 20_000)
-    x = model.base.sample(20_000, torch.Generator().manual_seed(0)).unsqueeze(1)
-    assert model.prior(condition, torch.Generator().manual_seed(0)).shape == (20_000, 1, 32)
-    reward = problem.reward(x, condition)
-    first, last = x[:, 0, :8].mean(1), x[:, 0, 24:].mean(1)
-    assert torch.allclose(reward, last - first**2, atol=1e-5)
-    # J* = beta log E exp(R / beta) over exact data
-    assert problem.optimum is not None
-    scaled = reward.double() / 0.5
-    estimate = 0.5 * float(torch.logsumexp(scaled, 0) - math.log(len(x)))
-    error = 0.5 * float(scaled.exp().std() / scaled.exp().mean() / len(x) ** 0.5)
-    assert abs(problem.optimum(0.5) - estimate) < 4 * error
-    assert error < 0.02
-
-
-def test_the_series_model_starts_at_the_exact_score_and_can_be_moved() -> None:
-    model = recipes()["series"].build().model
-    assert isinstance(model, SeriesModel)
-    condition = model.condition([""] * 5)
-    t = torch.linspace(0.1, 0.9, 5)
-    x = torch.randn(5, 1, 32, generator=torch.Generator().manual_seed(1)).requires_grad_(True)
-    log_prob = model.base.log_prob(t, x.flatten(1)).sum()
-    (gradient,) = torch.autograd.grad(log_prob, x)
-    score = model.score(t, x.detach(), condition)
-    assert score.shape == (5, 1, 32)
-    assert torch.allclose(score, gradient, atol=1e-3 * float(gradient.abs().max()))
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert trained
-    assert all(name.startswith("change.") for name in trained)
-    score.square().sum().backward()
-    assert any(p.grad is not None and float(p.grad.abs().max()) > 0 for p in model.parameters())
-
-
-@pytest.mark.slow
-def test_the_series_is_learned() -> None:
-    problem = arena.PROBLEMS["series"]
-    yardstick = arena.measure(problem, {}, 0, arena.HELDOUT["bench"])
-    one = Job("ctrl", problem, 0, 0.3, 500_000, 12_000, transfer_samples=0, yardstick=yardstick)
-    assert arena.run_one(one)["recovered"] > 0.4
-
-
-def test_series_length_must_have_a_quarter() -> None:
-    with pytest.raises(ValueError, match="length is 3; a series needs at least 4 values"):
-        recipes()["series"].build(length=3)

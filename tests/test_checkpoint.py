@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -181,3 +182,28 @@ def test_lines_survive_a_cut_and_are_truncated_on_resume(tmp_path: Path) -> None
     assert [json.loads(text)["iteration"] for text in path.read_text().splitlines()] == [0, 1, 2]
     assert checkpoint.read_lines(tmp_path / "absent") == []
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl"]
+
+
+def test_nothing_that_is_not_finite_is_written(tmp_path: Path) -> None:
+    checkpoint.append_line(tmp_path / "r.jsonl", {"a": math.nan, "b": [1.0, {"c": math.inf}], "d": "x"})
+    assert checkpoint.read_lines(tmp_path / "r.jsonl") == [{"a": None, "b": [1.0, {"c": None}], "d": "x"}]
+
+
+@pytest.mark.parametrize(("left", "kept"), [('{"n": 3', 2), ('{"n": 3}', 3), ("", 2)])
+def test_a_file_that_goes_on_has_whole_lines_only(left: str, kept: int, tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"n": 1}\n{"n": 2}\n' + left)
+    wanted = [{"n": n + 1} for n in range(kept)]
+    assert checkpoint.resume_lines(path) == wanted
+    checkpoint.append_line(path, {"n": 9})
+    assert [json.loads(text) for text in path.read_text().splitlines()] == [*wanted, {"n": 9}]
+
+
+def test_a_line_damaged_in_the_middle_is_named_and_nothing_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    assert checkpoint.resume_lines(path) == []
+    assert not path.exists()
+    path.write_text('{"n": 1}\n{torn\n{"n": 3}\n')
+    with pytest.raises(ValueError, match=r"line 2 of .*results\.jsonl is damaged; delete that line"):
+        checkpoint.resume_lines(path)
+    assert path.read_text() == '{"n": 1}\n{torn\n{"n": 3}\n'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,23 +11,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scoreact.algorithms import adjoint_matching as adjoint_module
+from scoreact import algorithms
 from scoreact.algorithms.adjoint_matching import AdjointMatching
 from scoreact.algorithms.draft import DRaFT
 from scoreact.algorithms.q_learning import QLearning
-from scoreact.config import Config, updated
-from scoreact.models import ScoreModel
 from scoreact.models.gaussian_mixture import GaussianMixture
 from scoreact.models.mlp import ResidualModel
 from scoreact.policy import Policy
-from scoreact.recipes.gaussian import build, mixture
+from scoreact.recipes.gaussian import mixture
 from scoreact.rewards import Quadratic, checked
 from scoreact.rewards.base import FunctionReward
 from scoreact.rollout import Trajectory, gaussian_actions, rollout, step_of
 from scoreact.schedule import VP, RectifiedFlow, Schedule, uniform
 from scoreact.sde import SDE, noise_level
 from scoreact.solvers import SOLVERS
-from scoreact.trainer import finetune
+from scoreact.trainer import Result
 from scoreact.types import Condition, expand
 from scoreact.value import ValueFit, ValueNetwork
 
@@ -178,7 +177,7 @@ def test_adjoint_matching_counts_its_calls_and_knows_its_kl(
     assert (policy.network_calls, reward.calls) == (50 * STEPS, 50)
     assert rule.metrics["policy/kl"] == pytest.approx(float(path.path_kl().mean()), rel=1e-4)
     torch.testing.assert_close(batch.control, path.controls.flatten(0, 1), atol=1e-5, rtol=1e-5)
-    monkeypatch.setattr(adjoint_module, "CHUNK", 7)
+    monkeypatch.setattr(algorithms, "CHUNK", 7)
     torch.testing.assert_close(rule.prepare(unread, rewards, generator, 1.0).target, batch.target)
 
 
@@ -466,29 +465,11 @@ def test_unknown_settings_of_draft_are_told() -> None:
         Setup().rule(DRaFT, variant="refl", renoise=2)
 
 
-def run(algorithm: str, iterations: int, reward: Any = None, **settings: Any) -> float:
-    """Recovered share of J* - J_ref of the gaussian recipe on a 10-step grid (0.76 is the exact policy's there)."""
-    problem = build()
-    config = updated(
-        Config(kl_weight=0.5, solver="euler_maruyama", device="cpu", batch_size=256, heldout_samples=2000,
-               evaluate_every=10_000),
-        {"algorithm": algorithm, "iterations": iterations, **settings},
-    )  # fmt: skip
-    model: ScoreModel = problem.model
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        result = finetune(
-            model, reward or problem.reward, [""], value_network=problem.value_network, config=config,
-            optimum=problem.optimum,
-        )  # fmt: skip
-    return result.final["objective/recovered"]
-
-
 @pytest.mark.parametrize("algorithm", ["adjoint_matching", "draft"])
-def test_a_reward_without_gradient_is_refused(algorithm: str) -> None:
+def test_a_reward_without_gradient_is_refused(algorithm: str, train_on_mixture: Callable[..., Result]) -> None:
     rounded = FunctionReward(lambda x, condition: x.detach()[:, 0].round(), "rounded")
     with pytest.raises(ValueError, match=f"{algorithm} follows the reward's gradient, but reward rounded has none"):
-        run(algorithm, 1, rounded)
+        train_on_mixture(rounded, algorithm=algorithm, iterations=1)
 
 
 @pytest.mark.parametrize(
@@ -499,8 +480,11 @@ def test_a_reward_without_gradient_is_refused(algorithm: str) -> None:
         ("q_learning", {}, 0.25),
     ],
 )
-def test_every_rule_is_on_its_way_in_six_iterations(algorithm: str, settings: dict[str, Any], floor: float) -> None:
-    assert run(algorithm, 6, batch_size=128, heldout_samples=1000, **settings) > floor
+def test_every_rule_is_on_its_way_in_six_iterations(
+    algorithm: str, settings: dict[str, Any], floor: float, train_on_mixture: Callable[..., Result]
+) -> None:
+    small = {"iterations": 6, "batch_size": 128, "heldout_samples": 1000}
+    assert train_on_mixture(algorithm=algorithm, **small, **settings).final["objective/recovered"] > floor
 
 
 @pytest.mark.slow
@@ -517,5 +501,8 @@ def test_every_rule_is_on_its_way_in_six_iterations(algorithm: str, settings: di
         ("q_learning", {"regress_on": "action", "exploration": "gaussian", "exploration_scale": 1.0}, 0.4),
     ],
 )
-def test_every_rule_reaches_its_optimum(algorithm: str, settings: dict[str, Any], floor: float) -> None:
-    assert run(algorithm, 40, **settings) > floor
+def test_every_rule_reaches_its_optimum(
+    algorithm: str, settings: dict[str, Any], floor: float, train_on_mixture: Callable[..., Result]
+) -> None:
+    result = train_on_mixture(algorithm=algorithm, iterations=40, **settings)
+    assert result.final["objective/recovered"] > floor

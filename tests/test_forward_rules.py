@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from scoreact.config import Config, updated
 from scoreact.models.gaussian_mixture import GaussianMixture
 from scoreact.models.mlp import ResidualModel
 from scoreact.policy import Policy
-from scoreact.recipes.gaussian import build, linear_reward, mixture, quadratic_reward
+from scoreact.recipes.gaussian import linear_reward, mixture, quadratic_reward
 from scoreact.rollout import Trajectory, rollout
 from scoreact.schedule import VP, RectifiedFlow, Schedule, uniform
 from scoreact.sde import SDE, noise_level
@@ -614,33 +615,35 @@ def test_calls_are_counted(run: dict[str, Any], network: int, rewards: int, pair
     assert "policy/kl" not in last, "nobody has measured it"
 
 
-def share(**settings: Any) -> tuple[float, float]:
-    """Recovered share of J* - J_ref of the gaussian recipe on a 10-step grid (0.76 is the exact policy's there), and KL."""
-    problem = build()
-    config = updated(
-        Config(kl_weight=0.5, solver="euler_maruyama", device="cpu", batch_size=256, heldout_samples=2000,
-               evaluate_every=10_000),
-        {"learning_rate": 5e-3, **({} if settings["algorithm"] == "dpo" else {"minibatch_size": 512}), **settings},
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        result = finetune(problem.model, problem.reward, [""], config=config, optimum=problem.optimum)
-    return result.final["objective/recovered"], result.final["policy/kl"]
+@pytest.fixture
+def share(train_on_mixture: Callable[..., Result]) -> Callable[..., tuple[float, float]]:
+    """(settings) -> the recovered share of J* - J_ref, and the path KL."""
+
+    def run(**settings: Any) -> tuple[float, float]:
+        size = {} if settings["algorithm"] == "dpo" else {"minibatch_size": 512}
+        final = train_on_mixture(learning_rate=5e-3, **size, **settings).final
+        return final["objective/recovered"], final["policy/kl"]
+
+    return run
 
 
 @pytest.mark.parametrize(("algorithm", "floor"), [("rwr", 0.3), ("diffusion_nft", 0.2), ("dpo", 0.2)])
-def test_every_rule_is_on_its_way_in_eight_iterations(algorithm: str, floor: float) -> None:
+def test_every_rule_is_on_its_way_in_eight_iterations(
+    algorithm: str, floor: float, share: Callable[..., tuple[float, float]]
+) -> None:
     assert share(algorithm=algorithm, iterations=8)[0] > floor
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("algorithm", "floor"), [("rwr", 0.6), ("diffusion_nft", 0.5), ("dpo", 0.4)])
-def test_every_rule_recovers_its_share(algorithm: str, floor: float) -> None:
+def test_every_rule_recovers_its_share(algorithm: str, floor: float, share: Callable[..., tuple[float, float]]) -> None:
     assert share(algorithm=algorithm, iterations=40)[0] > floor
 
 
 @pytest.mark.slow
-def test_preferences_from_a_file_recover_their_share_without_a_reward_call(tmp_path: Path) -> None:
+def test_preferences_from_a_file_recover_their_share_without_a_reward_call(
+    tmp_path: Path, share: Callable[..., tuple[float, float]]
+) -> None:
     """Bradley-Terry choices between samples of the reference, by the recipe's reward, which training never sees."""
     file = write_choices(tmp_path / "pairs.safetensors", mixture(2, 4, 0), quadratic_reward(2, 0), 10_000)
     recovered, kl = share(algorithm="dpo", pairs_file=file, iterations=40, consistency=0.1)

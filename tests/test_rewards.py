@@ -426,10 +426,11 @@ def test_a_file_does_not_import_its_neighbours(tmp_path: Path) -> None:
         (
             "brightnes",
             {},
-            r"unknown reward 'brightnes'. Did you mean 'brightness'\? Known: brightness, colorfulness, "
-            r"jpeg_compressibility, jpeg_incompressibility, linear, quadratic. Or give 'file.py:name' or 'module:name'",
+            r"unknown reward 'brightnes'. Did you mean 'brightness'\? Known: aesthetic, brightness, clip, colorfulness, "
+            r"hps, imagereward, jpeg_compressibility, jpeg_incompressibility, linear, ocr, pickscore, quadratic, vqa. "
+            r"Or give 'file.py:name' or 'module:name'",
         ),
-        ("xyz", {}, r"unknown reward 'xyz'. Known: brightness"),
+        ("xyz", {}, r"unknown reward 'xyz'. Known: aesthetic, brightness"),
         ("my.py", {}, r"'my.py' names a file but no function in it. Give 'my.py:name'"),
         (":f", {}, r"':f' lacks a half. Give 'file.py:name' or 'module:name'"),
         ("jpeg_compressibility", {"qualty": 3}, r"no option 'qualty'. Did you mean 'quality'\? Options: quality"),

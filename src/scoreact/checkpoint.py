@@ -1,4 +1,4 @@
-"""Files of a run: atomic checkpoints (safetensors + JSON, no pickle), run configuration, metrics lines.
+"""Files of a run: atomic checkpoints (safetensors + JSON, no pickle), run configuration, files of JSON lines.
 
 A checkpoint is a folder written under a temporary name and renamed when complete, so that a kill at any moment leaves
 either the old one or the new one. Knows files; does not know what the tensors mean.
@@ -7,9 +7,10 @@ either the old one or the new one. Knows files; does not know what the tensors m
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 FORMAT = 1  # of the checkpoint folder
+Line = dict[str, Any]  # of a file of JSON lines
 
 
 def flatten(tree: Any, prefix: str = "") -> tuple[dict[str, Tensor], Any]:
@@ -134,16 +136,31 @@ def load(folder: Path, device: str | torch.device = "cpu") -> tuple[int, dict[st
     raise ValueError(problem)
 
 
-def append_line(path: Path, metrics: Mapping[str, Any]) -> None:
-    """One JSON line; NaN and infinities become null."""
-    finite = {k: None if isinstance(v, float) and not abs(v) < float("inf") else v for k, v in metrics.items()}
+# --- files of JSON lines ---------------------------------------------------------------------------------------------
+
+
+def finite(value: Any) -> Any:
+    """`value` with null for NaN and infinities, which JSON does not have, however deep in mappings and lists."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return value
+
+
+def append_line(path: Path, line: Mapping[str, Any]) -> None:
+    """One JSON line, on the disk when this returns; NaN and infinities become null."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(finite) + "\n")
+        file.write(json.dumps(finite(line)) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The metrics lines; a last line cut short by a kill is left out."""
-    lines: list[dict[str, Any]] = []
+def read_lines(path: Path) -> list[Line]:
+    """The lines of a file, [] where there is none; a last line cut short by a kill is left out."""
+    lines: list[Line] = []
     if path.is_file():
         for text in path.read_text(encoding="utf-8").splitlines():
             try:
@@ -153,9 +170,28 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def resume_lines(path: Path) -> list[Line]:
+    """`read_lines` of a file that is to go on: a last line cut short is dropped from the file too.
+
+    Raises ValueError naming a damaged line that is not the last.
+    """
+    lines = read_lines(path)
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    count = len(text.splitlines())
+    if len(lines) < count - 1:
+        raise ValueError(f"line {len(lines) + 1} of {path} is damaged; delete that line, and its run is repeated.")
+    if len(lines) < count or (text and not text.endswith("\n")):
+        _write_lines(path, lines)
+    return lines
+
+
 def truncate_lines(path: Path, iteration: int) -> None:
     """Drop the lines after `iteration` (written by a run that was killed after its last checkpoint)."""
-    lines = [line for line in read_lines(path) if line["iteration"] <= iteration]
+    _write_lines(path, [line for line in read_lines(path) if line["iteration"] <= iteration])
+
+
+def _write_lines(path: Path, lines: Iterable[Line]) -> None:
+    """Through a temporary file and a rename."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     os.replace(temporary, path)

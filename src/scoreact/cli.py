@@ -28,18 +28,19 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads tha
 from . import cli_bench as arena
 from . import cli_look as look
 from . import cli_output as output
+from . import cli_server as server
 from .cli_source import (
     Parser,
     Source,
     assignments,
     find_recipe,
-    known_name,
     new_folder,
     open_run,
     recipe_options,
     whole,
 )
 from .config import Config, fields_of, read, rule_fields, updated
+from .names import known_name
 
 HEADINGS = {  # the first setting of each group of `train --help`
     "algorithm": "the run",
@@ -64,10 +65,11 @@ def train_arguments(parser: Parser, config: Config | None = None) -> None:
         "--config", metavar="FILE", help="settings as YAML or JSON, or a run's config.json; the command line goes first"
     )
     add("--out", metavar="DIR", help="folder of the run, new or empty [default runs/RECIPE-001, -002, ...]")
-    add("--reward", metavar="SPEC", help="instead of the recipe's: my.py:function, module:function, or a known name")
+    add("--reward", metavar="SPEC", help="instead of the recipe's: my.py:function, module:function, http://HOST:PORT, or "
+        "a known name")  # fmt: skip
     add("--reward-option", action="append", default=[], metavar="NAME=VALUE", help="an option of that reward")
     add("--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the recipe [listed below]")
-    add("--prompts", metavar="FILE", help="of a pipeline: a text file, one prompt a line")
+    add("--prompts", metavar="FILE", help="of a pipeline: a text file, one prompt a line; one prompt; file.py:function")
     add("--tensorboard", action="store_true", help="write TensorBoard events too")
     add("--print-config", action="store_true", help="write the settings as YAML and train nothing")
 
@@ -138,7 +140,7 @@ def train_source(options: argparse.Namespace) -> Source:
         if "prompts" not in recipe.options:
             raise ValueError(f"recipe {recipe.name} has prompts of its own; --prompts is for pipelines.")
         path = Path(options.prompts).expanduser()
-        build_options["prompts"] = str(path.resolve()) if path.is_file() else options.prompts
+        build_options["prompts"] = str(path.resolve()) if path.is_file() else _portable(options.prompts)
     settings = {
         key.removeprefix("setting:"): _typed(key.removeprefix("setting:"), value)
         for key, value in vars(options).items()
@@ -315,6 +317,9 @@ COMMANDS = {
     "check": Command(
         "Say in plain sentences what is wrong with a reward, a recipe or a run.", look.check_arguments, look.check
     ),
+    "reward-server": Command(
+        "Serve a reward over HTTP to runs in other processes.", server.server_arguments, server.serve
+    ),
     "bench": Command("Compare update rules at equal budgets, over seeds.", arena.bench_arguments, arena.bench),
     "tune": Command("Search an update rule's settings, before `bench`.", arena.tune_arguments, arena.tune),
     "pretrain": Command(
@@ -324,7 +329,7 @@ COMMANDS = {
 
 
 def overview() -> str:
-    lines = [f"  {name:<9} {command.about}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<13} {command.about}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "usage: scoreact COMMAND ...",

@@ -1,4 +1,4 @@
-"""The commands `bench` and `tune`: words in, the arena's tables out. Everything else is in `arena`."""
+"""The commands `bench` and `tune`: words in, the arena's tables out. Everything else is in `arena` and `tuning`."""
 
 from __future__ import annotations
 
@@ -74,16 +74,18 @@ def _shared(parser: Parser) -> None:
 
 
 def bench(options: argparse.Namespace) -> int:
-    from . import arena
+    from . import arena, arena_report
     from .algorithms import rules
+    from .arena_run import known_problem, skips
+    from .checkpoint import read_lines
 
     if options.table:
-        print(arena.report(options.out))
+        print(arena_report.report(options.out))
         return 0
     names, problems = options.rules or list(rules()), options.problems or ["gaussian-2d"]
     for problem in problems:
         for rule in names:
-            if reason := arena.skips(rule, arena.known_problem(problem)):
+            if reason := skips(rule, known_problem(problem)):
                 print(f"skipped: {reason}", flush=True)
     try:
         lines = arena.bench(
@@ -92,7 +94,7 @@ def bench(options: argparse.Namespace) -> int:
             points=options.points, transfer_samples=options.transfer_samples, retry=options.retry, on_line=_say_run,
         )  # fmt: skip
     except KeyboardInterrupt:
-        kept = len(arena.read_results(options.out / "results.jsonl"))
+        kept = len(read_lines(options.out / "results.jsonl"))
         raise KeyboardInterrupt(f"{kept} runs are kept in {options.out}; the same command continues.") from None
     print("\n" + (options.out / "table.md").read_text(encoding="utf-8"))
     print(f"results    {options.out / 'results.jsonl'}\nplots      {options.out / 'plots'}")
@@ -114,16 +116,17 @@ def _say_run(line: dict[str, Any], finished: int, wanted: int) -> None:
 
 
 def tune(options: argparse.Namespace) -> int:
-    from . import arena
+    from . import tuning
+    from .arena_run import known_problem, skips
 
-    for problem in [arena.known_problem(name).name for name in options.problem]:
+    for problem in [known_problem(name).name for name in options.problem]:
         for rule in options.rule:
-            if reason := arena.skips(rule, arena.known_problem(problem)):
+            if reason := skips(rule, known_problem(problem)):
                 print(f"skipped: {reason}", flush=True)
                 continue
             print(f"{rule} on {problem}", flush=True)
             try:
-                found = arena.tune(
+                found = tuning.tune(
                     rule, problem, options.trials, options.seeds, options.network_calls, options.reward_calls, options.out,
                     options.jobs, settings=assignments(options.set, "--set"), on_trial=_say_trial,
                 )  # fmt: skip
@@ -133,7 +136,7 @@ def tune(options: argparse.Namespace) -> int:
                 ) from None
             gain = "" if found["defaults"]["J"] is None else f", the defaults {found['defaults']['J']:.4g}"
             print(f"  best J {found['J']:.4g}{gain}: {_words(found['settings'])}")
-            print(f"  {options.out / arena.tuned_name(rule, problem)}")
+            print(f"  {options.out / tuning.tuned_name(rule, problem)}")
     return 0
 
 

@@ -12,13 +12,13 @@ from .cli_source import (
     Source,
     assignments,
     find_recipe,
-    known_name,
     load_policy,
     open_run,
     open_source,
     recipe_options,
     whole,
 )
+from .names import known_name
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import yaml
 
 from .config import Config, updated
+from .names import known_name, nearest
 
 if TYPE_CHECKING:
     from .policy import Policy
@@ -55,9 +55,9 @@ class Parser(argparse.ArgumentParser):
             if word.startswith("-"):
                 name = word.split("=")[0]
                 known = [option for action in self._actions for option in action.option_strings]
-                close = difflib.get_close_matches(name, known, 1, 0.5)
+                close = nearest(name, known, 0.5)
                 if close:
-                    raise ValueError(f"unknown option {name}; did you mean {close[0]}?")
+                    raise ValueError(f"unknown option {name}; did you mean {close}?")
                 self.error(f"unknown option {name}")
         if unknown:
             self.error(f"unexpected word {unknown[0]!r}")
@@ -73,16 +73,6 @@ def whole(low: int) -> Callable[[str], int]:
         return int(text)
 
     return convert
-
-
-def known_name(wanted: str, names: Iterable[str], problem: str) -> str:
-    """`wanted` if it is among `names`; else ValueError: the problem, the word, the nearest name and all of them."""
-    names = list(names)
-    if wanted in names:
-        return wanted
-    close = difflib.get_close_matches(wanted, names, 1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"{problem} {wanted!r}; known: {', '.join(names) or 'none'}.{hint}")
 
 
 def assignments(words: Sequence[str], flag: str) -> dict[str, Any]:

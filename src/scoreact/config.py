@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import typing
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+
+from .names import did_you_mean, nearest
 
 
 def setting(
@@ -175,8 +176,8 @@ def _checked_rule(algorithm: str, given: Any) -> dict[str, Any]:
 
 
 def _nearest(word: Any, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(word), known := list(known), 1)
-    return f"; did you mean {close[0]!r}?" if close else f". Known: {', '.join(known) or 'none'}."
+    close = nearest(word, known := list(known))
+    return f"; did you mean {close!r}?" if close else f". Known: {', '.join(known) or 'none'}."
 
 
 def _checked(f: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
@@ -188,8 +189,7 @@ def _checked(f: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
         if value is False and "off" in known:  # YAML reads a bare off so
             value = "off"
         if value not in known:
-            close = difflib.get_close_matches(str(value), known, 1, 0.4)  # eulr is short for euler_maruyama
-            hint_text = f" Did you mean {close[0]!r}?" if close else ""
+            hint_text = did_you_mean(value, known, 0.4)  # eulr is short for euler_maruyama
             raise ValueError(f"{f.name} is {value!r}; known: {', '.join(known)}.{hint_text}")
         return value
     if hint is float and isinstance(value, str):  # YAML reads 1e-4 as a string

@@ -15,7 +15,8 @@ from torch import Tensor
 from .metrics import mean_pairwise_distance
 from .models import ScoreModel
 from .policy import Policy
-from .rewards import Reward
+from .rewards import Checked, Reward, checked
+from .rewards.overlap import Scores
 from .rollout import rollout
 from .schedule import GRIDS
 from .sde import SDE, Noise, noise_level
@@ -97,15 +98,15 @@ def evaluate(
     """Metrics of `samples` fresh paths: held-out reward, path KL and J with standard errors, diversity, the judge's."""
     generator = torch.Generator(device=device or torch.device("cpu")).manual_seed(seed)
     names = balanced(prompts, samples, generator)
-    decoded, rewards, kls = [], [], []
+    decoded, kls, scores = [], [], Scores(reward if isinstance(reward, Checked) else checked(reward))
     for start in range(0, samples, CHUNK):
         condition = policy.model.condition(names[start : start + CHUNK])
         trajectory = rollout(policy, sde, solver, ts, condition, generator)
         decoded.append(policy.model.decode(trajectory.xs[-1]))
-        rewards.append(reward(decoded[-1], condition).cpu())
+        scores.add(decoded[-1], condition)
         kls.append(trajectory.path_kl().cpu())
     everything, condition = torch.cat(decoded), policy.model.condition(names)
-    r, kl = torch.cat(rewards), torch.cat(kls)
+    r, kl = scores.result().cpu(), torch.cat(kls)
     metrics: Metrics = {}
     for name, values in (("reward/heldout", r), ("policy/kl", kl), ("objective/J", r - kl_weight * kl)):
         metrics[name], metrics[f"{name}_se"] = mean_and_error(values)

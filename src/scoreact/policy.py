@@ -54,6 +54,12 @@ class Policy(nn.Module):
         self.network_calls += len(x)
         return self.reference.score(t, x, condition)
 
+    def reference_features(self, t: Tensor, x: Tensor, condition: Condition) -> Tensor:
+        """What the pretrained network makes of the states inside, [B, F]; of models that offer it (`PipelineModel`)."""
+        features, passes = self.reference.features(t, x, condition)  # type: ignore[union-attr]
+        self.network_calls += passes
+        return features
+
     def trainable(self) -> list[nn.Parameter]:
         """The parameters that training changes."""
         return [p for p in self.model.parameters() if p.requires_grad] if isinstance(self.model, nn.Module) else []

@@ -6,7 +6,7 @@ The only place where gradients are off while the policy acts, and where the SDE'
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -45,6 +45,13 @@ class Trajectory:
     def of(cls, tensors: Mapping[str, Tensor], condition: Condition) -> Trajectory:
         """The inverse of `tensors` (other keys are ignored)."""
         return cls(condition=condition, **{f.name: tensors[f.name] for f in fields(cls) if f.name != "condition"})
+
+    @classmethod
+    def join(cls, parts: Sequence[Trajectory], condition: Condition) -> Trajectory:
+        """Paths drawn one part after another on the same times, as those of the whole condition."""
+        found = [part.tensors() for part in parts]
+        joined = {k: torch.cat([f[k] for f in found], 1) if v.ndim > 1 else v for k, v in found[0].items()}
+        return cls.of(joined, condition)
 
     def path_kl(self) -> Tensor:
         """1/2 sum |u|^2 dt of each path, [B], nats."""

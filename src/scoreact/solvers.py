@@ -9,7 +9,6 @@ The deterministic samplers solve dy/ds = -sigma score in y = x / alpha, s = sigm
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import itertools
@@ -24,6 +23,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from .names import nearest
 from .schedule import time_at_log_snr
 from .sde import SDE, noise_level, ode_gain
 from .types import ScoreFn, expand, sum_over_data
@@ -302,8 +302,8 @@ def sampler_by_name(name: str) -> Sampler:
     place, colon, attribute = name.rpartition(":")
     if not colon:
         parts = {part: known for known in SAMPLERS for part in known.split("_")}  # 'eulr' is near to 'euler'
-        near = difflib.get_close_matches(name, SAMPLERS) + [parts[p] for p in difflib.get_close_matches(name, parts)]
-        hint = f" Did you mean '{near[0]}'?" if near else ""
+        near = nearest(name, SAMPLERS) or parts.get(nearest(name, parts) or "")
+        hint = f" Did you mean '{near}'?" if near else ""
         raise ValueError(f"unknown solver '{name}'. Known: {', '.join(sorted(SAMPLERS))}. Or give 'module:name'.{hint}")
     try:
         found = getattr(module_at(place), attribute)

@@ -27,7 +27,9 @@ from .models import ScoreModel
 from .optim import Average, Diverged
 from .policy import Policy
 from .rewards import Checked, Reward, checked
+from .rewards.overlap import Scores, one_ahead, ready
 from .rollout import Trajectory, rollout
+from .rounding import rounding_kl
 from .schedule import GRIDS
 from .sde import NOISES, SDE
 from .solvers import SOLVERS
@@ -107,6 +109,7 @@ class Trainer:
             raise ValueError(f"{type(model).__name__} has no parameter with requires_grad; nothing could be trained.")
         self.prompts = list(prompts)
         self.reward: Checked = checked(reward)
+        ready(self.reward)  # one elsewhere that is not there is said now
         self.heldout_reward: Checked = checked(reward)  # counted apart: the cost of looking, not of learning
         self.features, self.optimum, self.on_event = features, optimum, on_event
         self.guard = Guard(
@@ -191,21 +194,30 @@ class Trainer:
     def _reward_of_state(self, x_data: Tensor, condition: Condition) -> Tensor:
         return self.reward(self.policy.model.decode(x_data), condition)
 
-    def rollout(self, reference_only: bool = False) -> tuple[Trajectory, Tensor]:
+    def rollout(self) -> tuple[Trajectory, Tensor]:
         """Paths of a batch of prompts, and their rewards [B]."""
+        trajectory, scores = self.draw()
+        return trajectory, scores.result()
+
+    def draw(self, reference_only: bool = False) -> tuple[Trajectory, Scores]:
+        """Paths of a batch of prompts; a reward elsewhere scores a part of them while the next is drawn."""
         names = balanced(self.prompts, self.config.batch_size, self.generator)
-        condition = self.policy.model.condition(names)
         ts = self.grid()
         behaviour = self.policy if reference_only else self.algorithm.behaviour()
-        trajectory = rollout(
-            behaviour, self.sde, self.solver, ts, condition, self.generator, self.exploration, reference_only,
-            None if reference_only else self.algorithm.stochastic_steps(self.config.steps, self.generator),
-            self.algorithm.reads_reference,
-        )  # fmt: skip
+        stochastic = None if reference_only else self.algorithm.stochastic_steps(self.config.steps, self.generator)
+        paths, scores = [], Scores(self.reward)
+        for part in scores.parts(names):
+            trajectory = rollout(
+                behaviour, self.sde, self.solver, ts, self.policy.model.condition(part), self.generator,
+                self.exploration, reference_only, stochastic, self.algorithm.reads_reference,
+            )  # fmt: skip
+            scores.add(self.policy.model.decode(trajectory.xs[-1]), trajectory.condition)
+            paths.append(trajectory)
         if behaviour is not self.policy:  # one place counts the calls
             self.policy.network_calls += behaviour.network_calls
             behaviour.network_calls = 0
-        return trajectory, self.reward(self.policy.model.decode(trajectory.xs[-1]), condition)
+        whole = paths[0] if len(paths) == 1 else Trajectory.join(paths, self.policy.model.condition(names))
+        return whole, scores
 
     def rate(self) -> float:
         """The learning rates' factor: a linear warm-up, a plateau, a linear fall to the run's end."""
@@ -217,8 +229,7 @@ class Trainer:
         """J_ref and J* from the reference's paths; a critic learns from them too, for other rules they only measure."""
         rewards, prompts = [], []
         spent = self.policy.network_calls, self.reward.calls
-        for _ in range(self.config.reference_batches):
-            trajectory, r = self.rollout(reference_only=True)
+        for trajectory, r in one_ahead(self.draw(True) for _ in range(self.config.reference_batches)):
             if self.config.value_loss == "log_probability" and float(r.max()) > 0:
                 raise ValueError(
                     f"reward {self.reward.name} reached {float(r.max()):.3g}, so it is no log-probability; use value_loss soft."
@@ -285,7 +296,7 @@ class Trainer:
         previous = _catch_signals(self)
         try:
             if not self.reference:
-                self.reference = self.look_at_reference()
+                self.reference = self.look_at_reference() | self._rounding()
                 self._record("reference", {"reference": True, **self.reference})
                 self.final = self.evaluate()
                 self.guard.start = dict(self.final)
@@ -336,6 +347,23 @@ class Trainer:
         if not sees_kl(self.algorithm) and "policy/kl" in self.final:
             self._steer_kl(self.final["policy/kl"], self.config.evaluate_every)
         return stop
+
+    def _rounding(self) -> Metrics:
+        """What rounding alone costs, where the model's network has less than float32; said where it stops all learning."""
+        c, model = self.config, self.policy.model
+        if not getattr(model, "rounds", False):
+            return {}
+        generator = torch.Generator(self.device).manual_seed(EVALUATION_SEED)
+        ts = GRIDS[c.grid](model.schedule, c.steps, generator)
+        condition = model.condition(balanced(self.prompts, min(8, c.heldout_samples), generator))
+        found = rounding_kl(self.policy, self.sde, self.solver, ts, condition, generator, c.learning_rate)
+        if found > c.max_kl:
+            text = (
+                f"rounding alone costs {found:.2g} nats of path KL, more than max_kl ({c.max_kl:g}), so that every step of the "
+                "policy is refused; compute in float32 or float16, or with less guidance."
+            )
+            self._record("guard", {"guard": "rounding", "text": text})
+        return {"policy/kl_rounding": found}
 
     def _say_no_kl_term(self) -> None:
         text = (

@@ -40,7 +40,8 @@ class ValueNetwork(nn.Module):
     ) -> None:
         """log_sigmoid: beta for the form of log-probabilities, None for the affine one."""
         super().__init__()
-        if inputs not in ("x_data_hat", "x", "both"):
+        inputs = getattr(network, "inputs", inputs)  # one on the reference's own features can see nothing else
+        if inputs not in ("x_data_hat", "x", "both", "features"):
             raise ValueError(f"value inputs {inputs!r} unknown. Known: x_data_hat, x, both.")
         self.network = network
         self.sde = sde
@@ -57,6 +58,8 @@ class ValueNetwork(nn.Module):
 
     def features(self, t: Tensor, x: Tensor, condition: Condition, reference: Tensor | None = None) -> Tensor:
         """What the network sees at (t [B], x [B, *D]); `reference`: the reference's score there if already known."""
+        if self.inputs == "features":
+            return self._policy[0].reference_features(t, x, condition)
         alpha, sigma = self.sde.schedule.alpha(t), self.sde.schedule.sigma(t)
         scaled = expand(alpha / (alpha**2 + sigma**2).sqrt(), x) * x
         if self.inputs == "x":
@@ -92,12 +95,17 @@ class ValueNetwork(nn.Module):
         return self.of_features(t, self.features(t, x, condition), condition)
 
     def gradient(self, t: Tensor, x: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-        """V [B] and grad_x V [B, *D], both without graph."""
-        with torch.enable_grad():
-            x = x.detach().requires_grad_(True)
-            value = self(t, x, condition)
-            (gradient,) = torch.autograd.grad(value.sum(), x)
-        return value.detach(), gradient
+        """V [B] and grad_x V [B, *D], both without graph; no more rows at a time than the reference's network takes."""
+        size = getattr(self._policy[0].reference, "rows_per_call", None) or len(x)
+        values, gradients = [], []
+        for i in torch.arange(len(x), device=x.device).split(size):
+            with torch.enable_grad():
+                state = x[i].detach().requires_grad_(True)
+                value = self(t[i], state, condition[i])
+                (gradient,) = torch.autograd.grad(value.sum(), state)
+            values.append(value.detach())
+            gradients.append(gradient)
+        return torch.cat(values), torch.cat(gradients)
 
 
 class ResidualValue(ValueNetwork):
@@ -111,6 +119,10 @@ class ResidualValue(ValueNetwork):
         self, network: nn.Module, sde: SDE, policy: Policy, terminal: Callable[[Tensor, Condition], Tensor]
     ) -> None:
         super().__init__(network, sde, policy, inputs="x_data_hat")
+        if self.inputs != "x_data_hat":
+            raise ValueError(
+                f"a residual value needs x_data_hat, but its network sees {self.inputs}; use value network."
+            )
         self.terminal = terminal
 
     def of_features(self, t: Tensor, features: Tensor, condition: Condition) -> Tensor:

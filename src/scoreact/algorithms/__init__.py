@@ -6,25 +6,30 @@ values and advantages; it does not know optimisers, devices or files.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
+from .. import girsanov
 from ..config import Config, fields_of, setting
+from ..names import did_you_mean
 from ..policy import Policy
 from ..prediction import PREDICTIONS, convert
 from ..rollout import Trajectory, step_of
+from ..schedule import Schedule
 from ..sde import SDE
 from ..solvers import Solver, module_at
 from ..types import Condition, Metrics, expand
 from ..value import ValueFit
+
+CHUNK = 1024  # rows at a time outside of the loss: bounds the memory of a network call or a graph
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,13 @@ class Rule:
     metrics: Metrics = field(default_factory=dict)  # of the last `prepare`
     offline: bool = False  # True: `stored_rows` instead of a rollout, rewards and `prepare`
 
+    def __post_init__(self) -> None:
+        """Settings that are names, checked also where a rule is made by hand. Raises ValueError with the known ones."""
+        for f, hint in fields_of(type(self)):
+            known, given = typing.get_args(hint), getattr(self, f.name)
+            if typing.get_origin(hint) is Literal and given not in known:
+                raise ValueError(f"unknown {f.name} {given!r}. Known: {', '.join(known)}.")
+
     def stochastic_steps(self, steps: int, generator: torch.Generator) -> Tensor | None:
         """[steps] bool: the steps of the next rollout that are drawn from the SDE, the others from the policy's ODE.
 
@@ -118,6 +130,11 @@ class Rule:
         """How far the policy's mean is from the behaviour's, in units of the noise: [M, *D]."""
         return shift_of(self.policy, self.sde, self.solver, batch)
 
+    @torch.no_grad()
+    def shift_in_parts(self, batch: Batch) -> Tensor:
+        """`shift` of any number of transitions, without gradient."""
+        return torch.cat([self.shift(batch[rows]) for rows in chunks(batch.t0)])
+
     def state_dict(self) -> dict[str, Any]:
         """What must survive a resume besides the value network: nested tensors and plain values."""
         return {}
@@ -141,9 +158,8 @@ def find_rule(name: str) -> type[Rule]:
     place, colon, attribute = name.rpartition(":")
     if not colon:
         if name not in rules():
-            close = difflib.get_close_matches(name, rules(), 1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"algorithm is {name!r}; known: {', '.join(rules())}, or file.py:Class.{hint}")
+            known = ", ".join(rules())
+            raise ValueError(f"algorithm is {name!r}; known: {known}, or file.py:Class.{did_you_mean(name, rules())}")
         return rules()[name]
     try:
         found = getattr(module_at(place), attribute)
@@ -183,12 +199,9 @@ class Noised(Rows):
 class ForwardRule(Rule):
     """A rule that sees samples, not how they were drawn: it noises them again and regresses the score (denoising).
 
-    The end of a path is a sample at time e = ts[-1], little noise but some. It goes back by the noising path's own law,
-
-        x_t | x_e ~ N(r x_e, s^2 I),   r = alpha(t) / alpha(e),   s^2 = sigma(t)^2 - r^2 sigma(e)^2,
-
-    so that regressing the score on -noise / s gives the score of the noised law of x_e, whatever e is. t are the times
-    of the rollout's grid at which the policy acts: one draw a step and sample, or `draws` of them.
+    The end of a path is a sample at time e = ts[-1], little noise but some. It goes back by the noising path's own law
+    (`noising`), so that regressing the score on -noise / s gives the score of the noised law of x_e, whatever e is. t are
+    the times of the rollout's grid at which the policy acts: one draw a step and sample, or `draws` of them.
     """
 
     reads_reference = False
@@ -216,9 +229,7 @@ class ForwardRule(Rule):
 
     def renoised(self, x_end: Tensor, end: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """x at times t [B, K] given the sample x_end [B, *D] at time `end`, and its score: noise, x, score [B, K, *D]."""
-        schedule = self.sde.schedule
-        kept = schedule.alpha(t) / schedule.alpha(end)
-        std = (schedule.sigma(t) ** 2 - (kept * schedule.sigma(end)) ** 2).sqrt()
+        kept, std = noising(self.sde.schedule, end, t)
         return expand(kept, noise) * x_end.unsqueeze(1) + expand(std, noise) * noise, -noise / expand(std, noise)
 
     def noised(
@@ -248,13 +259,26 @@ class ForwardRule(Rule):
         return one - two
 
 
+def noising(schedule: Schedule, end: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """r and s of the noising path's law back from a time `end` to earlier times t, in t's shape:
+
+    x_t | x_end ~ N(r x_end, s^2 I),   r = alpha(t) / alpha(end),   s^2 = sigma(t)^2 - r^2 sigma(end)^2.
+    """
+    kept = schedule.alpha(t) / schedule.alpha(end)
+    return kept, (schedule.sigma(t) ** 2 - (kept * schedule.sigma(end)) ** 2).clamp(min=0).sqrt()
+
+
+def chunks(rows: Tensor) -> Sequence[Tensor]:
+    """Indices of the rows of a tensor, CHUNK at a time."""
+    return torch.split(torch.arange(len(rows), device=rows.device), CHUNK)
+
+
+@torch.no_grad()
 def in_parts(
-    score: Callable[[Tensor, Tensor, Condition], Tensor], t: Tensor, x: Tensor, condition: Condition
+    function: Callable[[Tensor, Tensor, Condition], Tensor], t: Tensor, x: Tensor, condition: Condition
 ) -> Tensor:
-    """A score without gradient at any number of states, [M, *D], 1024 at a time."""
-    with torch.no_grad():
-        chunks = torch.split(torch.arange(len(t), device=t.device), 1024)
-        return torch.cat([score(t[i], x[i], condition[i]) for i in chunks])
+    """function(t [M], x [M, ...], condition) -> [M, ...], a score or a value, without gradient at any number of states."""
+    return torch.cat([function(t[i], x[i], condition[i]) for i in chunks(t)])
 
 
 def flatten(trajectory: Trajectory, keep: Tensor) -> Batch:
@@ -279,6 +303,12 @@ def flatten(trajectory: Trajectory, keep: Tensor) -> Batch:
 def acting_steps(trajectory: Trajectory) -> Tensor:
     """Indices of the steps that are actions."""
     return torch.nonzero(trajectory.acts).flatten()
+
+
+def sampled_costs(trajectory: Trajectory, kl_weight: float) -> Tensor:
+    """Costs of the steps counted as sampled log-ratios to the reference, in units of the reward, [N, B]."""
+    pairs = zip(trajectory.controls, trajectory.noise, strict=True)
+    return torch.stack([kl_weight * girsanov.stochastic_cost(w, z) for w, z in pairs])
 
 
 def states(trajectory: Trajectory, keep: Tensor) -> tuple[Tensor, Tensor, Condition]:

@@ -27,9 +27,7 @@ from .. import girsanov
 from ..config import setting
 from ..rollout import Trajectory, step_of
 from ..types import Metrics, expand
-from . import Batch, Rule, acting_steps, flatten
-
-CHUNK = 1024  # paths whose graph of one step is held at a time
+from . import Batch, Rule, acting_steps, chunks, flatten
 
 
 @dataclass
@@ -67,7 +65,7 @@ class AdjointMatching(Rule):
     def lean_adjoints(self, trajectory: Trajectory) -> tuple[Tensor, Tensor]:
         """a [N + 1, B, *D] along the paths, and the controls w [N, B, *D], which cost no further network call."""
         adjoints, controls = torch.empty_like(trajectory.xs), torch.zeros_like(trajectory.controls)
-        for rows in torch.split(torch.arange(trajectory.xs.shape[1], device=trajectory.xs.device), CHUNK):
+        for rows in chunks(trajectory.xs[-1]):  # the graph of one step of these paths is held
             condition = trajectory.condition[rows]
             with torch.enable_grad():
                 x = trajectory.xs[-1, rows].requires_grad_(True)

@@ -15,7 +15,7 @@ Departs from the paper: control variates, the direct gradient of the cost. The v
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -28,10 +28,8 @@ from ..config import setting
 from ..rollout import Trajectory, step_of
 from ..types import Condition, Metrics, expand
 from ..value import Sample
-from . import Batch, Rule, acting_steps, flatten, states
-
-ADVANTAGES = ("gae", "standardised_value_differences")
-PLACES = ("state", "next")
+from . import Batch, Rule, acting_steps, flatten, in_parts, sampled_costs, states
+from .ddpo import surrogate
 
 
 @dataclass
@@ -42,12 +40,12 @@ class CTRL(Rule):
     1 +- clip_range sqrt(dt). trace: GAE's lambda per unit time. ratio_weight: weight of the ratio term, 1 the unbiased
     gradient; its noise grows with the dimension, and less (down to 0, the pathwise rule) learns faster there.
     trust: weight of the squared distance to the behaviour policy, in units of kl_weight.
-    gradient_at: where the force S grad V is taken. "state": at (t_k, x_k), the continuous-time form. "next": at
-    (t_{k+1}, x'), x' drawn from the step's kernel: its mean is the kernel's exact policy gradient on any grid.
+    gradient_at: where the force S grad V is taken. "next": at (t_{k+1}, x'), x' drawn from the step's kernel: its mean is
+    the kernel's exact policy gradient on any grid. "state": at (t_k, x_k), the continuous-time form.
     """
 
     search: ClassVar[Mapping[str, Any]] = {
-        "ratio_weight": (0.1, 1.0, "log"), "clip_range": (0.3, 3.0, "log"), "gradient_at": ["state", "next"],
+        "ratio_weight": (0.1, 1.0, "log"), "clip_range": (0.3, 3.0, "log"),
     }  # fmt: skip
     critic = True
 
@@ -59,24 +57,19 @@ class CTRL(Rule):
         "gae", "the advantage; the second is the authors' published code"
     )
     gradient_at: Literal["state", "next"] = setting(
-        "state", "where the value's gradient is taken: before the step, or where the step leads (exact on coarse grids)"
+        "next", "where the value's gradient is taken: where the step leads (exact on any grid), or where it begins"
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.kl_weight <= 0:
             raise ValueError(f"kl_weight must be positive, got {self.kl_weight}.")
-        if self.advantage not in ADVANTAGES:
-            raise ValueError(f"unknown advantage {self.advantage!r}. Known: {', '.join(ADVANTAGES)}.")
-        if self.gradient_at not in PLACES:
-            raise ValueError(f"unknown gradient_at {self.gradient_at!r}. Known: {', '.join(PLACES)}.")
 
     def prepare(self, trajectory: Trajectory, rewards: Tensor, generator: torch.Generator, rate: float) -> Batch:
         """Fit V to the returns, then advantages [N, B] and forces h [N, B, *D]."""
         beta, keep = self.kl_weight, acting_steps(trajectory)
         costs = torch.stack([beta * girsanov.kl(w) for w in trajectory.controls])
-        sampled = torch.stack(
-            [beta * girsanov.stochastic_cost(w, z) for w, z in zip(trajectory.controls, trajectory.noise, strict=True)]
-        )
+        sampled = sampled_costs(trajectory, beta)
         returns = returns_to_go(rewards, sampled)
         at_states, fit = fit_value(self, trajectory, returns, keep, generator, rate, self.gradient_at == "next")
         batch = flatten(trajectory, keep)
@@ -108,22 +101,14 @@ class CTRL(Rule):
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """beta / 2 |w - h / beta|^2 - clipped ratio x advantage, summed over a path's steps, mean over paths."""
         shift = self.shift(batch)
-        log_ratio = girsanov.log_ratio(shift, batch.noise)
-        ratio = log_ratio.exp()
-        clip = (self.clip_range * (batch.t1 - batch.t0).sqrt()).clamp(max=0.99)
-        clipped = torch.minimum(torch.maximum(ratio, 1 - clip), 1 + clip)
-        surrogate = torch.minimum(ratio * batch.advantage, clipped * batch.advantage)
+        gain, metrics = surrogate(girsanov.log_ratio(shift, batch.noise), batch, self.clip_range)
         moved = girsanov.kl(shift)
         if self.advantage == "standardised_value_differences":
             force = self.kl_weight * girsanov.kl(batch.control + shift)
         else:
             force = self.kl_weight * girsanov.kl(batch.control + shift - batch.target)
-        loss = batch.steps * (force - self.ratio_weight * surrogate + self.trust * self.kl_weight * moved).mean()
-        return loss, {
-            "policy/clip_fraction": float(((ratio.detach() - 1).abs() > clip).float().mean()),
-            "policy/ratio_deviation": float((ratio.detach() - 1).abs().max()),
-            "policy/kl_to_behaviour": float(batch.steps * moved.detach().mean()),
-        }
+        loss = batch.steps * (force - self.ratio_weight * gain + self.trust * self.kl_weight * moved).mean()
+        return loss, {**metrics, "policy/kl_to_behaviour": float(batch.steps * moved.detach().mean())}
 
 
 def fit_value(
@@ -152,11 +137,9 @@ def fit_value(
         features = value.features(t, x, condition, references)
         later = (returns[-1] - returns[fitted]).flatten()
         rule.value.add(Sample(t, features, returns[fitted].flatten(), condition, later))
-        before = torch.arange(len(keep) * trajectory.xs.shape[1], device=t.device)
     metrics = rule.value.fit(generator, rate)
-    with torch.no_grad():
-        parts = [value.of_features(t[i], features[i], condition[i]) for i in torch.split(before, 1024)]
-    values = torch.cat(parts).reshape(len(keep), -1)
+    before = len(keep) * trajectory.xs.shape[1]  # rows; the path's end, where it is fitted too, comes after them
+    values = in_parts(value.of_features, t[:before], features, condition).reshape(len(keep), -1)
     metrics["value/explained_variance"] = explained_variance(values, returns[keep])
     return values, metrics
 
@@ -179,14 +162,10 @@ def pathwise_force(rule: CTRL, batch: Batch, reference: Tensor, noise: Tensor, s
 
 
 def gradients(rule: CTRL, t: Tensor, x: Tensor, condition: Condition) -> Tensor:
-    """grad_x V [M, *D] at any states, some at a time: that bounds the memory of the graph."""
+    """grad_x V [M, *D] at any number of states."""
     assert rule.value is not None
-    return torch.cat([rule.value.value.gradient(t[i], x[i], condition[i])[1] for i in chunks(t)])
-
-
-def chunks(t: Tensor) -> Sequence[Tensor]:
-    """Row indices of t [M], 1024 at a time."""
-    return torch.split(torch.arange(len(t), device=t.device), 1024)
+    value = rule.value.value
+    return in_parts(lambda *states: value.gradient(*states)[1], t, x, condition)
 
 
 RULES = {"ctrl": CTRL}

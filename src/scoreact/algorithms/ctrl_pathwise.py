@@ -23,10 +23,8 @@ from ..advantage import returns_to_go
 from ..config import setting
 from ..rollout import Trajectory, step_of
 from ..types import Metrics, expand, sum_over_data
-from . import Batch, acting_steps, flatten
-from .ctrl import CTRL, chunks, fit_value, pathwise_force
-
-FORMS = ("regression", "clamped_displacement")
+from . import Batch, acting_steps, flatten, sampled_costs
+from .ctrl import CTRL, fit_value, pathwise_force
 
 
 @dataclass
@@ -38,7 +36,7 @@ class CTRLPathwise(CTRL):
     displacement_clamp, loss_clamp: of the published variant only (0.1 and 1 in their code).
     """
 
-    search: ClassVar[Mapping[str, Any]] = {"gradient_at": ["state", "next"], "force": (0.7, 2.0, "log")}
+    search: ClassVar[Mapping[str, Any]] = {"force": (0.7, 2.0, "log")}
 
     form: Literal["regression", "clamped_displacement"] = setting(
         "regression", "the loss; the second is the authors' published code"
@@ -54,17 +52,10 @@ class CTRLPathwise(CTRL):
     displacement_clamp: float = 0.1
     loss_clamp: float = 1.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.form not in FORMS:
-            raise ValueError(f"unknown form {self.form!r}. Known: {', '.join(FORMS)}.")
-
     def prepare(self, trajectory: Trajectory, rewards: Tensor, generator: torch.Generator, rate: float) -> Batch:
         """Fit V to the returns; the controls to regress to, at `transitions` random states of the paths."""
-        pairs = zip(trajectory.controls, trajectory.noise, strict=True)
-        sampled = torch.stack([self.kl_weight * girsanov.stochastic_cost(w, z) for w, z in pairs])
         keep = acting_steps(trajectory)
-        returns = returns_to_go(rewards, sampled)
+        returns = returns_to_go(rewards, sampled_costs(trajectory, self.kl_weight))
         _, self.metrics = fit_value(self, trajectory, returns, keep, generator, rate, self.gradient_at == "next")
         batch = flatten(trajectory, keep)
         order = torch.randperm(len(batch), generator=generator, device=batch.t0.device)
@@ -72,8 +63,7 @@ class CTRLPathwise(CTRL):
         batch = batch[chosen]
         shift = None
         if self.gradient_at == "next" and self.reuse_reference:
-            with torch.no_grad():
-                shift = torch.cat([self.shift(batch[i]) for i in chunks(batch.t0)])
+            shift = self.shift_in_parts(batch)
         references = trajectory.references[keep].flatten(0, 1)[chosen]
         force = pathwise_force(self, batch, references, batch.noise, shift)
         return replace(batch, target=self.force * force / self.kl_weight)

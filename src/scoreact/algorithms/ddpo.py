@@ -27,7 +27,6 @@ from ..rollout import Trajectory
 from ..types import Condition, Metrics, groups
 from . import Batch, Rule, acting_steps, flatten
 
-ESTIMATORS = ("importance", "score_function")
 TEMPERATURES = {"one": 0.0, "root_dimensions": 0.5, "dimensions": 1.0}  # the power of the number of data dimensions
 
 
@@ -60,17 +59,13 @@ class DDPO(Rule):
     buffers: dict[str, list[float]] = field(default_factory=dict)  # the last rewards of each prompt
 
     def __post_init__(self) -> None:
-        check_surrogate(self.temperature)
-        if self.estimator not in ESTIMATORS:
-            raise ValueError(f"unknown estimator {self.estimator!r}. Known: {', '.join(ESTIMATORS)}.")
+        super().__post_init__()
         if self.min_count > self.buffer_size:
             raise ValueError(f"min_count ({self.min_count}) is more than buffer_size ({self.buffer_size}); lower it.")
 
     def prepare(self, trajectory: Trajectory, rewards: Tensor, generator: torch.Generator, rate: float) -> Batch:
         """The same advantage at every step of a path."""
-        keep = acting_steps(trajectory)
-        advantages = self.advantages(rewards, trajectory.condition).clamp(-self.advantage_clip, self.advantage_clip)
-        return replace(flatten(trajectory, keep), advantage=advantages.repeat(len(keep)))
+        return with_advantages(trajectory, self.advantages(rewards, trajectory.condition), self.advantage_clip)
 
     def advantages(self, rewards: Tensor, condition: Condition) -> Tensor:
         """(R - mean) / std of each sample's prompt, [B]; the rewards enter the prompts' buffers first."""
@@ -104,13 +99,13 @@ class DDPO(Rule):
         self.buffers = dict(zip(state["prompts"], map(list, state["rewards"]), strict=True))
 
 
-def check_surrogate(temperature: str) -> None:
-    """Raises ValueError for a temperature that `surrogate` does not know."""
-    if temperature not in TEMPERATURES:
-        raise ValueError(f"unknown temperature {temperature!r}. Known: {', '.join(TEMPERATURES)}.")
+def with_advantages(trajectory: Trajectory, advantages: Tensor, limit: float) -> Batch:
+    """The acting steps of the paths, at each of them its path's advantage [B], clipped at +- limit."""
+    keep = acting_steps(trajectory)
+    return replace(flatten(trajectory, keep), advantage=advantages.clamp(-limit, limit).repeat(len(keep)))
 
 
-def surrogate(log_ratio: Tensor, batch: Batch, clip_range: float, temperature: str) -> tuple[Tensor, Metrics]:
+def surrogate(log_ratio: Tensor, batch: Batch, clip_range: float, temperature: str = "one") -> tuple[Tensor, Metrics]:
     """T min(r A, clip(r, 1 +- clip_range sqrt(dt)) A) with r = exp(log_ratio / T), [M], and what to report.
 
     The factor T in front keeps the gradient at ratio 1 whatever T is; T decides when clipping begins. A log-ratio's

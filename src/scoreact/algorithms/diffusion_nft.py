@@ -78,6 +78,7 @@ class DiffusionNFT(ForwardRule):
     updates: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         model = copy.deepcopy(self.policy.model)
         if isinstance(model, nn.Module):
             model.requires_grad_(False)

@@ -92,6 +92,7 @@ class DPO(ForwardRule):
     stored: tuple[Tensor, Tensor, list[str]] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.pairs_file:
             self.stored, self.offline = read_pairs(self.pairs_file), True
             chosen, _, prompts = self.stored

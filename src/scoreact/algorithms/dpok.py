@@ -28,9 +28,9 @@ from ..advantage import returns_to_go
 from ..config import setting
 from ..rollout import Trajectory
 from ..types import Metrics
-from . import Batch, Rule, acting_steps, flatten
+from . import Batch, Rule, acting_steps, flatten, sampled_costs
 from .ctrl import fit_value
-from .ddpo import check_surrogate, surrogate
+from .ddpo import surrogate
 
 
 @dataclass
@@ -46,17 +46,12 @@ class DPOK(Rule):
     )
     later_costs: bool = setting(False, "count what a step does to the KL of later steps (the paper leaves it out)")
 
-    def __post_init__(self) -> None:
-        check_surrogate(self.temperature)
-
     def prepare(self, trajectory: Trajectory, rewards: Tensor, generator: torch.Generator, rate: float) -> Batch:
         """Fit V to the returns; A_k = return after step k - V(t_k, x_k)."""
         keep = acting_steps(trajectory)
         returns = rewards.expand(len(trajectory.ts), -1)
         if self.later_costs:
-            pairs = zip(trajectory.controls, trajectory.noise, strict=True)
-            costs = torch.stack([self.kl_weight * girsanov.stochastic_cost(w, z) for w, z in pairs])
-            returns = returns_to_go(rewards, costs)
+            returns = returns_to_go(rewards, sampled_costs(trajectory, self.kl_weight))
         values, self.metrics = fit_value(self, trajectory, returns, keep, generator, rate)
         return replace(flatten(trajectory, keep), advantage=(returns[keep + 1] - values).flatten())
 

@@ -32,9 +32,7 @@ from torch import Tensor
 from ..config import setting
 from ..rollout import Trajectory, step_of
 from ..types import Condition, Metrics
-from . import Rows, Rule, acting_steps
-
-VARIANTS = ("draft", "alignprop", "refl")
+from . import Rows, Rule, acting_steps, noising
 
 
 @dataclass(frozen=True)
@@ -68,8 +66,7 @@ class DRaFT(Rule):
     kl_share: float = setting(1.0, "weight of the path KL, in units of kl_weight; 0 is the papers'", 0)
 
     def __post_init__(self) -> None:
-        if self.variant not in VARIANTS:
-            raise ValueError(f"unknown variant {self.variant!r}. Known: {', '.join(VARIANTS)}.")
+        super().__post_init__()
         if self.variant == "refl" and self.renoise:
             raise ValueError(f"renoise is {self.renoise}, but refl starts on the path itself; use renoise 0.")
 
@@ -91,8 +88,10 @@ class DRaFT(Rule):
             return Ends(trajectory.xs[k, each], t, noise, early_x, early_t, condition, (True,), share, len(early))
         first = int(drawn(late, 1)) if self.variant == "alignprop" else int(late[0])
         starts, noises = [trajectory.xs[first]], [trajectory.noise[first:].transpose(0, 1)]
+        end, (kept, std) = trajectory.xs[-1], noising(self.sde.schedule, ts[-1], ts[first])
         for _ in range(self.renoise):
-            starts.append(self._noised(trajectory, first, generator))
+            fresh = torch.randn(end.shape, generator=generator, device=end.device, dtype=end.dtype)
+            starts.append(kept * end + std * fresh)
             noises.append(torch.randn(noises[0].shape, generator=generator, device=ts.device, dtype=ts.dtype))
         path = each.repeat(1 + self.renoise)  # of each start
         t, acts = ts[first:].expand(len(path), -1), tuple(trajectory.acts[first:].tolist())
@@ -121,14 +120,6 @@ class DRaFT(Rule):
         reward = self.reward(self.policy.model.decode(x), rows.condition)
         metrics = {"policy/kl_of_simulation": float(cost.detach().mean())} if self.kl_share > 0 else {}
         return (self.kl_share * self.kl_weight * cost - reward).mean(), metrics
-
-    def _noised(self, trajectory: Trajectory, k: int, generator: torch.Generator) -> Tensor:
-        """States at t_k from the paths' ends, [B, *D], by the noising path's own kernel between the two times."""
-        schedule, end, t = self.sde.schedule, trajectory.xs[-1], trajectory.ts[[k, -1]]
-        (alpha, alpha_end), (sigma, sigma_end) = schedule.alpha(t), schedule.sigma(t)
-        kept = alpha / alpha_end
-        std = (sigma**2 - (kept * sigma_end) ** 2).clamp(min=0).sqrt()
-        return kept * end + std * torch.randn(end.shape, generator=generator, device=end.device, dtype=end.dtype)
 
 
 RULES = {"draft": DRaFT}

@@ -22,7 +22,7 @@ leaves dt out of the KL); the clip range is per square root of unit time (theirs
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -32,11 +32,8 @@ from .. import girsanov
 from ..config import setting
 from ..rollout import Trajectory
 from ..types import Condition, Metrics, groups, sum_over_data
-from . import Batch, Rule, acting_steps, flatten
-from .ddpo import check_surrogate, surrogate
-
-SCALES = ("group", "batch", "none")
-ORDERS = ("random", "sliding")
+from . import Batch, Rule
+from .ddpo import surrogate, with_advantages
 
 
 @dataclass
@@ -72,12 +69,6 @@ class FlowGRPO(Rule):
     window_iterations: int = setting(25, "iterations a sliding window stays in one place", 1)
     rollouts: int = 0  # so far: where a sliding window is
 
-    def __post_init__(self) -> None:
-        check_surrogate(self.temperature)
-        for name, known in (("advantage_scale", SCALES), ("window_order", ORDERS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}. Known: {', '.join(known)}.")
-
     def stochastic_steps(self, steps: int, generator: torch.Generator) -> Tensor | None:
         """[steps] bool with `window` neighbours true, or None for all."""
         if self.window == 0:
@@ -96,9 +87,7 @@ class FlowGRPO(Rule):
 
     def prepare(self, trajectory: Trajectory, rewards: Tensor, generator: torch.Generator, rate: float) -> Batch:
         """The same advantage at every SDE step of a path."""
-        keep = acting_steps(trajectory)
-        advantages = self.advantages(rewards, trajectory.condition).clamp(-self.advantage_clip, self.advantage_clip)
-        return replace(flatten(trajectory, keep), advantage=advantages.repeat(len(keep)))
+        return with_advantages(trajectory, self.advantages(rewards, trajectory.condition), self.advantage_clip)
 
     def advantages(self, rewards: Tensor, condition: Condition) -> Tensor:
         """(R - mean) / std of each sample's group, [B]; 0 in a group of one or of equal rewards."""

@@ -34,15 +34,12 @@ import torch
 from torch import Tensor
 
 from .. import girsanov
-from ..advantage import explained_variance, gae, returns_to_go
+from ..advantage import gae, returns_to_go
 from ..config import setting
 from ..rollout import Trajectory
 from ..types import Metrics
-from ..value import Sample
-from . import Batch, Rule, acting_steps, flatten, states
-
-REGRESSORS = ("action", "action_and_noise")
-CHUNK = 2048  # states a network call outside of the loss
+from . import Batch, Rule, acting_steps, flatten
+from .ctrl import fit_value
 
 
 @dataclass
@@ -59,8 +56,7 @@ class QLearning(Rule):
     trace: float = setting(1.0, "lambda per unit time: how far later martingale increments count", 0, 1)
 
     def __post_init__(self) -> None:
-        if self.regress_on not in REGRESSORS:
-            raise ValueError(f"unknown regress_on {self.regress_on!r}. Known: {', '.join(REGRESSORS)}.")
+        super().__post_init__()
         if self.value is not None and self.value.loss != "martingale":
             raise ValueError(f"value_loss is {self.value.loss!r}; q_learning's V is a mean: use martingale.")
 
@@ -77,7 +73,8 @@ class QLearning(Rule):
             [self.kl_weight * girsanov.log_ratio(w, a) for w, a in zip(policy, actions, strict=True)]
         )
         returns = returns_to_go(rewards, brackets)
-        values, self.metrics = self._fit(trajectory, returns, keep, generator, rate)
+        values = returns.clone()
+        values[keep], self.metrics = fit_value(self, trajectory, returns, keep, generator, rate)
         advantages = gae(values, torch.zeros_like(brackets), brackets, trajectory.ts, self.trace)
         return replace(batch, advantage=advantages[keep].flatten(), target=actions[keep].flatten(0, 1))
 
@@ -93,33 +90,13 @@ class QLearning(Rule):
 
     def _exploration(self, batch: Batch) -> Tensor:
         """w - w_a, [M, *D]: how far the policy is from what was done."""
-        with torch.no_grad():
-            rows = torch.split(torch.arange(len(batch), device=batch.t0.device), CHUNK)
-            shift = torch.cat([self.shift(batch[index]) for index in rows])
+        shift = self.shift_in_parts(batch)
         if self.regress_on == "action" and float(shift.abs().max()) < 1e-4:
             raise ValueError(
                 "no action differs from the policy's, so regress_on action learns nothing; set exploration to gaussian, "
                 "or regress_on to action_and_noise."
             )
         return shift
-
-    def _fit(
-        self, trajectory: Trajectory, returns: Tensor, keep: Tensor, generator: torch.Generator, rate: float
-    ) -> tuple[Tensor, Metrics]:
-        """Fit V to the returns [N + 1, B] before the steps `keep`; V there and elsewhere the returns, [N + 1, B]."""
-        assert self.value is not None
-        t, x, condition = states(trajectory, keep)
-        with torch.no_grad():
-            features = self.value.value.features(t, x, condition, trajectory.references[keep].flatten(0, 1))
-        self.value.add(Sample(t, features, returns[keep].flatten(), condition))
-        metrics = self.value.fit(generator, rate)
-        values = returns.clone()
-        with torch.no_grad():
-            rows = torch.split(torch.arange(len(t), device=t.device), CHUNK)
-            parts = [self.value.value.of_features(t[i], features[i], condition[i]) for i in rows]
-        values[keep] = torch.cat(parts).reshape(len(keep), -1)
-        metrics["value/explained_variance"] = explained_variance(values[keep], returns[keep])
-        return values, metrics
 
 
 RULES = {"q_learning": QLearning}

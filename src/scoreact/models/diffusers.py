@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
+import importlib.util
 import inspect
 import itertools
+import json
 import math
 import warnings
 import weakref
@@ -27,6 +30,9 @@ from .. import prediction as kinds
 from ..prediction import Prediction
 from ..schedule import FromAlphasCumprod, Schedule
 from ..types import Condition, expand
+from .value_head import FeatureValue
+
+MEMORY = 16384  # states whose features a reference remembers: more than a rollout's
 
 # --- time ------------------------------------------------------------------------------------------------------------
 
@@ -138,6 +144,7 @@ class Family:
         self.dtype: torch.dtype = self.denoiser.dtype
         self.autocast = False
         self.twice_differentiable = False
+        self.keeps_features = False  # of every state that a reference is asked about, for a value network
         if guidance_scale is None:
             guidance_scale = self.default_guidance
         if guidance_scale is None:
@@ -153,6 +160,7 @@ class Family:
         self.schedule, self.prediction = read_scheduler(pipeline.scheduler, self.tokens())
         self.steps = int(pipeline.scheduler.config.num_train_timesteps)
         self.rows: dict[str, int] = {}
+        self.metadata: Mapping[str, Mapping[str, Any]] = {}  # of prompts that have any, for the reward
         self.table: dict[str, Tensor] = {}  # [P, ...] of every encoded prompt
         self.negative: dict[str, Tensor] = {}  # [1, ...]
         self.layers: list[Any] = []  # peft's, where an adapter can act
@@ -232,7 +240,8 @@ class Family:
             if not isinstance(prompt, str):
                 raise ValueError(f"prompt {prompt!r} is {type(prompt).__name__}; a pipeline's prompts are strings.")
         self.remember(list(prompts))
-        return Condition(list(prompts), torch.tensor([self.rows[prompt] for prompt in prompts], device=self.device))
+        rows = torch.tensor([self.rows[prompt] for prompt in prompts], device=self.device)
+        return Condition(list(prompts), rows, [self.metadata.get(p, {}) for p in prompts] if self.metadata else ())
 
     def predict(self, network: nn.Module, t: Tensor, x: Tensor, condition: Condition) -> Tensor:
         """The guided prediction at (t [B], x [B, *D]), float32.
@@ -240,19 +249,56 @@ class Family:
         With rows_per_call the network always sees that many rows (the last call is filled up with repeats), so that a
         sample's prediction has the same bits in every batch.
         """
-        rows = condition.embedding
-        size = self.rows_per_call or len(x)
-        parts = []
-        for start in range(0, len(x), size):
-            index = torch.arange(start, start + size, device=x.device).clamp(max=len(x) - 1)
-            part = self._predict(network, t[index], x[index], None if rows is None else rows[index])
-            parts.append(part[: len(x) - start])
+        rows = self._rows(condition)
+        parts = [self._predict(network, t[i], x[i], rows[i])[:count] for i, count in self._calls(x)]
         return torch.cat(parts)
 
-    def _predict(self, network: nn.Module, t: Tensor, x: Tensor, rows: Tensor | None) -> Tensor:
+    def _rows(self, condition: Condition) -> Tensor:
+        """Of the table, [B]."""
+        assert condition.embedding is not None  # every family's `condition` gives one
+        return condition.embedding
+
+    def _calls(self, x: Tensor) -> Iterator[tuple[Tensor, int]]:
+        """The rows of each call of the network, and how many of them are not there to fill it up."""
+        size = self.rows_per_call or len(x)
+        for start in range(0, len(x), size):
+            yield torch.arange(start, start + size, device=x.device).clamp(max=len(x) - 1), len(x) - start
+
+    def features(self, network: nn.Module, t: Tensor, x: Tensor, condition: Condition) -> Tensor:
+        """What the network makes of (t [B], x [B, *D]) inside, under the prompt alone: [B, feature_width], float32.
+
+        Its mid-block's output (UNet) or what leaves the last block (transformer), mean over positions. The pass ends there.
+        """
+        parts, rows = [], self._rows(condition)
+        for index, count in self._calls(x):
+            with _reading(network, stop=True) as found:
+                self._predict(network, t[index], x[index], rows[index], guided=False)
+            parts.append(found[0][:count])
+        return torch.cat(parts)
+
+    def predict_and_features(
+        self, network: nn.Module, t: Tensor, x: Tensor, condition: Condition
+    ) -> tuple[Tensor, Tensor]:
+        """Both by the same pass."""
+        with _reading(network) as found:
+            output = self.predict(network, t, x, condition)
+        size = self.rows_per_call or len(x)
+        return output, torch.cat([part[-size:] for part in found])[: len(x)]  # guided: the prompt's half is the second
+
+    @property
+    def feature_width(self) -> int:
+        """Of `features`."""
+        config = self.denoiser.config
+        if self.component == "unet":
+            if self.denoiser.mid_block is None:
+                raise ValueError("this UNet has no mid-block whose features a value could read; use the encoder.")
+            return int(config.block_out_channels[-1])
+        return int(config.num_attention_heads * config.attention_head_dim)
+
+    def _predict(self, network: nn.Module, t: Tensor, x: Tensor, rows: Tensor, guided: bool = True) -> Tensor:
         timestep, state = self.timestep(t.float()), x.to(self.dtype)
-        prompt = {} if rows is None else {name: table[rows] for name, table in self.table.items()}
-        guided = self.guides and rows is not None
+        prompt = {name: table[rows] for name, table in self.table.items()}
+        guided = guided and self.guides and bool(prompt)
         if guided:
             with torch.no_grad():
                 self.negative = self.negative or self._encoded("", negative=True)
@@ -359,6 +405,31 @@ class Family:
             return checkpoint(run, *inputs, use_reentrant=False)
 
         self.denoiser.enable_gradient_checkpointing(recompute_with_its_adapter)
+
+
+class _Enough(Exception):
+    """Ends a forward pass of which only the features are wanted."""
+
+
+@contextlib.contextmanager
+def _reading(network: Any, stop: bool = False) -> Iterator[list[Tensor]]:
+    """A list that fills with the features [B, F] of each of the network's passes; stop: each ends where they are read."""
+    found: list[Tensor] = []
+
+    def keep(hidden: Tensor) -> None:  # [B, F, H, W] of a UNet, [B, positions, F] of a transformer
+        found.append(hidden.float().mean((2, 3) if hidden.ndim == 4 else 1))
+        if stop:
+            raise _Enough
+
+    if hasattr(network, "mid_block"):
+        handle = network.mid_block.register_forward_hook(lambda module, inputs, output: keep(output))
+    else:
+        handle = network.norm_out.register_forward_pre_hook(lambda module, inputs: keep(inputs[0]))
+    try:
+        with contextlib.suppress(_Enough):
+            yield found
+    finally:
+        handle.remove()
 
 
 def _part(size: int, factor: int) -> int:
@@ -518,8 +589,8 @@ class Unconditional(Family):
     def latent_shape(self) -> tuple[int, ...]:
         return (self.denoiser.config.in_channels, self.height, self.width)
 
-    def condition(self, prompts: Sequence[str]) -> Condition:
-        return Condition(list(prompts))
+    def remember(self, prompts: Sequence[str]) -> None:
+        self.rows.update(dict.fromkeys(prompts, 0))
 
     def call(self, network: Any, timestep: Tensor, x: Tensor, prompt: dict[str, Tensor]) -> Tensor:
         return network(x, timestep, return_dict=False)[0]
@@ -555,6 +626,7 @@ class PipelineModel(nn.Module):
         self.adapter_name = adapter
         self.network = network
         self.adapter = _tree({} if adapter is None else family.adapter(adapter))
+        self.memory: dict[tuple[float, int, int], Tensor] | None = None  # of a reference: features by state
         self._end = weakref.finalize(self, _forget, family, adapter)
         self._end.atexit = False
         self.eval()
@@ -600,7 +672,11 @@ class PipelineModel(nn.Module):
     def score(self, t: Tensor, x: Tensor, condition: Condition) -> Tensor:
         family = self.family
         with self._acting():
-            output = family.predict(family.denoiser if self.network is None else self.network, t, x, condition)
+            if family.keeps_features and self.memory is not None:
+                output, features = family.predict_and_features(self._denoiser, t, x, condition)
+                self._remember(_keys(t, x, condition), features.detach())
+            else:
+                output = family.predict(self._denoiser, t, x, condition)
         return kinds.convert(family.prediction, kinds.score, self.schedule, t, x, output)
 
     def decode(self, x: Tensor) -> Tensor:
@@ -608,6 +684,49 @@ class PipelineModel(nn.Module):
         return self.family.decode(x)
 
     # beyond them
+
+    def features(self, t: Tensor, x: Tensor, condition: Condition) -> tuple[Tensor, int]:
+        """The denoiser's own at (t [B], x [B, *D]), [B, F] float32, and for how many states a pass had to be made.
+
+        A reference remembers those of the states whose score it was asked for; a gradient always takes a pass. See
+        Family.features.
+        """
+        keys = [] if x.requires_grad or self.memory is None else _keys(t, x, condition)
+        kept = [(self.memory or {}).get(key) for key in keys] or [None] * len(x)
+        missing = torch.tensor([i for i, row in enumerate(kept) if row is None], dtype=torch.long, device=x.device)
+        if len(missing):
+            with self._acting():
+                made = self.family.features(self._denoiser, t[missing], x[missing], condition[missing])
+            if len(missing) == len(x):
+                return made, len(x)
+            for i, row in zip(missing.tolist(), made, strict=True):
+                kept[i] = row
+        return torch.stack([row for row in kept if row is not None]), len(missing)
+
+    def feature_value(self) -> FeatureValue:
+        """A new value network on the reference's features: `finetune(..., value_network=model.feature_value)`."""
+        self.family.keeps_features = True
+        return FeatureValue(self.family.feature_width)
+
+    def _remember(self, keys: Sequence[tuple[float, int, int]], features: Tensor) -> None:
+        assert self.memory is not None
+        self.memory.update(zip(keys, features, strict=True))
+        for key in list(itertools.islice(self.memory, max(0, len(self.memory) - MEMORY))):
+            del self.memory[key]
+
+    @property
+    def _denoiser(self) -> Any:
+        return self.family.denoiser if self.network is None else self.network
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the denoiser computes in less than float32, which has a price of its own: see `rounding`."""
+        return self.family.dtype != torch.float32
+
+    @property
+    def rows_per_call(self) -> int | None:
+        """Of the denoiser; who keeps a graph through it had better ask for no more at a time."""
+        return self.family.rows_per_call
 
     @property
     def device(self) -> torch.device:
@@ -657,9 +776,9 @@ class PipelineModel(nn.Module):
 
         After full fine-tuning there is no way back, so there it is a frozen copy of the denoiser as it is now.
         """
-        if self.network is None:
-            return PipelineModel(self.family)
-        return copy.deepcopy(self).requires_grad_(False)
+        view = PipelineModel(self.family) if self.network is None else copy.deepcopy(self).requires_grad_(False)
+        view.memory = {}
+        return view
 
     def trainable_state(self) -> dict[str, Tensor]:
         """What training changes, by the names that diffusers stores it with: all that an average has to copy."""
@@ -727,6 +846,14 @@ class PipelineModel(nn.Module):
         return plain
 
 
+def _keys(t: Tensor, x: Tensor, condition: Condition) -> list[tuple[float, int, int]]:
+    """What tells states apart: time, prompt, and a sum over the state's bits, in integers so that no batch changes it."""
+    bits = x.detach().float().contiguous().view(torch.int32).flatten(1).long()
+    weights = 2 * torch.arange(bits.shape[1], device=x.device) + 1
+    rows = [0] * len(x) if condition.embedding is None else condition.embedding.tolist()
+    return list(zip(t.tolist(), rows, (bits * weights).sum(1).tolist(), strict=True))
+
+
 def _forget(family: Family, adapter: str | None) -> None:
     if adapter is not None:
         family.drop_adapter(adapter)
@@ -776,18 +903,15 @@ def pipeline_model(
     picture at a time. twice_differentiable: attention with second derivatives, which natural gradients (ctrl_trpo) need.
     Raises ImportError without diffusers, ValueError for a pipeline that is not supported.
 
-    Two networks that differ by a rounding differ by a path KL that grows with the latents' size and with guidance^2. On a
-    tiny Stable Diffusion (256 numbers, 3 steps, guidance 1) two small updates measured 0.39 nats in bfloat16, 0.013 in
-    float16, 0.002 in float32; guided by 7.5 the steps in float16 already failed max_kl 0.5.
+    In less than float32 any change of the weights is rounded anew in every layer, which costs path KL by itself (`rounding`).
+    On a tiny Stable Diffusion (256 numbers, 3 steps) 0.5 nats in bfloat16, 0.008 in float16, none in float32; guided by 4,
+    25 times that. It grows with the latents' size and with the steps; a run measures its own at the start.
     """
     try:
         from diffusers import DiffusionPipeline
         from peft import LoraConfig
-    except ImportError as error:
-        message = (
-            f"diffusers pipelines need diffusers, transformers and peft ({error}); pip install 'scoreact[diffusers]'."
-        )
-        raise ImportError(message) from error
+    except (ImportError, RuntimeError) as error:  # diffusers' own for a package that breaks when it is imported
+        raise ImportError(_why_not(error)) from error
     pipeline: Any = source if isinstance(source, DiffusionPipeline) else _open(str(source), dtype)
     names = [kind.__name__ for kind in type(pipeline).__mro__]
     family_class = next((FAMILIES[name] for name in names if name in FAMILIES), None)
@@ -820,13 +944,29 @@ def pipeline_model(
     )
 
 
+def _why_not(error: Exception) -> str:
+    """The sentence for diffusers that cannot be imported. The usual trap: a torchvision made for another torch."""
+    if importlib.util.find_spec("torchvision") is not None:
+        try:
+            importlib.import_module("torchvision")
+        except Exception as broken:
+            return (
+                f"torchvision is installed but broken ({broken}), and with it diffusers cannot be imported; "
+                "pip uninstall torchvision, which nothing here needs."
+            )
+    return f"diffusers pipelines need diffusers, transformers and peft ({error}); pip install 'scoreact[diffusers]'."
+
+
 def _open(source: str, dtype: torch.dtype | None) -> Any:
     """A pipeline from a folder or the hub, in the stored dtype unless another is wanted."""
     from diffusers import DiffusionPipeline
 
     try:
-        folder = source if Path(source).is_dir() else DiffusionPipeline.download(source)
-        return DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype or _stored_dtype(Path(folder)))
+        folder = Path(source) if Path(source).is_dir() else Path(DiffusionPipeline.download(source))
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        # saved without it (Stable Diffusion 3 needs no T5), and opened only when told so
+        without = {name: None for name, kind in index.items() if kind == [None, None]}
+        return DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype or _stored_dtype(folder), **without)
     except OSError as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .. import prediction as kinds
+from ..names import did_you_mean
 from ..prediction import Prediction
 from ..schedule import Schedule
 from ..types import Condition
@@ -65,9 +65,10 @@ class NetworkModel(nn.Module):
         index = {name: i for i, name in enumerate(self.classes)}
         for prompt in prompts:
             if prompt not in index:
-                close = difflib.get_close_matches(str(prompt), self.classes, 1)
-                hint = f" Did you mean {close[0]!r}?" if close else ""
-                raise ValueError(f"unknown prompt {prompt!r}; this model knows: {', '.join(self.classes)}.{hint}")
+                known = ", ".join(self.classes)
+                raise ValueError(
+                    f"unknown prompt {prompt!r}; this model knows: {known}.{did_you_mean(prompt, self.classes)}"
+                )
         return Condition(list(prompts), torch.tensor([index[p] for p in prompts], device=self.device))
 
     def score(self, t: Tensor, x: Tensor, condition: Condition) -> Tensor:

@@ -129,7 +129,6 @@ SETTINGS = Config(
     batch_size=256,
     reference_batches=10,
     rule={
-        "gradient_at": "next",  # ten steps are too coarse for the gradient where they begin
         "force": 2.75,  # of 1 to 3, J is flat from 1.5 on, and more pictures have the property
         "reuse_reference": 8,
         "transitions": 1024,

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from ..models.mlp import VectorValue
 from ..models.unet import Encoder
 from ..rewards import Reward
 from ..rewards.base import FunctionReward
+from ..solvers import module_at
 from ..types import Condition
 from . import Problem, Recipe
 
@@ -40,6 +43,47 @@ def read_prompts(source: str) -> list[str]:
     return [source]
 
 
+def drawn_prompts(function: Callable[[], Any], draws: int, name: str = "the prompt function") -> dict[str, Any]:
+    """What a prompt function such as TRL's returns in `draws` calls: prompts, each with its first metadata.
+
+    function: () -> prompt, or (prompt, metadata). The generators of random, numpy and torch are seeded for it and put back,
+    so that a resumed run has the same prompts. How often one came is not kept: training draws all alike.
+    """
+    import numpy as np
+    import torch
+
+    before = random.getstate(), np.random.get_state()  # noqa: NPY002  what such functions use
+    found: dict[str, Any] = {}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            random.seed(0)
+            np.random.seed(0)  # noqa: NPY002
+            torch.manual_seed(0)
+            for _ in range(draws):
+                drawn = function()
+                prompt, metadata = drawn if isinstance(drawn, tuple) and len(drawn) == 2 else (drawn, {})
+                if not isinstance(prompt, str):
+                    raise ValueError(f"{name} returned {drawn!r}; expected a prompt, or a prompt and its metadata.")
+                found.setdefault(prompt, metadata)
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])  # noqa: NPY002
+    return found
+
+
+def _prompt_function(source: str) -> Callable[[], Any] | None:
+    """That of 'file.py:name'; None for anything else."""
+    place, _, name = source.rpartition(":")
+    if not place.endswith(".py"):
+        return None
+    try:
+        function: Callable[[], Any] = getattr(module_at(str(Path(place).expanduser())), name)
+    except Exception as error:  # whatever a user's file does when it is run
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"prompts {source!r} cannot be loaded ({reason}). Give file.py:function.") from error
+    return function
+
+
 def no_reward(samples: Any, condition: Condition) -> Any:
     raise ValueError("a pipeline has no reward of its own; give --reward file.py:function or a known name.")
 
@@ -58,8 +102,14 @@ def build(
     gradient_checkpointing: bool = False,
     rows_per_call: int | None = 8,
     twice_differentiable: bool = False,
+    value_network: str = "encoder",
+    prompt_draws: int = 256,
 ) -> Problem:
-    """See `models.diffusers.pipeline_model`; prompts: a text file, or one prompt; dtype: float32, float16 or bfloat16."""
+    """See `models.diffusers.pipeline_model`; dtype: float32, float16 or bfloat16.
+
+    prompts: a text file, one prompt, or file.py:function, which is called prompt_draws times (`drawn_prompts`).
+    value_network: a small convolutional one on the latents (encoder), or a head on the denoiser's own features (features).
+    """
     import torch
 
     from ..models.diffusers import pipeline_model
@@ -73,24 +123,32 @@ def build(
         raise ValueError(
             f"dtype is {dtype!r}; known: float32, float16, bfloat16, or nothing for the stored weights' own."
         )
-    names = read_prompts(prompts)
+    if value_network not in ("encoder", "features"):
+        raise ValueError(f"value_network is {value_network!r}; known: encoder, features.")
+    function = _prompt_function(prompts)
+    metadata = {} if function is None else drawn_prompts(function, prompt_draws, prompts)
+    names = list(metadata) or read_prompts(prompts)
     model = pipeline_model(
         HUB.get(path, path), lora_rank=lora_rank, full=full, dtype=types[dtype], guidance_scale=guidance_scale,
         negative_prompt=negative_prompt, height=height, width=width, frames=frames,
         gradient_checkpointing=gradient_checkpointing, rows_per_call=rows_per_call,
         twice_differentiable=twice_differentiable,
     )  # fmt: skip
+    if any(metadata.values()):
+        model.family.metadata = metadata
     model.condition(names)  # encodes each once; a prompt's row is its class for the value network
     shape = model.shape
 
-    def value_network() -> nn.Module:
+    def make_value_network() -> nn.Module:
+        if value_network == "features":
+            return model.feature_value()
         if len(shape) == 3:
             return Encoder(channels=shape[0], classes=len(names))
         return VectorValue(torch.Size(shape).numel())  # a video
 
     reward: Reward = FunctionReward(no_reward, "none")
     labels = {"problem": f"{type(model.pipeline).__name__} {path}, {len(names)} prompts"}
-    return Problem(model, reward, names, value_network, labels=labels)
+    return Problem(model, reward, names, make_value_network, labels=labels)
 
 
 SETTINGS = Config(
@@ -100,7 +158,8 @@ SETTINGS = Config(
 OPTIONS: dict[str, Any] = {
     "path": "", "prompts": "", "lora_rank": 16, "full": False, "dtype": "", "guidance_scale": None, "negative_prompt": "",
     "height": None, "width": None, "frames": None, "gradient_checkpointing": False, "rows_per_call": 8,
-    "twice_differentiable": False,
+    "twice_differentiable": False, "value_network": "encoder",
+    "prompt_draws": 256,
 }  # fmt: skip
 
 RECIPES = [

@@ -22,20 +22,29 @@ from .image import (
     logistic_threshold,
     of_measure,
 )
+from .reading import OCR, VQAScore
 from .registry import KNOWN, load
+from .text_image import Aesthetic, CLIPScore, HPSv2, ImageReward, PickScore
 from .user import UserReward, adapt
 
 __all__ = [
     "KNOWN",
+    "OCR",
+    "Aesthetic",
+    "CLIPScore",
     "Checked",
     "ClassOf",
     "ClassifierAlignment",
+    "HPSv2",
+    "ImageReward",
     "Linear",
     "Measure",
+    "PickScore",
     "Quadratic",
     "Reward",
     "RunningNormaliser",
     "UserReward",
+    "VQAScore",
     "WeightedSum",
     "adapt",
     "brightness",

@@ -5,7 +5,6 @@ Knows signatures and types only; the checks that a training run needs are in `ch
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..names import did_you_mean
 from ..types import Condition
 
 Reward = Callable[[Tensor, Condition], Tensor]  # (decoded samples [B, ...], condition of B) -> [B], larger is better
@@ -54,9 +54,7 @@ def name_of(function: Callable[..., Any]) -> str:
 
 def known(what: str, wanted: str, names: Collection[str]) -> str:
     """`Did you mean 'x'? What: x, y, z.` for an error about a name that is not among `names`."""
-    close = difflib.get_close_matches(wanted, names, 1)
-    listed = f"{what}: {', '.join(sorted(names)) or 'none'}."
-    return f"Did you mean {close[0]!r}? {listed}" if close else listed
+    return f"{did_you_mean(wanted, names)} {what}: {', '.join(sorted(names)) or 'none'}.".lstrip()
 
 
 class ReturnedValueError(ValueError):

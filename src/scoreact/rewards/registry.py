@@ -13,6 +13,9 @@ from typing import Any
 from .base import FunctionReward, Reward, known, name_of
 from .closed_form import Linear, Quadratic
 from .image import brightness, colorfulness, jpeg_compressibility, jpeg_incompressibility, of_measure
+from .reading import OCR, VQAScore
+from .remote import find
+from .text_image import Aesthetic, CLIPScore, HPSv2, ImageReward, PickScore
 from .user import adapt, from_spec
 
 
@@ -25,12 +28,19 @@ def _colorfulness() -> FunctionReward:
 
 
 KNOWN: dict[str, Callable[..., Reward]] = {
+    "aesthetic": Aesthetic,
     "brightness": _brightness,
+    "clip": CLIPScore,
     "colorfulness": _colorfulness,
+    "hps": HPSv2,
+    "imagereward": ImageReward,
     "jpeg_compressibility": jpeg_compressibility,
     "jpeg_incompressibility": jpeg_incompressibility,
     "linear": Linear,
+    "ocr": OCR,
+    "pickscore": PickScore,
     "quadratic": Quadratic,
+    "vqa": VQAScore,
 }
 
 
@@ -38,13 +48,16 @@ def load(spec: str | Callable[..., Any], **options: Any) -> Reward:
     """A reward by name, from the user's code, or from a function in one of the shapes of `user.adapt`.
 
     spec: a name in `KNOWN` (options: its factory's keywords), `path/to/file.py:name`, `module:name`, or a callable
-    (options: keywords of that function, bound once). The result scores samples [B, ...] as [B] float32 on their device
-    (float64 for float64 samples); wrap it in `checked` for training.
+    (options: keywords of that function, bound once); elsewhere, `http://HOST:PORT` of a reward server or
+    `path/to/file.py:name@/path/to/python` (options: `remote.over_http`, `remote.in_process`). The result scores samples
+    [B, ...] as [B] float32 on their device (float64 for float64 samples); wrap it in `checked` for training.
     Raises ValueError, one sentence with the remedy, for a name, file, module or option that is not there and for a
     file that fails when run.
     """
     if not isinstance(spec, str):
         return adapt(spec, name_of(spec), options)
+    if (elsewhere := find(spec, options)) is not None:
+        return elsewhere
     if ":" in spec:
         return from_spec(spec, options)
     if spec.endswith(".py"):

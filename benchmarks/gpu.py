@@ -1,0 +1,319 @@
+"""What the library adds to the bare network: a full-size pipeline with random weights on a GPU, or a tiny one anywhere.
+
+    python benchmarks/gpu.py                              # Stable Diffusion 1.5's shape, bfloat16, LoRA: CUDA
+    python benchmarks/gpu.py --shape sd35 --batches 8 16  # Stable Diffusion 3.5 medium's shape
+    python benchmarks/gpu.py --compile                    # the same with torch.compile
+    python benchmarks/gpu.py --precision                  # only: what rounding costs in path KL, a dtype and guidance
+    python benchmarks/gpu.py --tiny                       # a minute on a CPU: that every line of it runs
+
+Rollout: pictures a second, and the share of what the bare calls of denoiser and decoder on the same batches reach (wanted:
+0.95). Iteration: seconds of one whole iteration of a rule, and how much more that is than the sum of its network passes, each
+kind timed alone at its own number of rows (wanted: 5 %). Memory: peak of that iteration. Weights are random: speed does not
+depend on them, and nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import resource
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import diffusers
+import torch
+import transformers
+from torch import Tensor
+
+from scoreact.config import Config
+from scoreact.models.diffusers import PipelineModel, pipeline_model
+from scoreact.policy import Policy
+from scoreact.rollout import rollout
+from scoreact.rounding import rounding_kl
+from scoreact.sde import SDE, noise_level
+from scoreact.solvers import ddim
+from scoreact.trainer import Trainer
+from scoreact.types import Condition
+
+PROMPTS = ["a cat", "two dogs"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+# --- pipelines from configs ------------------------------------------------------------------------------------------
+
+
+def tokenizer(length: int) -> Any:
+    """One that spells: a token a letter. Text costs nothing here, its embedding is computed once a prompt."""
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    tokens = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+        (Path(folder) / "merges.txt").write_text("#version: 0.2\n")
+        return transformers.CLIPTokenizer.from_pretrained(folder, model_max_length=length)
+
+
+def clip(words: Any, kind: str, width: int, heads: int) -> Any:
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(words), hidden_size=width, intermediate_size=width, num_hidden_layers=1, projection_dim=width,
+        num_attention_heads=heads, max_position_embeddings=words.model_max_length, bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id,
+    )  # fmt: skip
+    return getattr(transformers, kind)(config)
+
+
+def vae(widths: tuple[int, ...], layers: int, channels: int, side: int, **config: Any) -> Any:
+    return diffusers.AutoencoderKL(
+        block_out_channels=widths, layers_per_block=layers, latent_channels=channels, sample_size=side,
+        norm_num_groups=min(32, widths[0] // 2), down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths), **config,
+    )  # fmt: skip
+
+
+def sd15(tiny: bool) -> Any:
+    words = tokenizer(16 if tiny else 77)
+    small: dict[str, Any] = dict(
+        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, attention_head_dim=4,
+        cross_attention_dim=16, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+    full: dict[str, Any] = dict(
+        sample_size=64, cross_attention_dim=768, attention_head_dim=8
+    )  # the rest is the default
+    scheduler = diffusers.DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1,
+    )  # fmt: skip
+    return diffusers.StableDiffusionPipeline(
+        vae=vae((8, 16), 1, 4, 16) if tiny else vae((128, 256, 512, 512), 2, 4, 512),
+        text_encoder=clip(words, "CLIPTextModel", 16 if tiny else 768, 2 if tiny else 12), tokenizer=words,
+        unet=diffusers.UNet2DConditionModel(**(small if tiny else full)), scheduler=scheduler, safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def sd35(tiny: bool) -> Any:
+    words, (one, two) = tokenizer(16 if tiny else 77), (16, 16) if tiny else (768, 1280)
+    small: dict[str, Any] = dict(
+        sample_size=8, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+        caption_projection_dim=16, joint_attention_dim=32, pooled_projection_dim=32, pos_embed_max_size=8,
+    )  # fmt: skip
+    full: dict[str, Any] = dict(
+        sample_size=128, in_channels=16, out_channels=16, num_layers=24, attention_head_dim=64, num_attention_heads=24,
+        caption_projection_dim=1536, joint_attention_dim=4096, pooled_projection_dim=2048, pos_embed_max_size=384,
+        dual_attention_layers=tuple(range(13)), qk_norm="rms_norm",
+    )  # fmt: skip
+    encoders = [clip(words, "CLIPTextModelWithProjection", width, 2 if tiny else width // 64) for width in (one, two)]
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=diffusers.SD3Transformer2DModel(patch_size=2, **(small if tiny else full)),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), text_encoder=encoders[0], tokenizer=words,
+        vae=vae((8, 16), 1, 4, 16) if tiny else vae((128, 256, 512, 512), 2, 16, 1024), text_encoder_2=encoders[1],
+        tokenizer_2=words, text_encoder_3=None, tokenizer_3=None,
+    )  # fmt: skip
+
+
+def opened(options: argparse.Namespace, dtype: str, guidance: float, batch: int) -> PipelineModel:
+    torch.manual_seed(0)
+    pipeline = {"sd15": sd15, "sd35": sd35}[options.shape](options.tiny)
+    pipeline.to(dtype=DTYPES[dtype])
+    model = pipeline_model(
+        pipeline, lora_rank=16, guidance_scale=guidance, gradient_checkpointing=options.checkpointing, vae_slicing=False,
+        rows_per_call=min(options.rows, batch), max_sequence_length=16 if options.tiny else None,
+    )  # fmt: skip
+    return model.to(options.device)
+
+
+# --- measuring ---------------------------------------------------------------------------------------------------------
+
+
+def seconds(run: Callable[[], Any], device: str, repeats: int = 3) -> float:
+    """The quickest of some runs, after one that counts not; of the processor on a CPU, which other work cannot spoil."""
+    clock = time.perf_counter if device == "cuda" else time.process_time
+    found = []
+    for _ in range(repeats + 1):
+        _wait(device)
+        begin = clock()
+        run()
+        _wait(device)
+        found.append(clock() - begin)
+    return min(found[1:])
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak(device: str) -> float:
+    """GiB: of the GPU since it was last asked to forget; of the process, ever, on a CPU."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+Call = tuple[int, str, bool]  # rows, network, whether a graph is kept
+
+
+@contextmanager
+def counted(model: PipelineModel) -> Iterator[Counter[Call]]:
+    """The passes of denoiser and decoder made meanwhile."""
+    found: Counter[Call] = Counter()
+    family = model.family
+    call, decode = family.call, family.decode
+
+    def counting_call(network: Any, timestep: Tensor, x: Tensor, prompt: dict[str, Tensor]) -> Tensor:
+        found[len(x), "denoiser", torch.is_grad_enabled()] += 1
+        return call(network, timestep, x, prompt)
+
+    def counting_decode(x: Tensor) -> Tensor:
+        found[len(x), "decoder", False] += 1
+        return decode(x)
+
+    family.call, family.decode = counting_call, counting_decode  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        del family.call, family.decode
+
+
+def bare(model: PipelineModel, kind: Call, device: str) -> float:
+    """Seconds of one such pass and nothing else."""
+    rows, network, graph = kind
+    family = model.family
+    x = torch.randn(rows, *family.shape, device=device)
+    if network == "decoder":
+        with torch.no_grad():
+            return seconds(lambda: family.decode(x), device)
+    prompt = {name: table[:1].expand(rows, *table.shape[1:]) for name, table in family.table.items()}
+    t = torch.full((rows,), 500.0, device=device)
+    state = x.to(family.dtype)
+
+    def forward() -> Tensor:
+        with model._acting():
+            return family.call(family.denoiser, t, state, prompt)
+
+    if not graph:
+        with torch.no_grad():
+            return seconds(forward, device)
+    found = seconds(lambda: forward().float().square().mean().backward(), device)
+    for p in model.parameters():
+        p.grad = None
+    return found
+
+
+def measure(options: argparse.Namespace, batch: int) -> list[str]:
+    """One line of the table."""
+    device, steps = options.device, options.steps
+    model = opened(options, options.dtype, options.guidance, batch)
+    if options.compile:
+        model.family.denoiser.compile()
+    condition = model.condition((PROMPTS * batch)[:batch])
+    policy, sde, ts = Policy(model), SDE(model.schedule, noise_level(1.0)), model.scheduler_times(steps)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw() -> None:
+        path = rollout(policy, sde, ddim, ts, condition, generator, with_reference=False)
+        with torch.no_grad():
+            model.decode(path.xs[-1])
+
+    ours = seconds(draw, device)
+    with counted(model) as calls:
+        draw()
+    plain = sum(number * bare(model, kind, device) for kind, number in calls.items())
+
+    settings = Config(
+        algorithm=options.algorithm, iterations=100, batch_size=batch, steps=steps, minibatch_size=min(options.rows, batch),
+        accumulate=steps, epochs=1, reference_batches=1, kl_states=min(options.rows, batch), learning_rate=1e-5,
+        value_inputs="x_data_hat", value_batch_size=64, heldout_samples=2, guard="off", device=device,
+    )  # fmt: skip
+    trainer = Trainer(model, brightness, PROMPTS, model.feature_value, settings)
+    trainer.look_at_reference()
+    trainer.iterate()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    iteration = seconds(trainer.iterate, device, 2)
+    memory = peak(device)
+    with counted(model) as calls:
+        trainer.iterate()
+    passes = sum(number * bare(model, kind, device) for kind, number in calls.items())
+    return [
+        f"{batch}", f"{batch / ours:.3g}", f"{plain / ours:.3f}", f"{iteration:.3g}", f"{iteration / passes - 1:+.1%}",
+        f"{memory:.2f}",
+    ]  # fmt: skip
+
+
+def brightness(samples: Tensor, condition: Condition) -> Tensor:
+    return samples.flatten(1).mean(1)
+
+
+def precision(options: argparse.Namespace) -> list[list[str]]:
+    """Path KL of rounding alone, nats, one row a dtype."""
+    rows = []
+    for dtype in DTYPES:
+        row = [dtype]
+        for guidance in (1.0, options.guidance):
+            model = opened(options, dtype, guidance, 8)
+            sde, ts = SDE(model.schedule, noise_level(1.0)), model.scheduler_times(options.steps)
+            generator = torch.Generator(options.device).manual_seed(0)
+            condition = model.condition((PROMPTS * 4)[:8])
+            found = rounding_kl(Policy(model), sde, ddim, ts, condition, generator, 1e-4)
+            row.append(f"{found:.3g}")
+        rows.append(row)
+    return rows
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---:"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=("sd15", "sd35"), default="sd15")
+    parser.add_argument("--tiny", action="store_true", help="a tiny pipeline of that shape, on the CPU in float32")
+    parser.add_argument("--batches", type=int, nargs="+", help="pictures a rollout [8 16 32 64; tiny: 4 8]")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--rows", type=int, default=8, help="rows of a call of the denoiser and of a minibatch")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="[bfloat16; tiny: float32]")
+    parser.add_argument("--guidance", type=float, default=5.0)
+    parser.add_argument("--algorithm", default="ddpo", help="the rule of the iteration")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the denoiser")
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    parser.add_argument("--precision", action="store_true", help="only the path KL of rounding")
+    options = parser.parse_args()
+    options.device = "cpu" if options.tiny else "cuda"
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no CUDA device here; --tiny runs anywhere.")
+    options.dtype = options.dtype or ("float32" if options.tiny else "bfloat16")
+    name = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(
+        f"{options.shape}{' (tiny)' if options.tiny else ''}, {name}, torch {torch.__version__}, {options.steps} steps"
+    )
+    if options.precision:
+        print(table(["dtype", "KL, guidance 1", f"guidance {options.guidance:g}"], precision(options)))
+        return
+    print(
+        f"{options.dtype}, guidance {options.guidance:g}, {options.algorithm}, {options.rows} rows a call, "
+        f"compile {'on' if options.compile else 'off'}, checkpointing {'on' if options.checkpointing else 'off'}"
+    )
+    rows = []
+    for batch in options.batches or ((4, 8) if options.tiny else (8, 16, 32, 64)):
+        try:
+            rows.append(measure(options, batch))
+        except torch.OutOfMemoryError:
+            rows.append([f"{batch}", *itertools.repeat("out of memory", 5)])
+    head = ["batch", "pictures/s", "of the bare calls", "iteration, s", "over its passes", "peak, GiB"]
+    print(table(head, rows))
+
+
+if __name__ == "__main__":
+    main()
