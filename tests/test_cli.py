@@ -318,6 +318,25 @@ def test_a_runs_config_can_be_given_again(say: Callable[..., Said], a_run: Path)
     assert (found["batch_size"], found["options"]["width"]) == (32, 8)  # type: ignore[index]
 
 
+def test_a_rewards_options_are_kept_with_the_run_and_files_among_them_by_full_path(say: Callable[..., Said]) -> None:
+    Path("scored.py").write_text(
+        "def by(images, weights='', scale=1.0):\n    return scale * images.flatten(1).sum(1)\n"
+    )
+    Path("weights.txt").write_text("")
+    reward = ["--reward", "scored.py:by", "--reward-option", "weights=weights.txt", "--reward-option", "scale=2.0"]
+    assert say("train", "gaussian", "--iterations", "1", *TINY, *reward, "--out", "first")[0] == 0
+    described = json.loads(Path("first/config.json").read_text())["description"]
+    assert described["reward_options"] == {"weights": str(Path("weights.txt").resolve()), "scale": 2.0}
+    again = ["train", "gaussian", "--config", "first/config.json", "--out"]
+    assert say(*again, "second")[0] == 0
+    assert (
+        json.loads(Path("second/config.json").read_text())["description"]["reward_options"]
+        == described["reward_options"]
+    )
+    assert say(*again, "third", "--reward", "scored.py:by")[0] == 0  # another reward: with its own options only
+    assert json.loads(Path("third/config.json").read_text())["description"]["reward_options"] == {}
+
+
 def test_default_folders_are_numbered(say: Callable[..., Said]) -> None:
     Path("runs/gaussian-001").mkdir(parents=True)
     status, out, _ = say("train", "gaussian", "--iterations", "1", *TINY, "--reward", "rewards.py:first")

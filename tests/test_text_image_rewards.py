@@ -395,6 +395,8 @@ def test_wrong_layouts_are_told(clip: Any, blip: Any, tmp_path: Path) -> None:
         convert.imagereward_from_blip(weights)
     with pytest.raises(ValueError, match=r"the head holds nothing; expected layers.N.weight"):
         convert.linear_head({})
+    with pytest.raises(ValueError, match=r"the head holds layers.0.bias, .*, other; expected layers.N.weight"):
+        convert.linear_head({**head_weights(24), "other": torch.ones(1)})
     with pytest.raises(ValueError, match=r"layers.2.weight of the head has shape \(12, 21\)"):
         convert.linear_head({**head_weights(24), "layers.2.weight": torch.ones(12, 21)})
     torch.save({"weights": [1, 2]}, tmp_path / "list.pt")

@@ -130,9 +130,13 @@ def train_source(options: argparse.Namespace) -> Source:
     if isinstance(content.get("config"), dict):  # a run's config.json: repeat that run
         described = content.get("description") or {}
         own = described.get("recipe", recipe.name) == recipe.name
-        content = {**content["config"], **({k: described.get(k) for k in ("reward", "options")} if own else {})}
-    in_file, reward = content.pop("options", None) or {}, options.reward or content.pop("reward", None)
-    content.pop("reward", None)
+        content = {
+            **content["config"],
+            **({k: described.get(k) for k in ("reward", "reward_options", "options")} if own else {}),
+        }
+    in_file, reward = content.pop("options", None) or {}, options.reward or content.get("reward")
+    reward_options = {} if options.reward else content.get("reward_options") or {}
+    content = {key: value for key, value in content.items() if key not in ("reward", "reward_options")}
     if not isinstance(in_file, dict):
         raise ValueError(f"config file {options.config!r}: options is {in_file!r}; expected `name: value` lines.")
     build_options = recipe_options(recipe, {**in_file, **assignments(options.option, "--option")})
@@ -149,7 +153,9 @@ def train_source(options: argparse.Namespace) -> Source:
     if ":" in str(settings.get("algorithm", "")):
         settings["algorithm"] = _portable(settings["algorithm"])
     config = updated(recipe.config, {**content, **settings}, f"config file {options.config!r}")
-    reward_options = assignments(options.reward_option, "--reward-option")
+    for key, value in assignments(options.reward_option, "--reward-option").items():
+        file = Path(value).expanduser() if isinstance(value, str) else None  # by its full path, as the reward itself
+        reward_options[key] = str(file.resolve()) if file is not None and file.exists() else value
     if reward_options and reward is None:
         raise ValueError("--reward-option needs --reward; options of the recipe are given with --option.")
     if reward is None and recipe.needs_reward:
@@ -223,6 +229,8 @@ def run_training(source: Source, command: str, resuming: bool, tensorboard: bool
 
     out = source.folder
     assert out is not None
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first speaks
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until this process ends
     problem = source.build()
     context = problem.labels.get("problem", source.recipe.summary)
     print(f"{source.recipe.name}: {context}\nrun folder {out}\n", flush=True)
@@ -258,7 +266,7 @@ def run_training(source: Source, command: str, resuming: bool, tensorboard: bool
     if result.stopped:
         print(f"stopped early: {result.stopped}")
     print(f"weights    {out / 'model.safetensors'}")
-    return look.write_report(dataclasses.replace(source, folder=out))
+    return look.write_report(dataclasses.replace(source, folder=out)) if os.environ.get("RANK", "0") == "0" else 0
 
 
 def _how_to_resume(out: Path) -> str:

@@ -142,11 +142,12 @@ class Source:
 
         from . import rewards
 
+        # first: what is wrong with it is said before a large model is loaded
+        reward = None if self.reward is None else rewards.load(self.reward, **self.reward_options)
         torch.manual_seed(self.config.seed)  # networks that a recipe makes draw their first weights from it
         problem = self.recipe.build(**self.options)
-        if self.reward is None:
+        if reward is None or self.reward is None:
             return problem
-        reward = rewards.load(self.reward, **self.reward_options)
         labels = {**problem.labels, "reward": self.reward}
         return dataclasses.replace(problem, reward=reward, optimum=None, labels=labels)  # J* was the other reward's
 

@@ -26,11 +26,11 @@ def jpeg_kilobytes(images: Tensor, quality: int = 95) -> Tensor:
     Rounded to 8 bits (values outside [0, 1] are clipped), encoded as greyscale or RGB with Pillow's defaults for the
     rest (4:2:0, no optimisation). Raises ValueError for NaN, whole-number pictures, another shape or quality.
     """
-    _check_images(images)
+    check_images(images)
     _check_quality(quality)
     if not images.isfinite().all():
         raise ValueError("images contain NaN or inf, which have no JPEG; look at what `decode` returned.")
-    pixels = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+    pixels = to_bytes(images)
     arrays = (pixels[:, 0] if pixels.shape[1] == 1 else pixels.permute(0, 2, 3, 1).contiguous()).numpy()
     sizes = []
     for array in arrays:  # a thread pool was measured on 2 cores: slower for small pictures, even for large
@@ -40,9 +40,14 @@ def jpeg_kilobytes(images: Tensor, quality: int = 95) -> Tensor:
     return torch.tensor(sizes, dtype=torch.float32, device=images.device)
 
 
+def to_bytes(images: Tensor) -> Tensor:
+    """Rounded to 8 bits, values outside [0, 1] clipped: uint8 on the CPU."""
+    return (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+
 def brightness(images: Tensor) -> Tensor:
     """Mean luma in [0, 1]: 0.299 R + 0.587 G + 0.114 B, or the grey value. [B, 1 or 3, H, W] -> [B], differentiable."""
-    _check_images(images)
+    check_images(images)
     x = images.to(reward_dtype(images))
     if x.shape[1] == 1:
         return x.mean((1, 2, 3))
@@ -55,7 +60,7 @@ def colorfulness(images: Tensor) -> Tensor:
     rg = R - G, yb = (R + G) / 2 - B on the scale 0 to 255: 0 is grey, 15 slightly, 33 moderately, 82 highly colourful.
     Differentiable; where a root's argument is 0 its gradient is taken as 0. Raises ValueError for one channel.
     """
-    _check_images(images)
+    check_images(images)
     if images.shape[1] != 3:
         raise ValueError(f"colorfulness needs 3 channels; images have shape {tuple(images.shape)}. Give RGB pictures.")
     red, green, blue = (255 * images.to(reward_dtype(images))).flatten(2).unbind(1)
@@ -184,7 +189,7 @@ def _root(x: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, x, 1).sqrt(), 0)
 
 
-def _check_images(images: Tensor) -> None:
+def check_images(images: Tensor) -> None:
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"images have shape {tuple(images.shape)}; expected [B, 1 or 3, H, W].")
     if not images.is_floating_point():

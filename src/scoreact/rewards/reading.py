@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..types import Condition
 from .base import name_of, reward_dtype
-from .image import _check_images
+from .image import check_images, to_bytes
 from .text_image import dtype_of, in_parts, pretrained
 from .user import UserReward, adapt, from_spec
 
@@ -25,9 +25,8 @@ QUESTION = 'Does this figure show "{}"? Please answer yes or no.'
 
 def pictures(images: Tensor) -> list[Image.Image]:
     """[B, 1 or 3, H, W] in [0, 1], clipped and rounded to 8 bits, as B RGB pictures."""
-    _check_images(images)
-    pixels = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
-    return [Image.fromarray(x.permute(1, 2, 0).contiguous().numpy()) for x in pixels.expand(-1, 3, -1, -1)]
+    check_images(images)
+    return [Image.fromarray(x.permute(1, 2, 0).contiguous().numpy()) for x in to_bytes(images).expand(-1, 3, -1, -1)]
 
 
 class VQAScore:

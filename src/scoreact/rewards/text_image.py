@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..types import Condition
 from . import convert
 from .base import reward_dtype
-from .image import _check_images
+from .image import check_images
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's; open_clip's ViT-H-14 and ImageReward use the same
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -37,7 +37,7 @@ def preprocess(images: Tensor, size: int) -> Tensor:
     The shorter side becomes `size` (bicubic, antialiased), the middle is cut out, and each channel is (x - MEAN) / STD.
     Grey pictures get three equal channels. Agrees with `CLIPImageProcessor` up to its rounding to 8 bits.
     """
-    _check_images(images)
+    check_images(images)
     height, width = images.shape[-2:]
     short = min(height, width)
     rows, columns = int(size * height / short), int(size * width / short)
