@@ -638,7 +638,6 @@ def folder(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> P
     (tmp_path / "rewards.py").write_text(REWARD)
     (tmp_path / "animals.txt").write_text("cat\n\ndog\ncat\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("scoreact.report.TRANSFER", ())  # its table of other solvers takes minutes
     return tmp_path
 
 

@@ -37,7 +37,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).write_text(text)
     make("sd", spelling_tokenizer()).save_pretrained(tmp_path / "my-pipeline")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("scoreact.report.TRANSFER", ())  # its table of other solvers takes minutes
     return tmp_path
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import distributed
 from .algorithms import Batch, Rows, Rule
 from .types import Metrics
 
@@ -36,7 +37,7 @@ class StepKL:
     def __call__(self) -> float:
         with torch.no_grad():
             moved = self.shift(self.batch) - self.start
-        return float(self.batch.steps * 0.5 * moved.flatten(1).square().sum(1).mean())
+        return distributed.mean(float(self.batch.steps * 0.5 * moved.flatten(1).square().sum(1).mean()))
 
 
 def backtrack(
@@ -101,6 +102,7 @@ class AdamSteps:
                     )
                 (loss * len(minibatch) / min(len(batch), self.accumulate * self.minibatch_size)).backward()
                 if (number + 1) % self.accumulate == 0 or number + 1 == len(parts):
+                    distributed.average(p.grad for p in self.parameters)
                     norm = nn.utils.clip_grad_norm_(self.parameters, self.max_gradient_norm)
                     self.optimizer.step()
                     self.optimizer.zero_grad()

@@ -223,7 +223,7 @@ def _transfer(run: Run, problem: Problem, policy: Policy) -> str:
         config = run.settings
         rows = [(config.solver, config.steps), *(row for row in TRANSFER if row != (config.solver, config.steps))]
         table = transfer_table(
-            policy, problem.reward, problem.prompts, 200, 1, _grid(config), rows, device,
+            policy, problem.reward, problem.prompts, min(200, config.heldout_samples), 1, _grid(config), rows, device,
             NOISES[config.noise](config.noise_scale),
         )  # fmt: skip
         kept = {"weights": digest.hexdigest(), "rows": table}

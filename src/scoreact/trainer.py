@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import __version__, checkpoint
+from . import __version__, checkpoint, distributed
 from .algorithms import acting_steps, states
 from .assembly import build_minimiser, build_rule, build_value, check_ratio, choose_device, exploration_of, value_fit
 from .config import Config, updated
 from .evaluation import Features, Judge, balanced, estimate_optimum, evaluate, recovered
 from .guard import Guard, KLPrice, has_kl_term, optimal_kl, reprice, sees_kl
 from .models import ScoreModel
-from .optim import Average, Diverged
+from .optim import AdamSteps, Average, Diverged
 from .policy import Policy
 from .rewards import Checked, Reward, checked
 from .rewards.overlap import Scores, one_ahead, ready
@@ -102,11 +102,17 @@ class Trainer:
         if not prompts:
             raise ValueError("prompts is empty; give at least one (use [''] for an unconditional model).")
         self.config = config
+        distributed.start()
+        if config.batch_size % distributed.world():
+            raise ValueError(
+                f"batch_size is {config.batch_size}, which {distributed.world()} processes cannot share; take a multiple."
+            )
         self.device = choose_device(config.device)
         model.to(self.device).eval()
         self.policy = Policy(model, act_until=config.act_until)
         if not self.policy.trainable():
             raise ValueError(f"{type(model).__name__} has no parameter with requires_grad; nothing could be trained.")
+        distributed.same(self.policy.trainable())
         self.prompts = list(prompts)
         self.reward: Checked = checked(reward)
         ready(self.reward)  # one elsewhere that is not there is said now
@@ -120,7 +126,7 @@ class Trainer:
         self.sde = SDE(model.schedule, NOISES[config.noise](config.noise_scale))
         self.solver = SOLVERS[config.solver]
         self.exploration = exploration_of(config, self.sde)
-        self.generator = torch.Generator(device=self.device).manual_seed(config.seed)
+        self.generator = torch.Generator(device=self.device).manual_seed(self._seed())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)  # initial weights of the value network: a seed gives the same run
             value = build_value(config, self.policy, self.sde, value_network, self._reward_of_state)
@@ -128,6 +134,10 @@ class Trainer:
             self.algorithm = build_rule(config, self.policy, self.sde, self.value, self.reward, self.prompts)
         self.average = Average(model, config.average)
         self.minimise = build_minimiser(config, self.algorithm)
+        if distributed.world() > 1 and not isinstance(self.minimise, AdamSteps):
+            raise ValueError(
+                f"{config.algorithm} takes natural gradients, which one process makes alone; start one only."
+            )
         self.iteration = 0
         self.history: list[dict[str, Any]] = []
         self.reference: Metrics = {}
@@ -151,7 +161,7 @@ class Trainer:
         else:
             trajectory, rewards = self.saved.pop() if self.saved else self.rollout()
             batch = self.algorithm.prepare(trajectory, rewards, self.generator, rate)
-            drawn = self._drawn(trajectory, rewards)
+            drawn = {name: distributed.mean(value) for name, value in self._drawn(trajectory, rewards).items()}
         if self.iteration == 0 and self.exploration is None:
             check_ratio(self.algorithm, batch)
         metrics = self.minimise(self.algorithm, batch, self.generator, rate)
@@ -167,10 +177,14 @@ class Trainer:
             **self.algorithm.metrics,
             **metrics,
             "learning_rate": self.config.learning_rate * rate,
-            "cost/network_calls": self.policy.network_calls,
-            "cost/value_calls": self.value.value.calls,
-            "cost/reward_calls": self.reward.calls,
+            "cost/network_calls": distributed.world() * self.policy.network_calls,
+            "cost/value_calls": distributed.world() * self.value.value.calls,
+            "cost/reward_calls": distributed.world() * self.reward.calls,
         }
+
+    def _seed(self) -> int:
+        """Of this process' random numbers: no process draws what another does, and one alone draws as ever."""
+        return self.config.seed + 7_919_000 * distributed.rank()
 
     def _steer_kl(self, kl: float, iterations: int) -> None:
         """Towards target_kl by another price of a nat in training; J and J* stay those of kl_weight."""
@@ -201,7 +215,7 @@ class Trainer:
 
     def draw(self, reference_only: bool = False) -> tuple[Trajectory, Scores]:
         """Paths of a batch of prompts; a reward elsewhere scores a part of them while the next is drawn."""
-        names = balanced(self.prompts, self.config.batch_size, self.generator)
+        names = balanced(self.prompts, self.config.batch_size // distributed.world(), self.generator)
         ts = self.grid()
         behaviour = self.policy if reference_only else self.algorithm.behaviour()
         stochastic = None if reference_only else self.algorithm.stochastic_steps(self.config.steps, self.generator)
@@ -243,7 +257,9 @@ class Trainer:
                 self.saved.append((trajectory, r))
         if not self.algorithm.critic:
             self.policy.network_calls, self.reward.calls = spent
-        beta, found = self.config.kl_weight, torch.cat(rewards)
+        beta, found = self.config.kl_weight, distributed.gathered(torch.cat(rewards))
+        rows = distributed.gathered(torch.tensor([self.prompts.index(prompt) for prompt in prompts]))
+        prompts = [self.prompts[row] for row in rows.tolist()]
         metrics = estimate_optimum(found, Condition(prompts), beta) | optimal_kl(found, Condition(prompts), beta)
         if self.optimum is not None:
             metrics["objective/J_star_exact"] = self.optimum(beta)
@@ -314,7 +330,9 @@ class Trainer:
                         f"{self.iteration}; lower learning_rate or max_kl. The best weights so far are kept."
                     )
                 if last or self.iteration % self.config.evaluate_every == 0:
-                    stopped = self._look(metrics)
+                    stop = self._look(metrics)
+                    stopped = (stop or "process 0 ended it") if distributed.first(stop is not None) else None
+                self._interrupted = distributed.first(self._interrupted)
                 if self.out is not None and (last or stopped or self.iteration % self.config.checkpoint_every == 0):
                     self._checkpoint()
                 if self._interrupted and not last:
@@ -402,12 +420,14 @@ class Trainer:
     # --- files --------------------------------------------------------------------------------------------------
 
     def _open(self, out: Path | None, resume: bool, description: dict[str, Any]) -> None:
-        self.out = out
+        self.out = out if distributed.rank() == 0 else None  # one process writes
         if out is None:
             return
         record = out / "config.json"
         if resume:
             self._restore(out)
+            return
+        if self.out is None:
             return
         if record.exists() or (out.exists() and any(out.iterdir())):
             raise FileExistsError(f"{out} is not empty; give a new folder with out, or continue that run with resume.")
@@ -430,7 +450,10 @@ class Trainer:
             )
         self.iteration, state = checkpoint.load(out / "checkpoints", self.device)
         self.load_state_dict(state)
-        checkpoint.truncate_lines(out / "metrics.jsonl", self.iteration)
+        if distributed.rank() > 0:  # the checkpoint's is process 0's
+            self.generator.manual_seed(self._seed() + self.iteration)
+        if self.out is not None:
+            checkpoint.truncate_lines(out / "metrics.jsonl", self.iteration)
         self.history = checkpoint.read_lines(out / "metrics.jsonl")
 
     def _checkpoint(self) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from . import distributed
 from .policy import Policy
 from .sde import SDE
 from .types import Condition, Metrics, expand
@@ -229,6 +230,7 @@ class ValueFit:
                 targets = logit_of(targets / self.kl_weight)
             self.value.shift.fill_(float(targets.mean()))
             self.value.scale.fill_(max(float(targets.std()), 1e-6))
+            distributed.average([self.value.shift, self.value.scale])
         means = [p.detach().clone() for p in self.parameters]
         steps = self.steps if self.fitted else self.first_steps
         total = 0.0
@@ -240,6 +242,7 @@ class ValueFit:
             loss = self._loss(generator)
             self.optimizer.zero_grad()
             loss.backward()
+            distributed.average(p.grad for p in self.parameters)
             nn.utils.clip_grad_norm_(self.parameters, 10.0)
             self.optimizer.step()
             total += loss.item()

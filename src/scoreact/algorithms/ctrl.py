@@ -73,18 +73,17 @@ class CTRL(Rule):
         returns = returns_to_go(rewards, sampled)
         at_states, fit = fit_value(self, trajectory, returns, keep, generator, rate, self.gradient_at == "next")
         batch = flatten(trajectory, keep)
-        # "next" at another draw than the path's own: h must not know the noise that it is multiplied with
-        noise = batch.noise
-        if self.gradient_at == "next":
-            noise = torch.randn(noise.shape, generator=generator, device=noise.device, dtype=noise.dtype)
-        force = pathwise_force(self, batch, trajectory.references[keep].flatten(0, 1), noise)
         values, forces = returns.clone(), torch.zeros_like(trajectory.controls)
         values[keep] = at_states
-        forces[keep] = force.reshape(len(keep), *forces.shape[1:])
         if self.advantage == "standardised_value_differences":
             advantages = standardised_per_step(values[1:] - values[:-1])
-            forces = torch.zeros_like(forces)
         else:
+            # "next" at another draw than the path's own: h must not know the noise that it is multiplied with
+            noise = batch.noise
+            if self.gradient_at == "next":
+                noise = torch.randn(noise.shape, generator=generator, device=noise.device, dtype=noise.dtype)
+            force = pathwise_force(self, batch, trajectory.references[keep].flatten(0, 1), noise)
+            forces[keep] = force.reshape(len(keep), *forces.shape[1:])
             advantages = gae(values, costs, sampled, trajectory.ts, self.trace)
             own = beta * trajectory.controls
             candidates = torch.stack([(force * trajectory.noise).flatten(2).sum(2) for force in (own, forces)], dim=1)

@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from .. import distributed
 from ..types import Condition
 from .mlp import MLP
 
@@ -40,6 +41,7 @@ class FeatureValue(nn.Module):
             with torch.no_grad():
                 self.mean.copy_(x.mean(0))
                 self.std.copy_(x.std(0) + 1e-6)
+                distributed.average([self.mean, self.std])
                 self.seen.fill_(True)
         value: Tensor = self.net((x - self.mean) / self.std, t)[:, 0]
         return value
