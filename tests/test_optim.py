@@ -112,6 +112,37 @@ def test_adam_is_shortened_to_the_radius() -> None:
         assert 0 < metrics["policy/step_share"] < 1
 
 
+def test_the_bound_counts_from_where_the_step_began_and_asks_fresh_paths_once_less() -> None:
+    far = Linear()  # paths that another policy drew: the shift is not 0 before the step
+    with torch.no_grad():
+        far.parameter.copy_(TRUTH / 2)
+    begin = far.shift(far.batch).detach()
+    metrics = take(adam(far, learning_rate=1.0, max_kl=0.5, kl_states=COUNT), far)
+    moved = STEPS * 0.5 * float((far.shift(far.batch).detach() - begin).square().sum(1).mean())
+    assert metrics["policy/step_kl"] == pytest.approx(moved, rel=1e-4)
+    assert 0 < moved <= 0.5001
+    asked: list[int] = []
+    for start in (torch.zeros(6), TRUTH / 2):
+        problem = Linear()
+        with torch.no_grad():
+            problem.parameter.copy_(start)
+
+        def shift(batch: Batch, problem: Linear = problem) -> Tensor:
+            asked.append(len(batch))
+            return problem.shift(batch)
+
+        StepKL(shift, problem.batch, 40)
+    assert asked == [1, 1, 40]
+
+
+def test_without_states_to_measure_at_a_step_is_not_bounded() -> None:
+    problem, free = Linear(), Linear()
+    take(adam(problem, learning_rate=1.0, max_kl=1e-3), problem)
+    metrics = take(adam(free, learning_rate=1.0, max_kl=1e-3, kl_states=0), free)
+    assert "policy/step_kl" not in metrics
+    assert free.parameter.detach().norm() > 10 * problem.parameter.detach().norm()
+
+
 def test_the_rate_scales_the_step() -> None:
     sizes = []
     for rate in (1.0, 0.1):

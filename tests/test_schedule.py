@@ -140,3 +140,22 @@ def test_random_grid_jitters_by_up_to_half_a_step(generator: torch.Generator) ->
     offsets = torch.stack([random(VE(), 10, generator) for _ in range(200)]) - torch.linspace(0, 1, 11)
     assert 0.045 < float(offsets.abs().max()) < 0.05
     assert torch.equal(random(VE(), 10, generator.manual_seed(3)), random(VE(), 10, generator.manual_seed(3)))
+
+
+def test_a_tables_memory_of_the_last_times_sees_every_change() -> None:
+    schedule = FromAlphasCumprod([0.99, 0.7, 0.3, 0.05])
+    t, other = torch.tensor([0.1, 0.6], dtype=torch.float64), torch.tensor([0.3], dtype=torch.float64)
+    first = schedule.alpha(t).clone()
+    assert torch.equal(schedule.alpha(t), first)
+    t += 0.05  # the same tensor, changed in place
+    fresh = FromAlphasCumprod([0.99, 0.7, 0.3, 0.05])
+    assert torch.equal(schedule.alpha(t), fresh.alpha(t.clone()))
+    assert not torch.equal(schedule.alpha(t), first)
+    assert torch.equal(schedule.sigma(other), fresh.sigma(other.clone()))
+    leaf = t.clone().requires_grad_(True)
+    for _ in range(2):  # each graph its own
+        (slope,) = torch.autograd.grad(schedule.alpha(leaf).sum(), leaf)
+    torch.testing.assert_close(slope, schedule.d_alpha(t))
+    with torch.inference_mode():
+        inside = torch.tensor([0.2], dtype=torch.float64)
+        assert torch.equal(schedule.alpha(inside), fresh.alpha(torch.tensor([0.2], dtype=torch.float64)))

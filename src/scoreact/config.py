@@ -92,7 +92,7 @@ class Config:
     max_kl: float = setting(
         0.5, "most path KL (nats) one iteration may move the policy; longer steps are shortened", 0, above=True
     )
-    kl_states: int = setting(512, "states at which the path KL of an iteration's step is measured", 1)
+    kl_states: int = setting(512, "states at which the path KL of an iteration's step is measured; 0: no bound", 0)
     max_gradient_norm: float = setting(1e6, "gradient clipping", 0, above=True)
     average: float = setting(
         0.9, "decay per iteration of the averaged weights, which are evaluated and saved", 0, 0.9999

@@ -32,7 +32,9 @@ class StepKL:
         index = torch.linspace(0, len(batch) - 1, min(size, len(batch)), device=batch.t0.device).long()
         self.shift, self.batch = shift, batch[index]
         with torch.no_grad():
-            self.start = shift(self.batch)
+            # one row tells whether the policy still is the behaviour, as on fresh paths: its shift is then 0 everywhere
+            moved = bool((shift(self.batch[torch.zeros_like(index[:1])]).abs() > 1e-4).any())
+            self.start: Tensor | float = shift(self.batch) if moved else 0.0
 
     def __call__(self) -> float:
         with torch.no_grad():
@@ -67,6 +69,7 @@ def backtrack(
 class AdamSteps:
     """`epochs` sweeps of Adam over minibatches; afterwards the step is shortened to path KL <= max_kl (nats).
 
+    It is measured at `kl_states` states; with 0 the step is neither measured nor bounded.
     The bound holds whatever the reward's scale, so that one bad batch cannot throw the policy away. `accumulate` minibatches
     make one optimiser step.
     """
@@ -88,7 +91,9 @@ class AdamSteps:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * rate
         before = [p.detach().clone() for p in self.parameters]
-        step_kl = StepKL(algorithm.shift, batch, self.kl_states) if isinstance(batch, Batch) else None
+        step_kl = (
+            StepKL(algorithm.shift, batch, self.kl_states) if isinstance(batch, Batch) and self.kl_states else None
+        )
         metrics: Metrics = {}
         norm = torch.zeros(())
         for _ in range(self.epochs):

@@ -1,0 +1,248 @@
+"""Side by side with TRL 0.23.1 on the folder of `shapes.py pretrain`: speed and memory at equal settings, then progress.
+
+    python benchmarks/trl_side_by_side.py shapes --peer peer/bin/python --out side.jsonl equal alignprop progress
+    python benchmarks/trl_side_by_side.py shapes --out side.jsonl          # the tables of what is there
+
+`peer_trl.py` says how to make the peer's environment. Every run is a process of its own with one thread in float32, on
+the same weights, captions, reward, samples, steps, guidance, LoRA rank and number of updates. Measured is CPU time (user
+and system), since a machine may be shared, from the start of training on; loading is left out on both sides. `equal` and
+`alignprop` alternate the two systems in pairs. `progress` gives both a few learning rates, and counts the CPU seconds that
+ours needs to the reward at which the peer's best rate ends. Resumable: runs that are in the file are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Run = dict[str, Any]
+
+BASE: Run = {"epochs": 5, "samples": 32, "minibatch": 16, "steps": 10, "guidance": 2.0, "learning_rate": 3e-4}
+TRL_CLIP = 1e-4  # its default, of a ratio of means over the latent's numbers
+EQUAL_DDPO: Run = {  # the same rule in our settings
+    "algorithm": "ddpo", "temperature": "dimensions", "clip_range": TRL_CLIP / (1 / BASE["steps"]) ** 0.5,
+    "accumulate": BASE["steps"],
+}  # fmt: skip
+EQUAL_DRAFT: Run = {"algorithm": "draft", "last_steps": 0, "kl_share": 0.0, "accumulate": 2}
+PEER_RATES = {"ddpo": (3e-4, 1e-3, 3e-3, 1e-2), "alignprop": (3e-4, 1e-3, 3e-3)}
+OURS: dict[str, list[Run]] = {  # of `progress`: each rule's settings, first seed; the best goes on to the others
+    "draft": [
+        {"algorithm": "draft", "last_steps": 5, "learning_rate": 2e-2, "iterations": 12, "kl_share": share}
+        for share in (0.0, 1.0)
+    ],
+    "adjoint_matching": [
+        {"algorithm": "adjoint_matching", "minibatch_size": 80, "learning_rate": 1e-2, "iterations": 10}
+    ],
+    "ddpo": [{"algorithm": "ddpo", "minibatch_size": 80, "learning_rate": 3e-3}],
+    "ctrl": [{"algorithm": "ctrl", "minibatch_size": 80, "learning_rate": 3e-3, "reference_batches": 12}],
+}
+GRADIENT = ["adjoint_matching", "draft"]  # those that use the reward's gradient, as AlignProp does
+WINDOW = 5  # batches whose mean reward is compared
+
+
+def cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def ours(run: Run) -> Run:
+    """One run of scoreact, in this process."""
+    import torch
+    from shapes import CAPTIONS, reward
+
+    import scoreact as sa
+    from scoreact import rewards
+    from scoreact.models.diffusers import pipeline_model
+    from scoreact.models.unet import Encoder
+
+    torch.set_num_threads(1)
+    torch.manual_seed(run["seed"])  # of the adapter's initial weights
+    model = pipeline_model(
+        run["folder"], lora_rank=4, guidance_scale=run["guidance"], vae_slicing=False,
+        gradient_checkpointing=run.get("checkpointing", False),
+    )  # fmt: skip
+    found: Run = {"rewards": [], "cpu": [], "cpu_before": 0.0}
+    begin = cpu_seconds()
+
+    def note(kind: str, metrics: dict[str, float]) -> None:
+        if kind == "iteration":
+            found["rewards"].append(metrics["reward/mean"])
+            found["cpu"].append(cpu_seconds() - begin)
+        elif kind == "evaluation" and not found["cpu"]:
+            found["cpu_before"] = cpu_seconds() - begin  # what was looked at before the first iteration
+
+    settings = {
+        "batch_size": run["samples"], "minibatch_size": run["minibatch"], "steps": run["steps"], "seed": run["seed"],
+        "iterations": run["epochs"], "learning_rate": run["learning_rate"], "reference_batches": 1, "epochs": 1,
+        "warmup": 0, "decay_from": 1.0, "average": 0.0, "heldout_samples": 2, "evaluate_every": 10**6, "guard": "off",
+        "kl_states": 0, "kl_weight": 0.1, "kl_limit": 1e9, "value_inputs": "x_data_hat",
+        "value_batch_size": 128,
+    }  # fmt: skip
+    sa.finetune(
+        model, rewards.load(reward, folder=run["folder"]), CAPTIONS, on_event=note, **{**settings, **run["settings"]},
+        value_network=lambda: Encoder(model.shape[0], classes=len(CAPTIONS)),
+    )  # fmt: skip
+    return found
+
+
+def peer(folder: str, **changes: Any) -> Run:
+    return {"who": "trl", "folder": folder, **BASE, "trainer": "ddpo", "clip_range": TRL_CLIP, **changes}
+
+
+def own(folder: str, settings: Run, **changes: Any) -> Run:
+    return {"who": "scoreact", "folder": folder, **BASE, "settings": settings, **changes}
+
+
+class Bench:
+    """Runs, each in a process of its own, remembered in a file of JSON lines."""
+
+    def __init__(self, out: Path, python: str | None) -> None:
+        self.out, self.python = out, python
+        lines = out.read_text().splitlines() if out.exists() else []
+        self.known = {self._key(line["run"]): line["found"] for line in map(json.loads, lines)}
+
+    @staticmethod
+    def _key(run: Run) -> str:
+        return json.dumps(run, sort_keys=True)
+
+    def __call__(self, run: Run) -> Run:
+        if self._key(run) in self.known:
+            return self.known[self._key(run)]
+        here = Path(__file__).resolve().parent
+        if run["who"] == "trl":
+            if self.python is None:
+                raise SystemExit("give --peer PYTHON, that of an environment with trl 0.23.1; peer_trl.py says how.")
+            words = [self.python, str(here / "peer_trl.py"), json.dumps(run)]
+        else:
+            words = [sys.executable, str(Path(__file__).resolve()), "--one", json.dumps(run)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        done = subprocess.run(words, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{run} failed:\n{done.stderr[-3000:]}")
+        found: Run = json.loads(done.stdout.splitlines()[-1])
+        with self.out.open("a") as file:
+            file.write(json.dumps({"run": run, "found": found}) + "\n")
+        self.known[self._key(run)] = found
+        label = run.get("settings", {}).get("algorithm", run.get("trainer"))
+        print(
+            f"{run['who']} {label} seed {run['seed']} rate {run['learning_rate']}: {found['cpu'][-1]:.0f} CPU s, "
+            f"last rewards {statistics.fmean(found['rewards'][-5:]):.3f}", flush=True,
+        )  # fmt: skip
+        return found
+
+
+# --- the parts -------------------------------------------------------------------------------------------------------
+
+
+def equal(bench: Bench, folder: str, trainer: str, settings: Run, pairs: int) -> list[tuple[Run, Run]]:
+    """Alternating runs of the same rule on both sides: peer, ours, peer, ours, ..."""
+    same = {"checkpointing": True} if trainer == "alignprop" else {}  # AlignPropTrainer always does
+    return [
+        (bench(peer(folder, trainer=trainer, seed=s)), bench(own(folder, settings, seed=s, **same)))
+        for s in range(pairs)
+    ]
+
+
+def equal_table(name: str, found: list[tuple[Run, Run]]) -> list[str]:
+    """Samples per CPU second of the iterations themselves, and of all that training starts with; peak memory."""
+    samples = BASE["samples"] * BASE["epochs"]
+    lines = [
+        f"| {name}, {len(found)} pairs | TRL | scoreact | median of the ratios | all ratios |",
+        "|---|---|---|---|---|",
+    ]
+
+    def row(label: str, of: Callable[[Run], float], unit: str) -> str:
+        theirs, mine = ([of(run) for run in side] for side in zip(*found, strict=True))
+        ratios = [m / t for t, m in zip(theirs, mine, strict=True)]
+        cells = [f"{statistics.median(side):.3g} {unit}" for side in (theirs, mine)]
+        every = ", ".join(f"{r:.2f}" for r in sorted(ratios))
+        return f"| {label} | {' | '.join(cells)} | {statistics.median(ratios):.2f} | {every} |"
+
+    lines.append(row("iterations", lambda run: samples / (run["cpu"][-1] - run["cpu_before"]), "samples / CPU s"))
+    lines.append(row("with ours' look at the reference", lambda run: samples / run["cpu"][-1], "samples / CPU s"))
+    lines.append(row("peak memory", lambda run: run["peak_rss_mib"], "MiB"))
+    return lines
+
+
+def final(run: Run) -> float:
+    return statistics.fmean(run["rewards"][-WINDOW:])
+
+
+def seconds_to(run: Run, target: float) -> float | None:
+    """CPU seconds until the mean reward of the last WINDOW batches is at the target; None: never."""
+    for i in range(WINDOW, len(run["rewards"]) + 1):
+        if statistics.fmean(run["rewards"][i - WINDOW : i]) >= target:
+            return float(run["cpu"][i - 1])
+    return None
+
+
+def progress(bench: Bench, folder: str, trainer: str, names: list[str], seeds: int, epochs: int) -> list[str]:
+    """The peer's best rate sets the target; ours' best settings of each rule are timed to it, over seeds."""
+
+    def best(runs: list[Run]) -> Run:
+        return max(runs, key=lambda run: final(bench(run)))
+
+    rival = best([peer(folder, trainer=trainer, seed=0, epochs=epochs, learning_rate=r) for r in PEER_RATES[trainer]])
+    rivals = [bench({**rival, "seed": seed}) for seed in range(seeds)]
+    target = statistics.fmean(final(run) for run in rivals)
+    theirs = [seconds_to(run, target) or run["cpu"][-1] for run in rivals]
+    lines = [
+        f"| target {target:.3f} = TRL {trainer}'s end at rate {rival['learning_rate']:g}, {seeds} seeds, {epochs} epochs "
+        "| CPU s to it, by seed | TRL / ours, medians | reward at the end | MiB |",
+        "|---|---|---|---|---|",
+        f"| TRL {trainer} | {', '.join(f'{s:.0f}' for s in theirs)} | 1 | {target:.3f} "
+        f"| {statistics.median(run['peak_rss_mib'] for run in rivals):.0f} |",
+    ]
+    for name in names:
+        tried = [own(folder, settings, seed=0, epochs=epochs) for settings in OURS[name]]
+        chosen = min(tried, key=lambda run: seconds_to(bench(run), target) or float("inf"))
+        runs = [bench({**chosen, "seed": seed}) for seed in range(seeds)]
+        times = [seconds_to(run, target) for run in runs]
+        shown = ", ".join("never" if s is None else f"{s:.0f}" for s in times)
+        middle = statistics.median(float("inf") if s is None else s for s in times)
+        settings = " ".join(f"{key}={value}" for key, value in chosen["settings"].items() if key != "algorithm")
+        lines.append(
+            f"| {name}, {settings} | {shown} | {statistics.median(theirs) / middle:.1f} "
+            f"| {statistics.fmean(final(run) for run in runs):.3f} "
+            f"| {statistics.median(run['peak_rss_mib'] for run in runs):.0f} |"
+        )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="of `shapes.py pretrain`")
+    parser.add_argument("parts", nargs="+", choices=["equal", "alignprop", "progress", "gradient"])
+    parser.add_argument("--peer", metavar="PYTHON", help="of the peer's environment; only for runs not yet in --out")
+    parser.add_argument("--out", type=Path, default=Path("trl_side_by_side.jsonl"))
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=20, help="of `progress` and `gradient`")
+    arguments = parser.parse_args()
+    bench, folder = Bench(arguments.out, arguments.peer), arguments.folder
+    for part in arguments.parts:
+        if part == "equal":
+            lines = equal_table("DDPO", equal(bench, folder, "ddpo", EQUAL_DDPO, arguments.pairs))
+        elif part == "alignprop":
+            lines = equal_table("AlignProp", equal(bench, folder, "alignprop", EQUAL_DRAFT, arguments.pairs))
+        elif part == "progress":
+            lines = progress(bench, folder, "ddpo", list(OURS), arguments.seeds, arguments.epochs)
+        else:
+            lines = progress(bench, folder, "alignprop", GRADIENT, arguments.seeds, arguments.epochs)
+        print("\n" + "\n".join(lines) + "\n", flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--one"]:
+        line = ours(json.loads(sys.argv[2]))
+        print(json.dumps({**line, "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+    else:
+        main()
