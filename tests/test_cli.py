@@ -18,11 +18,13 @@ import pytest
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor, rand
+from torch import Tensor, rand, tensor
 
 from scoreact import cli, cli_output, trainer
 from scoreact.algorithms import rules
 from scoreact.config import Config, fields_of, rule_fields
+from scoreact.evaluation import estimate_optimum
+from scoreact.types import Condition
 
 Said = tuple[int, str, str]
 TINY = ["--batch-size", "32", "--heldout-samples", "16", "--value-steps", "2", "--value-first-steps", "2",
@@ -648,3 +650,9 @@ def test_whether_the_optimum_can_be_trusted_is_said(effective: float, trusted: f
     lines = cli_output.reference_lines(m)
     assert lines[0] == "J_ref -1 ± 0.1, the pretrained model's mean reward."
     assert lines[1] == f"J*    0.500 (95 %: 0.400 to 0.600), estimated from the reference's samples, {said}"
+
+
+def test_an_optimum_that_a_single_sample_cannot_tell_is_called_unknown() -> None:
+    found = estimate_optimum(tensor([0.1, 0.2, 0.4]), Condition(["a", "a", "b"]), 0.5)
+    *_, last = cli_output.reference_lines(found)
+    assert last == "J*    unknown, a prompt with a single sample says nothing of it: raise reference_batches."

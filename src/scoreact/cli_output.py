@@ -60,7 +60,9 @@ def reference_lines(m: Mapping[str, Any]) -> list[str]:
         f"{number(m['objective/J_star'])} (95 %: {number(m['objective/J_star_low'])} to "
         f"{number(m['objective/J_star_high'])}), estimated from the reference's samples"
     )
-    if m["objective/trusted"]:
+    if not math.isfinite(m["objective/J_star_high"]):
+        estimate, word = "unknown", "a prompt with a single sample says nothing of it: raise reference_batches."
+    elif m["objective/trusted"]:
         word = f"to be trusted ({effective:.0f} effective samples)."
     elif effective < 20:
         few = f"{effective:.1f} effective samples, 20 are needed"
