@@ -56,8 +56,10 @@ MOST_KL = 1.20
 SAMPLES = 20_000
 EVALUATION_SEED = 77_000_001
 
-SETTINGS: dict[str, Any] = {"iterations": 40, "batch_size": 512, "solver": "euler_maruyama", "gradient_at": "next",
-                            "device": "cpu"}  # fmt: skip
+SETTINGS: dict[str, Any] = {
+    "iterations": 40, "batch_size": 512, "solver": "euler_maruyama", "gradient_at": "next", "value_steps": 30,
+    "value_batch_size": 1024, "device": "cpu",
+}  # fmt: skip
 # where a rule departs from the defaults of `Config`
 RULE_SETTINGS: dict[str, dict[str, Any]] = {
     # the ratio's noise grows with the dimension: a smaller weight, more steps, and larger ones

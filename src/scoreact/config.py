@@ -106,9 +106,9 @@ class Config:
     )
     value_inputs: Literal["x", "x_data_hat", "both"] = setting("both", "what the value network sees")
     value_learning_rate: float = setting(2e-3, "value learning rate (AdamW)", 0, above=True)
-    value_steps: int = setting(30, "value steps an iteration", 0)
+    value_steps: int = setting(15, "value steps an iteration", 0)
     value_first_steps: int = setting(120, "value steps on the reference's paths, before the first update", 0)
-    value_batch_size: int = setting(1024, "states a value step", 1)
+    value_batch_size: int = setting(256, "states a value step", 1)
     value_replay: int = setting(
         1, "rollouts kept for the value's fit (more than 1 is sound with value_loss soft only)", 1
     )
