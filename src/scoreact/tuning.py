@@ -39,6 +39,9 @@ def search_space(rule: str, config: Config) -> dict[str, Any]:
     if kind.minimiser == "adam":
         space["learning_rate"] = (config.learning_rate / 10, config.learning_rate * 10, "log")
         space["epochs"] = [1, 2, 4]
+        # small ones: more optimiser steps for the same network calls
+        whole = config.minibatch_size
+        space["minibatch_size"] = sorted({whole, max(2, whole // 4), max(2, whole // 16)}, reverse=True)
     if kind.transitions_only:
         space["max_kl"] = (0.05, 2.0, "log")
     cheaper = ["batch_size"]  # than the defaults: at a fixed budget that buys iterations

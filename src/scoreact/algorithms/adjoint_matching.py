@@ -40,7 +40,6 @@ class AdjointMatching(Rule):
     """
 
     defaults: ClassVar[Mapping[str, Any]] = {"epochs": 1, "minibatch_size": 512}
-    search: ClassVar[Mapping[str, Any]] = {"minibatch_size": [128, 512, 2048]}
     reads_reference = False  # the adjoint asks the reference at every state, after the rollout
     differentiates_reward = True
 

@@ -58,7 +58,7 @@ class DiffusionNFT(ForwardRule):
     defaults: ClassVar[Mapping[str, Any]] = {"epochs": 1, "max_gradient_norm": 1.0}
 
     search: ClassVar[Mapping[str, Any]] = {
-        "kl_share": (0.3, 3.0, "log"), "old_most": [0.0, 0.5], "minibatch_size": [128, 512, 2048],
+        "kl_share": (0.3, 3.0, "log"), "old_most": [0.0, 0.5],
     }  # fmt: skip
 
     sampling: Literal["sde", "ode"] = setting("ode", "rollouts by the SDE or by its probability-flow ODE")

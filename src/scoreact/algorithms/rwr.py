@@ -47,8 +47,6 @@ class RWR(ForwardRule):
 
     defaults: ClassVar[Mapping[str, Any]] = {"epochs": 1}
 
-    search: ClassVar[Mapping[str, Any]] = {"minibatch_size": [128, 512, 2048]}
-
     samples: Literal["reference", "policy"] = setting(
         "reference", "who draws: the reference (the optimum is the tilted law) or the policy (drifts to the argmax)"
     )
