@@ -44,7 +44,9 @@ def made(folder: Path) -> str:
         rule: [e["recovered"][0] for place in places for e in place["rules"] if e["rule"] == rule and e["runs"]]
         for rule in rules
     }
-    rules.sort(key=lambda rule: -sum(shares[rule]) / len(shares[rule]))
+    rules.sort(
+        key=lambda rule: (-len(shares[rule]), -sum(shares[rule]) / len(shares[rule]))
+    )  # those on all problems first
     heads = [f"{p['problem']}: recovered | calls to 50 % | fewer than `ddpo`" for p in places]
     rows = ["| rule | " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (3 * len(places))]
     rows += [
