@@ -107,7 +107,8 @@ def optimum(recipe_name: str, samples: int, times: int = 12) -> dict[str, Any]:
 
 def table(lines: list[dict[str, Any]], best: dict[str, Any]) -> str:
     """Markdown: before, after with its 95 % interval over seeds, and the optimum."""
-    rows = [f"| | pretrained | after (mean ± 95 % over {len(lines)} seeds) | optimum |", "| --- | --- | --- | --- |"]
+    over = f"mean ± 95 % over {len(lines)} seeds" if len(lines) > 1 else "one seed"
+    rows = [f"| | pretrained | after ({over}) | optimum |", "| --- | --- | --- | --- |"]
 
     def number(value: float | None) -> str:
         return "" if value is None else f"{value:.3g}"
@@ -115,7 +116,8 @@ def table(lines: list[dict[str, Any]], best: dict[str, Any]) -> str:
     for key, text in ROWS.items():
         mean, half = confidence_interval(torch.tensor([line["after"][key] for line in lines]))
         before = number(lines[0]["before"].get(key))
-        rows.append(f"| {text} | {before} | {mean:.3g} ± {half:.2g} | {number(best.get(key))} |")
+        after = f"{mean:.3g} ± {half:.2g}" if len(lines) > 1 else f"{mean:.3g}"
+        rows.append(f"| {text} | {before} | {after} | {number(best.get(key))} |")
     return "\n".join(rows)
 
 
