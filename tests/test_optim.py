@@ -132,7 +132,7 @@ def test_the_bound_counts_from_where_the_step_began_and_asks_fresh_paths_once_le
             return problem.shift(batch)
 
         StepKL(shift, problem.batch, 40)
-    assert asked == [1, 1, 40]
+    assert asked == [4, 4, 40]
 
 
 def test_without_states_to_measure_at_a_step_is_not_bounded() -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scoreact.algorithms import Batch, Rule
-from scoreact.algorithms.ddpo import DDPO, surrogate
+from scoreact.algorithms import Batch, Rule, surrogate
+from scoreact.algorithms.ddpo import DDPO
 from scoreact.algorithms.dpok import DPOK
 from scoreact.algorithms.flow_grpo import FlowGRPO
 from scoreact.config import Config, updated

@@ -32,8 +32,9 @@ class StepKL:
         index = torch.linspace(0, len(batch) - 1, min(size, len(batch)), device=batch.t0.device).long()
         self.shift, self.batch = shift, batch[index]
         with torch.no_grad():
-            # one row tells whether the policy still is the behaviour, as on fresh paths: its shift is then 0 everywhere
-            moved = bool((shift(self.batch[torch.zeros_like(index[:1])]).abs() > 1e-4).any())
+            # a few rows tell whether the policy still is the behaviour, as on fresh paths: its shift is then 0 everywhere
+            few = self.batch[torch.linspace(0, len(index) - 1, min(4, len(index)), device=index.device).long()]
+            moved = bool((shift(few).abs() > 1e-4).any())
             self.start: Tensor | float = shift(self.batch) if moved else 0.0
 
     def __call__(self) -> float:

@@ -174,7 +174,7 @@ class FromAlphasCumprod:
     t_min: float = 0.0
     t_max: float = field(init=False, default=1.0)
     _log_snr: Tensor = field(init=False, repr=False, compare=False, default=None)  # type: ignore[assignment]
-    # the last times asked for: a step asks a dozen times for its two, which cost 2 % of a small network's training
+    # the last times asked for: a step asks a dozen times for its two, which small networks feel
     _last: list[tuple[Tensor, int, Tensor, Tensor]] = field(init=False, repr=False, compare=False, default_factory=list)
 
     def __post_init__(self) -> None:

@@ -28,8 +28,7 @@ from ..config import setting
 from ..rollout import Trajectory, step_of
 from ..types import Condition, Metrics, expand
 from ..value import Sample
-from . import Batch, Rule, acting_steps, flatten, in_parts, sampled_costs, states
-from .ddpo import surrogate
+from . import Batch, Rule, acting_steps, flatten, in_parts, sampled_costs, states, surrogate
 
 
 @dataclass

@@ -24,7 +24,7 @@ class CTRLTrustRegion(CTRL):
 
     clip_range: float = float("inf")
     cg_steps: int = setting(20, "conjugate-gradient steps", 1)
-    # at 1e-2 weakly curved directions were never learned: 88 instead of 101 % on the proof's hardest problem
+    # with much of it weakly curved directions are never learned (`benchmarks/proof.py --rules ctrl_trpo --set damping=0.01`)
     damping: float = setting(1e-4, "added to the Fisher matrix, in units of its curvature along the gradient", 0)
 
 

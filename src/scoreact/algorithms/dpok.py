@@ -28,9 +28,8 @@ from ..advantage import returns_to_go
 from ..config import setting
 from ..rollout import Trajectory
 from ..types import Metrics
-from . import Batch, Rule, acting_steps, flatten, sampled_costs
+from . import Batch, Rule, acting_steps, flatten, sampled_costs, surrogate
 from .ctrl import fit_value
-from .ddpo import surrogate
 
 
 @dataclass

@@ -32,8 +32,8 @@ from .. import girsanov
 from ..config import setting
 from ..rollout import Trajectory
 from ..types import Condition, Metrics, groups, sum_over_data
-from . import Batch, Rule
-from .ddpo import surrogate, with_advantages
+from . import Batch, Rule, surrogate
+from .ddpo import with_advantages
 
 
 @dataclass
