@@ -68,7 +68,7 @@ def train(
     """
     x = images.float().div(127.5).sub(1)[:, None]
     torch.manual_seed(0)  # initial weights
-    network: nn.Module = UNet(widths=WIDTHS).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network: nn.Module = UNet(widths=WIDTHS)
     if init is not None:
         network.load_state_dict({name: tensor.float() for name, tensor in read_tensors(init).items()})
     histories: list[list[dict[str, float]]] = []

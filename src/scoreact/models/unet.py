@@ -29,7 +29,8 @@ def fold(x: Tensor, multiple: int) -> tuple[Tensor, tuple[int, int]]:
     bottom, right = -height % multiple, -width % multiple
     top, left = bottom // 2, right // 2
     padded = F.pad(x, (left, right - left, top, bottom - top))
-    return F.pixel_unshuffle(padded, 2).contiguous(memory_format=torch.channels_last), (top, left)
+    # not channels_last: torch's group normalisation is 10 to 25 times slower there, which outweighs its faster convolutions
+    return F.pixel_unshuffle(padded, 2), (top, left)
 
 
 class ResBlock(nn.Module):

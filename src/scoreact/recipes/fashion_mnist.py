@@ -48,7 +48,6 @@ def model(guidance_scale: float = 1.0, weights: str | None = None) -> NetworkMod
 
         tensors = read_tensors(Path(weights))
     network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return NetworkModel(
         network, RectifiedFlow(), prediction.velocity, (1, 28, 28), data.CLASSES,
         guidance_scale=guidance_scale, bfloat16=bfloat16_pays(),
