@@ -83,6 +83,13 @@ def test_same_seed_same_weights(rule: dict[str, Any]) -> None:
     assert not torch.equal(weights(first), weights(other))
 
 
+@pytest.mark.parametrize(("reused", "drawn"), [(0, 6), (1, 5), (2, 4), (9, 4)])
+def test_the_first_iterations_draw_nothing_where_they_reuse_the_references_paths(reused: int, drawn: int) -> None:
+    result = train(algorithm="ctrl_pathwise", value_loss="soft", reuse_reference=reused)
+    spent = [line["cost/reward_calls"] for line in result.history if "cost/reward_calls" in line]
+    assert spent[-1] == 32 * (SMALL["reference_batches"] + drawn)
+
+
 def test_files_and_result(tmp_path: Path) -> None:
     events: list[str] = []
     tuned = model()

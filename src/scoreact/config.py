@@ -144,9 +144,6 @@ class Config:
             raise ValueError(
                 f"value is {self.value!r} but value_loss log_probability needs value network; or use soft."
             )
-        reuse = self.rule.get("reuse_reference", 0)
-        if reuse > self.reference_batches:
-            raise ValueError(f"reuse_reference ({reuse}) is more than reference_batches ({self.reference_batches}).")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

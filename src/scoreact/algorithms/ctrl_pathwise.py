@@ -48,7 +48,9 @@ class CTRLPathwise(CTRL):
         0,
         above=True,
     )
-    reuse_reference: int = setting(0, "first iterations that learn from the reference's own paths, not new ones", 0)
+    reuse_reference: int = setting(
+        0, "first iterations that learn from the reference's own paths, not new ones; at most reference_batches", 0
+    )
     displacement_clamp: float = 0.1
     loss_clamp: float = 1.0
 
