@@ -68,18 +68,36 @@ def main(run: dict[str, Any]) -> dict[str, Any]:
     pipeline = DefaultDDPOStableDiffusionPipeline(run["folder"], use_lora=True)
     trainer = kind(config, scored, lambda: (random.choice(CAPTIONS), {}), pipeline)
     trainer.sd_pipeline.set_progress_bar_config(disable=True)
+
+    @torch.no_grad()
+    def heldout() -> float:
+        """Mean reward of pictures from noise that no training sees, drawn as training draws them."""
+        captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(run["heldout"])]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(20_000_003)
+            images = trainer.sd_pipeline(
+                prompt=captions, num_inference_steps=run["steps"], guidance_scale=run["guidance"], eta=1.0,
+                output_type="pt",
+            ).images  # fmt: skip
+        return float(score(images.float(), captions).mean())
+
+    looks = [(0.0, heldout())] if run.get("look") else []
     step, begin = trainer.step, cpu_seconds()
 
     def timed(epoch: int, global_step: int) -> int:  # only a stopwatch round the public method
+        nonlocal begin
         done: int = step(epoch, global_step)
         cpu.append(cpu_seconds() - begin)
+        if run.get("look") and (epoch + 1) % run["look"] == 0:
+            looks.append((cpu[-1], heldout()))
+            begin = cpu_seconds() - cpu[-1]  # looking is not training
         return done
 
     trainer.step = timed
     trainer.train()
     calls = len(rewards) // run["epochs"]  # of the reward, an epoch
     means = [sum(rewards[i : i + calls]) / calls for i in range(0, len(rewards), calls)]
-    return {"rewards": means, "cpu": cpu, "cpu_before": 0.0}
+    return {"rewards": means, "cpu": cpu, "cpu_before": 0.0, "looks": looks}
 
 
 if __name__ == "__main__":

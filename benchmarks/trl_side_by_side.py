@@ -6,8 +6,10 @@
 `peer_trl.py` says how to make the peer's environment. Every run is a process of its own with one thread in float32, on
 the same weights, captions, reward, samples, steps, guidance, LoRA rank and number of updates. Measured is CPU time (user
 and system), since a machine may be shared, from the start of training on; loading is left out on both sides. `equal` and
-`alignprop` alternate the two systems in pairs. `progress` gives both a few learning rates, and counts the CPU seconds that
-ours needs to the reward at which the peer's best rate ends. Resumable: runs that are in the file are not run again.
+`alignprop` alternate the two systems in pairs. `progress` gives both a few settings on one seed, and counts the CPU seconds
+that ours needs to gain as much held-out reward as the peer's best rate gains in all its epochs; each side draws the held-out
+pictures as it draws in training, and the time of looking at them is left out. Resumable: runs that are in the file are not
+run again.
 """
 
 from __future__ import annotations
@@ -32,20 +34,22 @@ EQUAL_DDPO: Run = {  # the same rule in our settings
     "accumulate": BASE["steps"],
 }  # fmt: skip
 EQUAL_DRAFT: Run = {"algorithm": "draft", "last_steps": 0, "kl_share": 0.0, "accumulate": 2}
-PEER_RATES = {"ddpo": (3e-4, 1e-3, 3e-3, 1e-2), "alignprop": (3e-4, 1e-3, 3e-3)}
-OURS: dict[str, list[Run]] = {  # of `progress`: each rule's settings, first seed; the best goes on to the others
-    "draft": [
-        {"algorithm": "draft", "last_steps": 5, "learning_rate": 2e-2, "iterations": 12, "kl_share": share}
-        for share in (0.0, 1.0)
-    ],
+PEER_RATES = {"ddpo": (1e-3, 3e-3, 1e-2, 3e-2), "alignprop": (3e-4, 1e-3, 3e-3)}
+GRADIENT: dict[str, list[Run]] = {  # rules that follow the reward's gradient, as AlignProp does
+    "draft": [{"algorithm": "draft", "last_steps": 5, "learning_rate": 2e-2, "iterations": 12, "kl_share": 0.0}],
     "adjoint_matching": [
         {"algorithm": "adjoint_matching", "minibatch_size": 80, "learning_rate": 1e-2, "iterations": 10}
     ],
-    "ddpo": [{"algorithm": "ddpo", "minibatch_size": 80, "learning_rate": 3e-3}],
-    "ctrl": [{"algorithm": "ctrl", "minibatch_size": 80, "learning_rate": 3e-3, "reference_batches": 12}],
 }
-GRADIENT = ["adjoint_matching", "draft"]  # those that use the reward's gradient, as AlignProp does
-WINDOW = 5  # batches whose mean reward is compared
+OURS: dict[str, list[Run]] = {  # of `progress`: each rule's settings, tried on the first seed; the best goes on to the others
+    "draft": GRADIENT["draft"],
+    "ddpo": [{"algorithm": "ddpo", "minibatch_size": 32, "learning_rate": rate} for rate in (2e-3, 4e-3)],
+    "ctrl": [
+        {"algorithm": "ctrl", "minibatch_size": 32, "learning_rate": 3e-3, "reference_batches": batches}
+        for batches in (2, 6)
+    ],
+}
+HELDOUT, LOOK = 240, 4  # pictures looked at, every LOOK epochs of `progress`
 
 
 def cpu_seconds() -> float:
@@ -69,20 +73,27 @@ def ours(run: Run) -> Run:
         run["folder"], lora_rank=4, guidance_scale=run["guidance"], vae_slicing=False,
         gradient_checkpointing=run.get("checkpointing", False),
     )  # fmt: skip
-    found: Run = {"rewards": [], "cpu": [], "cpu_before": 0.0}
-    begin = cpu_seconds()
+    found: Run = {"rewards": [], "cpu": [], "cpu_before": 0.0, "looks": []}
+    begin, now = cpu_seconds(), 0.0  # now: CPU seconds of training so far
 
     def note(kind: str, metrics: dict[str, float]) -> None:
-        if kind == "iteration":
+        nonlocal begin, now
+        if kind == "evaluation":
+            found["looks"].append((now, metrics["reward/heldout"]))
+            begin = cpu_seconds() - now  # looking is not training
+        elif kind in ("reference", "iteration"):
+            now = cpu_seconds() - begin
+        if kind == "reference":
+            found["cpu_before"] = now  # the first look at the reference, before the first iteration
+        elif kind == "iteration":
             found["rewards"].append(metrics["reward/mean"])
-            found["cpu"].append(cpu_seconds() - begin)
-        elif kind == "evaluation" and not found["cpu"]:
-            found["cpu_before"] = cpu_seconds() - begin  # what was looked at before the first iteration
+            found["cpu"].append(now)
 
     settings = {
         "batch_size": run["samples"], "minibatch_size": run["minibatch"], "steps": run["steps"], "seed": run["seed"],
         "iterations": run["epochs"], "learning_rate": run["learning_rate"], "reference_batches": 1, "epochs": 1,
-        "warmup": 0, "decay_from": 1.0, "average": 0.0, "heldout_samples": 2, "evaluate_every": 10**6, "guard": "off",
+        "warmup": 0, "decay_from": 1.0, "average": 0.0, "guard": "off", "heldout_samples": run.get("heldout", 2),
+        "evaluate_every": run.get("look", 10**6),
         "kl_states": 0, "kl_weight": 0.1, "kl_limit": 1e9, "value_inputs": "x_data_hat",
         "value_batch_size": 128,
     }  # fmt: skip
@@ -172,48 +183,59 @@ def equal_table(name: str, found: list[tuple[Run, Run]]) -> list[str]:
     return lines
 
 
-def final(run: Run) -> float:
-    return statistics.fmean(run["rewards"][-WINDOW:])
+def gains(run: Run) -> list[tuple[float, float]]:
+    """(CPU seconds, held-out reward above the start's) at each look."""
+    start = run["looks"][0][1]
+    return [(seconds, reward - start) for seconds, reward in run["looks"]]
 
 
-def seconds_to(run: Run, target: float) -> float | None:
-    """CPU seconds until the mean reward of the last WINDOW batches is at the target; None: never."""
-    for i in range(WINDOW, len(run["rewards"]) + 1):
-        if statistics.fmean(run["rewards"][i - WINDOW : i]) >= target:
-            return float(run["cpu"][i - 1])
-    return None
+def seconds_to(run: Run, target: float) -> float:
+    """CPU seconds until the gain is `target`, between two looks on the straight line; inf: never."""
+    points = gains(run)
+    for (before, low), (after, high) in zip(points, points[1:], strict=False):
+        if high >= target:
+            return before + (after - before) * (target - low) / (high - low)
+    return float("inf")
 
 
-def progress(bench: Bench, folder: str, trainer: str, names: list[str], seeds: int, epochs: int) -> list[str]:
+def progress(
+    bench: Bench, folder: str, trainer: str, rules: dict[str, list[Run]], seeds: int, epochs: int
+) -> list[str]:
     """The peer's best rate sets the target; ours' best settings of each rule are timed to it, over seeds."""
+    looking = {"epochs": epochs, "heldout": HELDOUT, "look": LOOK}
 
-    def best(runs: list[Run]) -> Run:
-        return max(runs, key=lambda run: final(bench(run)))
+    def gain(run: Run) -> float:
+        return gains(bench(run))[-1][1]
 
-    rival = best([peer(folder, trainer=trainer, seed=0, epochs=epochs, learning_rate=r) for r in PEER_RATES[trainer]])
-    rivals = [bench({**rival, "seed": seed}) for seed in range(seeds)]
-    target = statistics.fmean(final(run) for run in rivals)
-    theirs = [seconds_to(run, target) or run["cpu"][-1] for run in rivals]
+    def row(name: str, runs: list[Run], times: list[float]) -> str:
+        ends = [gain(run) for run in runs]
+        found = [bench(run) for run in runs]
+        cells = [
+            name, ", ".join("never" if s == float("inf") else f"{s:.0f}" for s in times),
+            f"{statistics.median(theirs) / statistics.median(times):.1f}",
+            f"{statistics.fmean(ends):+.3f} ({min(ends):+.3f} to {max(ends):+.3f})",
+            f"{statistics.fmean(run['looks'][0][1] for run in found):.3f}",
+            f"{statistics.median(run['cpu'][-1] for run in found):.0f}",
+            f"{statistics.median(run['peak_rss_mib'] for run in found):.0f}",
+        ]  # fmt: skip
+        return f"| {' | '.join(cells)} |"
+
+    tried = [peer(folder, trainer=trainer, seed=0, learning_rate=r, **looking) for r in PEER_RATES[trainer]]
+    rival = max(tried, key=gain)
+    rivals = [{**rival, "seed": seed} for seed in range(seeds)]
+    target = statistics.fmean(gain(run) for run in rivals)
+    theirs = [min(seconds_to(bench(run), target), bench(run)["cpu"][-1]) for run in rivals]
     lines = [
-        f"| target {target:.3f} = TRL {trainer}'s end at rate {rival['learning_rate']:g}, {seeds} seeds, {epochs} epochs "
-        "| CPU s to it, by seed | TRL / ours, medians | reward at the end | MiB |",
-        "|---|---|---|---|---|",
-        f"| TRL {trainer} | {', '.join(f'{s:.0f}' for s in theirs)} | 1 | {target:.3f} "
-        f"| {statistics.median(run['peak_rss_mib'] for run in rivals):.0f} |",
+        f"| {seeds} seeds, {epochs} epochs of {BASE['samples']}, target +{target:.3f} | CPU s to the target, by seed "
+        "| TRL / ours, medians | gain in held-out reward (range) | start | CPU s in all | MiB |",
+        "|---|---|---|---|---|---|---|",
+        row(f"TRL {trainer}, rate {rival['learning_rate']:g}", rivals, theirs),
     ]
-    for name in names:
-        tried = [own(folder, settings, seed=0, epochs=epochs) for settings in OURS[name]]
-        chosen = min(tried, key=lambda run: seconds_to(bench(run), target) or float("inf"))
-        runs = [bench({**chosen, "seed": seed}) for seed in range(seeds)]
-        times = [seconds_to(run, target) for run in runs]
-        shown = ", ".join("never" if s is None else f"{s:.0f}" for s in times)
-        middle = statistics.median(float("inf") if s is None else s for s in times)
-        settings = " ".join(f"{key}={value}" for key, value in chosen["settings"].items() if key != "algorithm")
-        lines.append(
-            f"| {name}, {settings} | {shown} | {statistics.median(theirs) / middle:.1f} "
-            f"| {statistics.fmean(final(run) for run in runs):.3f} "
-            f"| {statistics.median(run['peak_rss_mib'] for run in runs):.0f} |"
-        )
+    for settings in rules.values():
+        chosen = max((own(folder, s, seed=0, **looking) for s in settings), key=gain)
+        runs = [{**chosen, "seed": seed} for seed in range(seeds)]
+        name = " ".join(str(v) if k == "algorithm" else f"{k}={v}" for k, v in chosen["settings"].items())
+        lines.append(row(name, runs, [seconds_to(bench(run), target) for run in runs]))
     return lines
 
 
@@ -224,7 +246,7 @@ def main() -> None:
     parser.add_argument("--peer", metavar="PYTHON", help="of the peer's environment; only for runs not yet in --out")
     parser.add_argument("--out", type=Path, default=Path("trl_side_by_side.jsonl"))
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=20, help="of `progress` and `gradient`")
     arguments = parser.parse_args()
     bench, folder = Bench(arguments.out, arguments.peer), arguments.folder
@@ -234,7 +256,7 @@ def main() -> None:
         elif part == "alignprop":
             lines = equal_table("AlignProp", equal(bench, folder, "alignprop", EQUAL_DRAFT, arguments.pairs))
         elif part == "progress":
-            lines = progress(bench, folder, "ddpo", list(OURS), arguments.seeds, arguments.epochs)
+            lines = progress(bench, folder, "ddpo", OURS, arguments.seeds, arguments.epochs)
         else:
             lines = progress(bench, folder, "alignprop", GRADIENT, arguments.seeds, arguments.epochs)
         print("\n" + "\n".join(lines) + "\n", flush=True)

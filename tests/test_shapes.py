@@ -90,13 +90,14 @@ def test_text_encoder_is_stored_under_the_names_of_every_version(shapes: Any, tm
     assert torch.equal(again(ids)[0], pipeline.text_encoder.eval()(ids)[0])
 
 
-def test_seconds_to_a_target(side: Any) -> None:
-    """Means of five batches: 2, 3, 4 after 50, 60, 70 seconds."""
-    run = {"rewards": [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0], "cpu": [10.0, 20.0, 30.0, 40.0, 50.0, 60.0, 70.0]}
-    assert side.seconds_to(run, 2.0) == 50.0
-    assert side.seconds_to(run, 2.5) == 60.0
-    assert side.seconds_to(run, 4.1) is None
-    assert side.final(run) == 4.0
+def test_seconds_to_a_gain_lie_between_two_looks(side: Any) -> None:
+    """Gains 0, 1, 0.5 and 3 after 0, 10, 20 and 40 CPU seconds."""
+    run = {"looks": [(0.0, -2.0), (10.0, -1.0), (20.0, -1.5), (40.0, 1.0)]}
+    assert side.gains(run) == [(0.0, 0.0), (10.0, 1.0), (20.0, 0.5), (40.0, 3.0)]
+    assert side.seconds_to(run, 0.25) == 2.5
+    assert side.seconds_to(run, 1.0) == 10.0
+    assert side.seconds_to(run, 1.75) == 30.0
+    assert side.seconds_to(run, 3.1) == math.inf
 
 
 def test_a_finished_run_is_not_run_again(side: Any, tmp_path: Path) -> None:
