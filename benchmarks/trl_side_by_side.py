@@ -33,7 +33,9 @@ EQUAL_DDPO: Run = {  # the same rule in our settings
     "algorithm": "ddpo", "temperature": "dimensions", "clip_range": TRL_CLIP / (1 / BASE["steps"]) ** 0.5,
     "accumulate": BASE["steps"],
 }  # fmt: skip
-EQUAL_DRAFT: Run = {"algorithm": "draft", "last_steps": 0, "kl_share": 0.0, "accumulate": 2}
+EQUAL_DRAFT: Run = {  # AlignPropTrainer always computes each step again for its gradient
+    "algorithm": "draft", "last_steps": 0, "kl_share": 0.0, "accumulate": 2, "recompute": True,
+}  # fmt: skip
 PEER_RATES = {"ddpo": (1e-3, 3e-3, 1e-2, 3e-2), "alignprop": (3e-4, 1e-3, 3e-3)}
 GRADIENT: dict[str, list[Run]] = {  # rules that follow the reward's gradient, as AlignProp does
     "draft": [{"algorithm": "draft", "last_steps": 5, "learning_rate": 2e-2, "iterations": 12, "kl_share": 0.0}],
@@ -41,7 +43,8 @@ GRADIENT: dict[str, list[Run]] = {  # rules that follow the reward's gradient, a
         {"algorithm": "adjoint_matching", "minibatch_size": 80, "learning_rate": 1e-2, "iterations": 10}
     ],
 }
-OURS: dict[str, list[Run]] = {  # of `progress`: each rule's settings, tried on the first seed; the best goes on to the others
+# of `progress`: each rule's settings, tried on the first seed; the best goes on to the others
+OURS: dict[str, list[Run]] = {
     "draft": GRADIENT["draft"],
     "ddpo": [{"algorithm": "ddpo", "minibatch_size": 32, "learning_rate": rate} for rate in (2e-3, 4e-3)],
     "ctrl": [
@@ -71,7 +74,6 @@ def ours(run: Run) -> Run:
     torch.manual_seed(run["seed"])  # of the adapter's initial weights
     model = pipeline_model(
         run["folder"], lora_rank=4, guidance_scale=run["guidance"], vae_slicing=False,
-        gradient_checkpointing=run.get("checkpointing", False),
     )  # fmt: skip
     found: Run = {"rewards": [], "cpu": [], "cpu_before": 0.0, "looks": []}
     begin, now = cpu_seconds(), 0.0  # now: CPU seconds of training so far
@@ -155,11 +157,7 @@ class Bench:
 
 def equal(bench: Bench, folder: str, trainer: str, settings: Run, pairs: int) -> list[tuple[Run, Run]]:
     """Alternating runs of the same rule on both sides: peer, ours, peer, ours, ..."""
-    same = {"checkpointing": True} if trainer == "alignprop" else {}  # AlignPropTrainer always does
-    return [
-        (bench(peer(folder, trainer=trainer, seed=s)), bench(own(folder, settings, seed=s, **same)))
-        for s in range(pairs)
-    ]
+    return [(bench(peer(folder, trainer=trainer, seed=s)), bench(own(folder, settings, seed=s))) for s in range(pairs)]
 
 
 def equal_table(name: str, found: list[tuple[Run, Run]]) -> list[str]:

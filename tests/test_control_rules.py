@@ -267,6 +267,43 @@ def test_draft_is_the_derivative_of_the_simulation(last_steps: int, generator: t
     torch.testing.assert_close(setup.gradient(mine), setup.gradient(wanted), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_draft_of_all_steps_draws_its_own_paths(recompute: bool, generator: torch.Generator) -> None:
+    """As if they had been rolled out: the same prior and noise, the same derivative; no other reward or network call."""
+    setup = Setup()
+    rule = setup.rule(DRaFT, recompute=recompute)
+    assert rule.own_rows
+    rows = rule.rows_for([""] * 64, setup.ts, generator)
+    assert worst(rows.noise.reshape(-1, DIM)) < 4
+    assert float(rows.noise.std()) == pytest.approx(1.0, abs=0.1)
+    path = setup.paths(64, generator)  # only the shape of a trajectory is its own
+    path = replace(path, xs=rows.x.expand(STEPS + 1, -1, -1), noise=rows.noise.transpose(0, 1))
+    setup.policy.network_calls = setup.reward.calls = 0
+    loss, _ = rule.loss(rows)
+    assert (setup.policy.network_calls, setup.reward.calls) == (2 * 64 * STEPS, 64)
+    costs = setup.simulated(path, 0)
+    torch.testing.assert_close(loss, costs.mean(), rtol=1e-4, atol=1e-5)
+    assert rule.metrics["objective/J_training"] == pytest.approx(-costs.mean().item(), rel=1e-4)
+    torch.testing.assert_close(setup.gradient(loss), setup.gradient(costs.mean()), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{"last_steps": 2}, {"renoise": 1}, {"variant": "alignprop"}, {"variant": "refl"}])
+def test_draft_of_some_steps_needs_a_rollout(settings: dict[str, Any]) -> None:
+    assert not Setup().rule(DRaFT, **settings).own_rows
+
+
+def test_draft_reports_all_the_paths_of_an_iteration(generator: torch.Generator) -> None:
+    setup = Setup()
+    rule = setup.rule(DRaFT)
+    rows = rule.rows_for([""] * 64, setup.ts, generator)
+    whole = rule.loss(rows)[0].item()
+    rule.rows_for([""], setup.ts, generator)  # another iteration begins
+    for part in rows.minibatches(16, generator):
+        rule.loss(part)
+    assert rule.metrics["objective/J_training"] == pytest.approx(-whole, rel=1e-4)
+    assert rule.metrics["reward/std"] > 0
+
+
 def test_draft_of_no_kl_is_the_reward_alone(generator: torch.Generator) -> None:
     setup = Setup()
     path = setup.paths(64, generator, with_reference=False)

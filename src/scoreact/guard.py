@@ -94,7 +94,7 @@ def has_kl_term(rule: Rule) -> bool:
 def sees_kl(rule: Rule) -> bool:
     """Whether the rule's own rollouts show the policy's whole path KL; for others only held-out evaluations do."""
     everywhere = type(rule).stochastic_steps is Rule.stochastic_steps
-    return rule.reads_reference and everywhere and not rule.offline
+    return rule.reads_reference and everywhere and not rule.own_rows
 
 
 # --- what the optimum spends -------------------------------------------------------------------------------------------

@@ -156,8 +156,8 @@ class Trainer:
         rate = self.rate()
         drawn: Metrics = {}
         reused = bool(self.saved)
-        if self.algorithm.offline:
-            batch = self.algorithm.stored_rows(self.grid(), self.config.batch_size, self.generator)
+        if self.algorithm.own_rows:
+            batch = self.algorithm.rows_for(self._batch_of_prompts(), self.grid(), self.generator)
         else:
             trajectory, rewards = self.saved.pop() if self.saved else self.rollout()
             batch = self.algorithm.prepare(trajectory, rewards, self.generator, rate)
@@ -205,6 +205,10 @@ class Trainer:
         """The times of a path, [steps + 1]; another draw each time where the grid is random."""
         return GRIDS[self.config.grid](self.policy.model.schedule, self.config.steps, self.generator)
 
+    def _batch_of_prompts(self) -> list[str]:
+        """Prompts of this process' part of a batch."""
+        return balanced(self.prompts, self.config.batch_size // distributed.world(), self.generator)
+
     def _reward_of_state(self, x_data: Tensor, condition: Condition) -> Tensor:
         return self.reward(self.policy.model.decode(x_data), condition)
 
@@ -215,8 +219,7 @@ class Trainer:
 
     def draw(self, reference_only: bool = False) -> tuple[Trajectory, Scores]:
         """Paths of a batch of prompts; a reward elsewhere scores a part of them while the next is drawn."""
-        names = balanced(self.prompts, self.config.batch_size // distributed.world(), self.generator)
-        ts = self.grid()
+        names, ts = self._batch_of_prompts(), self.grid()
         behaviour = self.policy if reference_only else self.algorithm.behaviour()
         stochastic = None if reference_only else self.algorithm.stochastic_steps(self.config.steps, self.generator)
         paths, scores = [], Scores(self.reward)

@@ -92,7 +92,7 @@ class Rule:
     kl_weight: float = 1.0
     reward: Callable[[Tensor, Condition], Tensor] | None = None
     metrics: Metrics = field(default_factory=dict)  # of the last `prepare`
-    offline: bool = False  # True: `stored_rows` instead of a rollout, rewards and `prepare`
+    own_rows: bool = False  # True: `rows_for` instead of a rollout, rewards and `prepare`
 
     def __post_init__(self) -> None:
         """Settings that are names, checked also where a rule is made by hand. Raises ValueError with the known ones."""
@@ -112,8 +112,8 @@ class Rule:
         """Whose paths the next rollout draws: the policy's own, unless the rule keeps another."""
         return self.policy
 
-    def stored_rows(self, ts: Tensor, count: int, generator: torch.Generator) -> Rows:
-        """`count` rows from data of the rule's own, for the grid ts [N + 1]; asked for when `offline`."""
+    def rows_for(self, prompts: Sequence[str], ts: Tensor, generator: torch.Generator) -> Rows:
+        """Rows that need no rollout, one for each prompt of a batch, on the grid ts [N + 1]; asked for with `own_rows`."""
         raise NotImplementedError
 
     def prepare(self, trajectory: Trajectory, rewards: Tensor, generator: torch.Generator, rate: float) -> Rows:
@@ -216,10 +216,8 @@ class ForwardRule(Rule):
 
     def acting_times(self, ts: Tensor) -> tuple[Tensor, Tensor]:
         """t0 and t1 of the grid's steps that are the policy's and have noise in the SDE, each [steps]."""
-        t0, t1 = ts[:-1], ts[1:]
-        std = step_of(self.sde, self.solver, torch.zeros_like(t0), t0, t1, torch.zeros_like(t0)).std
-        keep = (std > 0) & (t0 < self.policy.act_until)
-        return t0[keep], t1[keep]
+        keep = steps_that_act(self, ts)
+        return ts[:-1][keep], ts[1:][keep]
 
     def times(self, ts: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
         """t0 and t1 [count, K] at which to look at `count` samples, no step twice at one; the grid's number of steps."""
@@ -304,6 +302,13 @@ def flatten(trajectory: Trajectory, keep: Tensor) -> Batch:
 def acting_steps(trajectory: Trajectory) -> Tensor:
     """Indices of the steps that are actions."""
     return torch.nonzero(trajectory.acts).flatten()
+
+
+def steps_that_act(rule: Rule, ts: Tensor) -> Tensor:
+    """[N] bool: the same on the grid ts [N + 1], before any path is drawn."""
+    t0, t1 = ts[:-1], ts[1:]
+    std = step_of(rule.sde, rule.solver, torch.zeros_like(t0), t0, t1, torch.zeros_like(t0)).std
+    return (std > 0) & (t0 < rule.policy.act_until)
 
 
 def sampled_costs(trajectory: Trajectory, kl_weight: float) -> Tensor:

@@ -94,7 +94,7 @@ class DPO(ForwardRule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.pairs_file:
-            self.stored, self.offline = read_pairs(self.pairs_file), True
+            self.stored, self.own_rows = read_pairs(self.pairs_file), True
             chosen, _, prompts = self.stored
             generator = torch.Generator(next(self.policy.parameters()).device)
             shape = self.policy.prior(self.policy.condition(prompts[:1]), generator).shape[1:]
@@ -105,13 +105,13 @@ class DPO(ForwardRule):
                 )
             self.policy.condition(sorted(set(prompts)))  # raises for a prompt that the model does not know
 
-    def stored_rows(self, ts: Tensor, count: int, generator: torch.Generator) -> Pairs:
-        """`count` of the file's pairs, at random."""
+    def rows_for(self, prompts: Sequence[str], ts: Tensor, generator: torch.Generator) -> Pairs:
+        """As many of the file's pairs, at random, with the file's prompts."""
         assert self.stored is not None
-        chosen, rejected, prompts = self.stored
+        chosen, rejected, stored = self.stored
         device = generator.device
-        order = torch.randperm(len(chosen), generator=generator, device=device)[:count].cpu()
-        condition = self.policy.condition([prompts[i] for i in order.tolist()])
+        order = torch.randperm(len(chosen), generator=generator, device=device)[: len(prompts)].cpu()
+        condition = self.policy.condition([stored[i] for i in order.tolist()])
         samples = torch.stack([chosen[order], rejected[order]], dim=1).to(device)
         return self._rows(samples, torch.ones(len(order), device=device), condition, ts.to(device), generator)
 

@@ -3,7 +3,7 @@
     loss = -R(decode(x_N)) + beta sum_k 1/2 |w_k|^2,    x_{k+1} = m_k(x_k; theta) + std_k z_k
 
 differentiated through the last K steps with their noise held fixed, x_{N-K} a constant. w_k is the control in units of
-z_k. last_steps = K (0: all of them), and by `variant`
+z_k. With all steps no rollout is drawn: the simulation starts from the prior. last_steps = K (0: all), and by `variant`
 - draft: the last K steps (Clark et al. 2023, arXiv 2309.17400, algorithm 1). renoise = n adds n starts a path, drawn by
   noising its end back to t_{N-K}: DRaFT-LV is last_steps 1, renoise 2;
 - alignprop: the last k, k uniform on 1..K, drawn each rollout (Prabhudesai et al. 2023, arXiv 2310.03739);
@@ -22,17 +22,18 @@ pretraining loss.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ..config import setting
 from ..rollout import Trajectory, step_of
 from ..types import Condition, Metrics
-from . import Rows, Rule, acting_steps, noising
+from . import Rows, Rule, acting_steps, noising, steps_that_act
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,28 @@ class DRaFT(Rule):
     last_steps: int = setting(0, "last steps of a path that may receive the reward's gradient; 0 is all", 0)
     renoise: int = setting(0, "further starts a path, by noising its end (DRaFT-LV: 2, with last_steps 1)", 0)
     kl_share: float = setting(1.0, "weight of the path KL, in units of kl_weight; 0 is the papers'", 0)
+    recompute: bool = setting(
+        False,
+        "keep only the states between steps, and compute each step again for its gradient: the memory of one step",
+    )
+    simulated: list[Tensor] = field(default_factory=list, init=False)  # rewards and KL of this iteration's paths
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.own_rows = self.variant == "draft" and self.last_steps == 0 and self.renoise == 0
         if self.variant == "refl" and self.renoise:
             raise ValueError(f"renoise is {self.renoise}, but refl starts on the path itself; use renoise 0.")
+
+    def rows_for(self, prompts: Sequence[str], ts: Tensor, generator: torch.Generator) -> Ends:
+        """Starts of whole paths; what their simulation earns and pays becomes the iteration's metrics."""
+        self.metrics, self.simulated = {}, []
+        condition = self.policy.condition(prompts)
+        x = self.policy.reference.prior(condition, generator)
+        ts = ts.to(x.device)
+        shape = (len(x), len(ts) - 1, *x.shape[1:])
+        noise = torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype)
+        t, acts = ts.expand(len(x), -1), tuple(steps_that_act(self, ts).tolist())
+        return Ends(x, t, noise, x, t[:, :2], condition, acts, 1, 0)
 
     def prepare(self, trajectory: Trajectory, rewards: Tensor, generator: torch.Generator, rate: float) -> Ends:
         """Where the gradient begins on each path, and at which earlier state its KL is looked at."""
@@ -101,14 +119,12 @@ class DRaFT(Rule):
     def loss(self, rows: Ends) -> tuple[Tensor, Metrics]:
         """beta KL - reward, mean over paths."""
         x, cost = rows.x, torch.zeros(len(rows), device=rows.x.device)
-        for k, acts in enumerate(rows.acts):
-            t0, t1 = rows.t[:, k], rows.t[:, k + 1]
-            score = (self.policy.score if acts else self.policy.reference_score)(t0, x, rows.condition)
-            step = step_of(self.sde, self.solver, score, t0, t1, x)
-            if acts and self.kl_share > 0:
-                reference = self.policy.reference_score(t0, x, rows.condition)
-                cost = cost + rows.share * step.kl(step_of(self.sde, self.solver, reference, t0, t1, x))
-            x = self.sde.x_data_hat(t0, x, score) if self.variant == "refl" else step.sample(rows.noise[:, k])
+        for k in range(len(rows.acts)):
+            if self.recompute:
+                x, paid = checkpoint(self._step, rows, k, x, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, paid = self._step(rows, k, x)
+            cost = cost + paid
         if rows.early_share and self.kl_share > 0:
             t0, t1 = rows.early_t[:, 0], rows.early_t[:, 1]
             step, base = (
@@ -119,7 +135,28 @@ class DRaFT(Rule):
         assert self.reward is not None
         reward = self.reward(self.policy.model.decode(x), rows.condition)
         metrics = {"policy/kl_of_simulation": float(cost.detach().mean())} if self.kl_share > 0 else {}
+        if self.own_rows:
+            self._report(reward.detach(), cost.detach())
         return (self.kl_share * self.kl_weight * cost - reward).mean(), metrics
+
+    def _step(self, rows: Ends, k: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The state after step k (refl: x_data_hat before it), and the path KL that the step pays, [M]."""
+        t0, t1, acts = rows.t[:, k], rows.t[:, k + 1], rows.acts[k]
+        score = (self.policy.score if acts else self.policy.reference_score)(t0, x, rows.condition)
+        step, paid = step_of(self.sde, self.solver, score, t0, t1, x), torch.zeros(len(x), device=x.device)
+        if acts and self.kl_share > 0:
+            reference = self.policy.reference_score(t0, x, rows.condition)
+            paid = rows.share * step.kl(step_of(self.sde, self.solver, reference, t0, t1, x))
+        return self.sde.x_data_hat(t0, x, score) if self.variant == "refl" else step.sample(rows.noise[:, k]), paid
+
+    def _report(self, reward: Tensor, kl: Tensor) -> None:
+        """Metrics of all the paths that this iteration has simulated so far."""
+        self.simulated.append(torch.stack([reward, kl]))
+        rewards, kls = torch.cat(self.simulated, dim=1)
+        self.metrics = {"reward/mean": float(rewards.mean()), "reward/std": float(rewards.std())}
+        if self.kl_share > 0:
+            self.metrics["policy/kl"] = float(kls.mean())
+            self.metrics["objective/J_training"] = float((rewards - self.kl_weight * kls).mean())
 
 
 RULES = {"draft": DRaFT}
