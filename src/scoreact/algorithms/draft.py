@@ -120,7 +120,7 @@ class DRaFT(Rule):
         """beta KL - reward, mean over paths."""
         x, cost = rows.x, torch.zeros(len(rows), device=rows.x.device)
         for k in range(len(rows.acts)):
-            if self.recompute:
+            if self.recompute and k + 1 < len(rows.acts):  # the last one's gradient is taken first, and at once
                 x, paid = checkpoint(self._step, rows, k, x, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, paid = self._step(rows, k, x)
