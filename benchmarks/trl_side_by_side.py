@@ -15,6 +15,7 @@ run again.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -190,7 +191,7 @@ def gains(run: Run) -> list[tuple[float, float]]:
 def seconds_to(run: Run, target: float) -> float:
     """CPU seconds until the gain is `target`, between two looks on the straight line; inf: never."""
     points = gains(run)
-    for (before, low), (after, high) in zip(points, points[1:], strict=False):
+    for (before, low), (after, high) in itertools.pairwise(points):
         if high >= target:
             return before + (after - before) * (target - low) / (high - low)
     return float("inf")
