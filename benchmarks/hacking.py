@@ -28,7 +28,7 @@ from torch import Tensor
 from scoreact.config import updated
 from scoreact.recipes import Problem, recipes
 from scoreact.rewards.base import FunctionReward
-from scoreact.trainer import finetune
+from scoreact.run import finetune
 from scoreact.types import Condition
 
 BONUS, CORNER = 10.0, 8  # reward of a white corner, and its side in pixels (in the model's pictures: 0.06 +- 0.07)

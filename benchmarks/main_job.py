@@ -29,10 +29,10 @@ from scoreact.metrics import confidence_interval
 from scoreact.policy import Policy
 from scoreact.recipes import recipes
 from scoreact.rollout import rollout
+from scoreact.run import finetune
 from scoreact.schedule import GRIDS
 from scoreact.sde import SDE, noise_level
 from scoreact.solvers import SOLVERS
-from scoreact.trainer import finetune
 from scoreact.types import Condition, groups
 
 ROWS = {

@@ -43,10 +43,10 @@ from scoreact.policy import Policy
 from scoreact.recipes.gaussian import linear_reward, mixture, quadratic_reward
 from scoreact.rewards import Quadratic
 from scoreact.rollout import rollout, step_of
+from scoreact.run import finetune
 from scoreact.schedule import Schedule, uniform
 from scoreact.sde import SDE, noise_level
 from scoreact.solvers import euler_maruyama
-from scoreact.trainer import finetune
 from scoreact.types import Condition
 from scoreact.workers import Workers
 

@@ -28,11 +28,11 @@ from scoreact.evaluation import balanced, evaluate, mean_and_error
 from scoreact.policy import Policy
 from scoreact.recipes import Problem, recipes
 from scoreact.rewards import checked
+from scoreact.run import finetune
 from scoreact.schedule import GRIDS
 from scoreact.sde import NOISES, SDE
 from scoreact.solvers import SOLVERS
 from scoreact.steering import Steering, best_of_kl, load_value
-from scoreact.trainer import finetune
 
 STRENGTHS = {"interpolate": (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0), "value": (0.25, 0.5, 1.0, 1.5, 2.0)}
 PARTICLES = (2, 4, 8, 16, 32)

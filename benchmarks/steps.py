@@ -31,10 +31,10 @@ from scoreact.policy import Policy
 from scoreact.recipes import Problem, recipes
 from scoreact.recipes.gaussian import mixture, quadratic_reward
 from scoreact.rollout import rollout
+from scoreact.run import finetune
 from scoreact.schedule import uniform
 from scoreact.sde import SDE, noise_level
 from scoreact.solvers import ddim
-from scoreact.trainer import finetune
 from scoreact.workers import Workers
 
 RULES = ("ctrl", "ctrl_pathwise", "ctrl_trpo", "dpok", "flow_grpo", "ddpo")

@@ -17,8 +17,8 @@ from torch import Tensor
 from scoreact import schedule as schedules
 from scoreact.config import Config, updated
 from scoreact.recipes.gaussian import build
+from scoreact.run import Result, finetune
 from scoreact.schedule import Schedule
-from scoreact.trainer import Result, finetune
 from scoreact.types import ScoreFn, expand
 
 torch.set_num_threads(1)

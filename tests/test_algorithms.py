@@ -19,10 +19,10 @@ from scoreact.models.mlp import ResidualModel, VectorValue
 from scoreact.policy import Policy
 from scoreact.recipes.gaussian import linear_reward, mixture
 from scoreact.rollout import Trajectory, rollout, step_of
+from scoreact.run import Result
 from scoreact.schedule import uniform
 from scoreact.sde import SDE, noise_level
 from scoreact.solvers import SOLVERS, Solver, ddim, euler_maruyama
-from scoreact.trainer import Result
 from scoreact.types import Condition
 from scoreact.value import ValueFit, ValueNetwork
 

@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, rand, tensor
 
-from scoreact import cli, cli_output, trainer
+from scoreact import cli, cli_output, run
 from scoreact.algorithms import rules
 from scoreact.config import Config, fields_of, rule_fields
 from scoreact.evaluation import estimate_optimum
@@ -421,7 +421,7 @@ def test_an_output_folder_that_cannot_be_written(
     def refuse(*_: object) -> None:
         raise OSError(number, os.strerror(number), "run/config.json")
 
-    monkeypatch.setattr(trainer.checkpoint, "write_json", refuse)
+    monkeypatch.setattr(run.checkpoint, "write_json", refuse)
     text = sentence(say("train", "gaussian", *TINY, "--out", "run"), 1)
     assert text == f"run/config.json: {os.strerror(number)}. {remedy}"
 
@@ -429,14 +429,14 @@ def test_an_output_folder_that_cannot_be_written(
 def test_a_disk_that_fills_up_later_says_how_to_resume(
     say: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = trainer.checkpoint.append_line
+    write = run.checkpoint.append_line
 
     def refuse(path: Path, metrics: dict[str, object]) -> None:
         if metrics["iteration"] == 2:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         write(path, metrics)
 
-    monkeypatch.setattr(trainer.checkpoint, "append_line", refuse)
+    monkeypatch.setattr(run.checkpoint, "append_line", refuse)
     words = ["--iterations", "3", "--checkpoint-every", "1", "--out", "run"]
     text = sentence(say("train", "gaussian", *TINY, *words), 1)
     assert text == (

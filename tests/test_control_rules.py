@@ -22,10 +22,10 @@ from scoreact.recipes.gaussian import mixture
 from scoreact.rewards import Quadratic, checked
 from scoreact.rewards.base import FunctionReward
 from scoreact.rollout import Trajectory, gaussian_actions, rollout, step_of
+from scoreact.run import Result
 from scoreact.schedule import VP, RectifiedFlow, Schedule, uniform
 from scoreact.sde import SDE, noise_level
 from scoreact.solvers import SOLVERS
-from scoreact.trainer import Result
 from scoreact.types import Condition, expand
 from scoreact.value import ValueFit, ValueNetwork
 

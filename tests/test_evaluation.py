@@ -23,11 +23,11 @@ from scoreact.models.gaussian_mixture import GaussianMixture
 from scoreact.policy import Policy
 from scoreact.recipes.gaussian import build, linear_reward, mixture, quadratic_reward
 from scoreact.rollout import rollout
+from scoreact.run import finetune
 from scoreact.schedule import uniform, uniform_log_snr
 from scoreact.sde import SDE, noise_level
 from scoreact.solvers import ddim, euler_maruyama
 from scoreact.solvers import ode as ode_sampler
-from scoreact.trainer import finetune
 from scoreact.types import Condition, groups
 
 

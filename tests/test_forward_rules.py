@@ -25,10 +25,10 @@ from scoreact.models.mlp import ResidualModel
 from scoreact.policy import Policy
 from scoreact.recipes.gaussian import linear_reward, mixture, quadratic_reward
 from scoreact.rollout import Trajectory, rollout
+from scoreact.run import Result, finetune
 from scoreact.schedule import VP, RectifiedFlow, Schedule, uniform
 from scoreact.sde import SDE, noise_level
 from scoreact.solvers import euler_maruyama
-from scoreact.trainer import Result, finetune
 from scoreact.types import Condition, Metrics, expand
 
 BETA, DIM, STEPS = 0.7, 2, 5

@@ -18,10 +18,10 @@ from scoreact.guard import Guard, KLPrice, has_kl_term, optimal_kl, reprice, see
 from scoreact.models.mlp import ResidualModel, VectorValue
 from scoreact.policy import Policy
 from scoreact.recipes.gaussian import build, linear_reward, mixture
+from scoreact.run import Result, finetune
 from scoreact.sde import SDE, noise_level
 from scoreact.solvers import SOLVERS
 from scoreact.summary import read_run, what_happened
-from scoreact.trainer import Result, finetune
 from scoreact.types import Condition, Metrics
 from scoreact.value import Sample, ValueFit, ValueNetwork
 

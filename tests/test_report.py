@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scoreact import checkpoint, figures, report, trainer
+from scoreact import checkpoint, figures, report, run
 from scoreact.config import Config
 from scoreact.policy import Policy
 from scoreact.recipes import Problem
@@ -187,7 +187,7 @@ def test_the_page_is_self_contained_and_says_how_to_repeat_the_run(made: tuple[P
 
 def test_a_run_of_the_trainer_is_reported(tmp_path: Path) -> None:
     problem = gaussian()
-    result = trainer.finetune(
+    result = run.finetune(
         problem.model, problem.reward, problem.prompts, value_network=problem.value_network, config=CONFIG,
         out=tmp_path / "run", optimum=problem.optimum, device="cpu", iterations=2, batch_size=64, value_steps=2,
         value_first_steps=2, heldout_samples=64, evaluate_every=1, checkpoint_every=2,

@@ -26,7 +26,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from scoreact import cli, trainer
+from scoreact import cli, run, trainer
+from scoreact.config import Config
 from scoreact.models.mlp import ResidualModel, VectorValue
 from scoreact.recipes.gaussian import linear_reward, mixture
 from scoreact.reward_server import RewardServer
@@ -693,7 +694,7 @@ class Drawing(ResidualModel):
 
 
 def make(model: Drawing, reward: Reward, **settings: Any) -> trainer.Trainer:
-    config = trainer.Config(**{**SMALL, **settings})
+    config = Config(**{**SMALL, **settings})
     return trainer.Trainer(model, reward, [""], lambda: VectorValue(4, 16), config)
 
 
@@ -740,7 +741,7 @@ def test_a_batch_of_the_reference_is_scored_while_the_next_is_drawn(
 
 def outcome(reward: Reward, **settings: Any) -> tuple[Tensor, list[dict[str, Any]]]:
     """Weights, and metrics without the clock's."""
-    result = trainer.finetune(
+    result = run.finetune(
         Drawing(), reward, ["a", "b", "c"], value_network=lambda: VectorValue(4, 16), **{**SMALL, **settings}
     )
     parameters = list(result.policy.model.parameters())  # type: ignore[attr-defined]

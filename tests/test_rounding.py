@@ -11,6 +11,7 @@ from scoreact.config import Config
 from scoreact.policy import Policy
 from scoreact.rollout import Trajectory, rollout
 from scoreact.rounding import rounding_kl
+from scoreact.run import Run
 from scoreact.sde import SDE, noise_level
 from scoreact.solvers import ddim
 from scoreact.trainer import Trainer
@@ -75,10 +76,8 @@ def test_a_run_measures_it_and_says_when_it_stops_all_learning(dtype: torch.dtyp
         value_batch_size=4, max_kl=max_kl, device="cpu",
     )  # fmt: skip
     said: list[Any] = []
-    trainer = Trainer(
-        model_in(dtype), light, ["a cat"], None, config, on_event=lambda kind, line: said.append(line.get("text", ""))
-    )
-    trainer.run(None, False, {})
+    trainer = Trainer(model_in(dtype), light, ["a cat"], None, config)
+    Run(trainer, lambda kind, line: said.append(line.get("text", ""))).train(None, False, {})
     refused = [text for text in said if "rounding alone costs" in str(text)]
     assert len(refused) == (dtype == torch.bfloat16)
     assert ("policy/kl_rounding" in trainer.reference) == (dtype == torch.bfloat16)

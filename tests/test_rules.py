@@ -17,8 +17,9 @@ from scoreact.config import Config, updated
 from scoreact.models.mlp import VectorValue
 from scoreact.models.network import NetworkModel
 from scoreact.rewards.base import FunctionReward
+from scoreact.run import Result, finetune
 from scoreact.schedule import Cosine, RectifiedFlow
-from scoreact.trainer import Result, Trainer, finetune
+from scoreact.trainer import Trainer
 from scoreact.types import Condition, Metrics
 
 NAMES = list(rules())

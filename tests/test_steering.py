@@ -20,6 +20,7 @@ from scoreact.policy import Policy
 from scoreact.recipes.gaussian import linear_reward, mixture, quadratic_reward
 from scoreact.rewards import Linear
 from scoreact.rollout import rollout
+from scoreact.run import Run, finetune
 from scoreact.schedule import VP, uniform, uniform_log_snr
 from scoreact.sde import SDE, noise_level
 from scoreact.solvers import SAMPLERS, SOLVERS, by_steps
@@ -35,7 +36,7 @@ from scoreact.steering import (
     smc,
     systematic,
 )
-from scoreact.trainer import Trainer, finetune
+from scoreact.trainer import Trainer
 from scoreact.types import Condition, ScoreFn
 from scoreact.value import ValueNetwork
 
@@ -323,8 +324,8 @@ SMALL: dict[str, Any] = {
 @pytest.mark.parametrize("settings", [{}, {"value": "residual"}, {"target_kl": 0.1}])
 def test_a_run_leaves_its_value(tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[Trainer] = []
-    finish = Trainer._finish
-    monkeypatch.setattr(Trainer, "_finish", lambda self, stopped: kept.append(self) or finish(self, stopped))
+    finish = Run._finish
+    monkeypatch.setattr(Run, "_finish", lambda self, stopped: kept.append(self.trainer) or finish(self, stopped))
 
     def make() -> VectorValue:
         return VectorValue(2 if "value" in settings else 4, 16)

@@ -22,7 +22,8 @@ from scoreact.models.gaussian_mixture import GaussianMixture
 from scoreact.models.mlp import ResidualModel, VectorValue
 from scoreact.optim import Diverged
 from scoreact.recipes.gaussian import build, linear_reward, mixture
-from scoreact.trainer import Result, Trainer, finetune
+from scoreact.run import Result, finetune
+from scoreact.trainer import Trainer
 from scoreact.types import Condition, Metrics
 
 SMALL: dict[str, Any] = {

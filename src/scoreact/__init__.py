@@ -3,7 +3,7 @@
     import scoreact as sa
     result = sa.finetune(model, reward, prompts, iterations=40, out="runs/mine")
 
-The equation and the objects are in the modules' own words: sde, solvers, policy, rollout, value, algorithms, trainer.
+The equation and the objects are in the modules' own words: sde, solvers, policy, rollout, value, algorithms, trainer, run.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from .config import Config as Config
 
 if TYPE_CHECKING:
-    from .trainer import Result as Result
-    from .trainer import finetune as finetune
+    from .run import Result as Result
+    from .run import finetune as finetune
 
 __version__ = "0.1.0"
 
@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     """`finetune` and `Result` on first use: torch takes seconds to import, and `scoreact --help` needs none of it."""
     if name in ("Result", "finetune"):
-        from . import trainer
+        from . import run
 
-        return getattr(trainer, name)
+        return getattr(run, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

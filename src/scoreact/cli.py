@@ -225,7 +225,7 @@ def resume(options: argparse.Namespace) -> int:
 def run_training(source: Source, command: str, resuming: bool, tensorboard: bool) -> int:
     """Train, show, report."""
     from . import checkpoint
-    from .trainer import finetune
+    from .run import finetune
 
     out = source.folder
     assert out is not None

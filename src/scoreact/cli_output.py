@@ -24,7 +24,7 @@ from .config import Config, fields_of, rule_fields
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .trainer import Result
+    from .run import Result
 
 HEADER = f"{'iteration':>10}  {'reward':>16}  {'KL':>8}  {'J':>16}  {'recovered':>9}  {'elapsed':>8}  {'left':>8}"
 

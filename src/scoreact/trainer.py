@@ -1,30 +1,24 @@
-"""The training loop: rollout, reward, prepare, minimise; and around it evaluation, checkpoints, resume and stopping.
+"""Training: rollout, reward, prepare, minimise, and a held-out look. The loop's body is `Trainer.iterate`.
 
-The loop itself is `Trainer.iterate`. Devices live here. Never prints: `on_event` tells whoever wants to.
+Devices live here. Knows nothing of files: what surrounds the iterations of a run is in `run`.
 """
 
 from __future__ import annotations
 
-import platform
-import signal
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import __version__, checkpoint, distributed
+from . import checkpoint, distributed
 from .algorithms import acting_steps, states
 from .assembly import build_minimiser, build_rule, build_value, check_ratio, choose_device, exploration_of, value_fit
-from .config import Config, updated
+from .config import Config
 from .evaluation import Features, Judge, balanced, estimate_optimum, evaluate, recovered
-from .guard import Guard, KLPrice, has_kl_term, optimal_kl, reprice, sees_kl
+from .guard import Guard, KLPrice, optimal_kl, reprice, sees_kl
 from .models import ScoreModel
-from .optim import AdamSteps, Average, Diverged
+from .optim import AdamSteps, Average
 from .policy import Policy
 from .rewards import Checked, Reward, checked
 from .rewards.overlap import Scores, one_ahead, ready
@@ -37,49 +31,6 @@ from .types import Condition, Metrics
 from .value import Sample
 
 EVALUATION_SEED = 1_000_003  # held-out noise: never a training seed's stream
-Event = Callable[[str, Metrics], None]
-
-
-@dataclass
-class Result:
-    """What a run leaves: the averaged policy, its metrics, and the optimum it is measured against."""
-
-    policy: Policy  # model: averaged weights; reference: the pretrained model
-    history: list[dict[str, Any]]  # the metrics lines
-    reference: Metrics  # J_ref, J*
-    final: Metrics  # the last held-out evaluation
-    stopped: str | None  # why the run ended early
-    out: Path | None
-    best_iteration: int | None = None  # of the weights in best/
-
-
-def finetune(
-    model: ScoreModel,
-    reward: Reward,
-    prompts: Sequence[str],
-    *,
-    value_network: Callable[[], nn.Module] | None = None,
-    config: Config | None = None,
-    out: str | Path | None = None,
-    resume: bool = False,
-    judge: Judge | None = None,
-    features: Features | None = None,
-    optimum: Callable[[float], float] | None = None,
-    on_event: Event | None = None,
-    description: Mapping[str, Any] | None = None,
-    tensorboard: bool = False,
-    **settings: Any,
-) -> Result:
-    """Fine-tune `model` (an nn.Module with the members of ScoreModel) in place to `reward`; the quick way in.
-
-    reward: (decoded samples [B, ...], condition) -> [B]. prompts: what to draw samples for. value_network: makes the
-    network (input, t, condition) -> [B] of the value; an MLP on flattened states by default. settings: fields of
-    Config. out: the run's folder, which must be new unless `resume`. Raises ValueError for settings, rewards and
-    checkpoints that cannot be used, FileExistsError for a folder in use, Diverged when training cannot go on.
-    """
-    config = updated(config or Config(), settings)
-    trainer = Trainer(model, reward, prompts, value_network, config, judge, features, optimum, on_event)
-    return trainer.run(None if out is None else Path(out), resume, dict(description or {}), tensorboard)
 
 
 class Trainer:
@@ -95,7 +46,6 @@ class Trainer:
         judge: Judge | None = None,
         features: Features | None = None,
         optimum: Callable[[float], float] | None = None,
-        on_event: Event | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is {type(model).__name__}; training needs an nn.Module with parameters to train.")
@@ -117,16 +67,15 @@ class Trainer:
         self.reward: Checked = checked(reward)
         ready(self.reward)  # one elsewhere that is not there is said now
         self.heldout_reward: Checked = checked(reward)  # counted apart: the cost of looking, not of learning
-        self.features, self.optimum, self.on_event = features, optimum, on_event
+        self.features, self.optimum = features, optimum
         self.guard = Guard(
             config.kl_weight, config.guard, config.target_kl, config.least_diversity, config.patience, features, judge
         )
         self.price = KLPrice(config.target_kl)  # used with target_kl > 0 only
-        self.best_iteration: int | None = None
         self.sde = SDE(model.schedule, NOISES[config.noise](config.noise_scale))
         self.solver = SOLVERS[config.solver]
         self.exploration = exploration_of(config, self.sde)
-        self.generator = torch.Generator(device=self.device).manual_seed(self._seed())
+        self.generator = torch.Generator(device=self.device).manual_seed(self.process_seed())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)  # initial weights of the value network: a seed gives the same run
             value = build_value(config, self.policy, self.sde, value_network, self._reward_of_state)
@@ -139,15 +88,9 @@ class Trainer:
                 f"{config.algorithm} takes natural gradients, which one process makes alone; start one only."
             )
         self.iteration = 0
-        self.history: list[dict[str, Any]] = []
         self.reference: Metrics = {}
         self.start: Metrics = {}  # held-out J before the first update
-        self.final: Metrics = {}
-        self.seconds = 0.0
         self.saved: list[tuple[Trajectory, Tensor]] = []  # the reference's paths that the first iterations learn from
-        self.out: Path | None = None
-        self._interrupted = False
-        self._writer: Any = None
 
     # --- the loop -----------------------------------------------------------------------------------------------
 
@@ -169,7 +112,7 @@ class Trainer:
         self.algorithm.moved()
         self.iteration += 1
         if not reused and sees_kl(self.algorithm) and "policy/kl" in drawn:
-            self._steer_kl(drawn["policy/kl"], 1)
+            self.steer_kl(drawn["policy/kl"], 1)
         if self.config.target_kl > 0:
             drawn["policy/kl_weight"] = self.algorithm.kl_weight
         return {
@@ -182,11 +125,11 @@ class Trainer:
             "cost/reward_calls": distributed.world() * self.reward.calls,
         }
 
-    def _seed(self) -> int:
+    def process_seed(self) -> int:
         """Of this process' random numbers: no process draws what another does, and one alone draws as ever."""
         return self.config.seed + 7_919_000 * distributed.rank()
 
-    def _steer_kl(self, kl: float, iterations: int) -> None:
+    def steer_kl(self, kl: float, iterations: int) -> None:
         """Towards target_kl by another price of a nat in training; J and J* stay those of kl_weight."""
         if self.config.target_kl > 0:
             price = self.config.kl_weight * self.price.update(kl, iterations)
@@ -291,86 +234,15 @@ class Trainer:
             self.policy.model.schedule, c.steps, torch.Generator(self.device).manual_seed(EVALUATION_SEED)
         )
         metrics = evaluate(
-            self._averaged(), self.sde, self.solver, ts, self.heldout_reward, self.prompts, c.kl_weight,
+            self.averaged(), self.sde, self.solver, ts, self.heldout_reward, self.prompts, c.kl_weight,
             c.heldout_samples, EVALUATION_SEED, self._look_at_samples, self.features, self.device,
         )  # fmt: skip
         start = self.start.setdefault("objective/J", metrics["objective/J"])  # same noise: errors cancel
         metrics["objective/recovered"] = recovered(metrics["objective/J"] - start, self.reference)
         return metrics
 
-    def _look_at_samples(self, samples: Tensor, condition: Condition) -> Metrics:
-        return self.guard.look_at_samples(samples, condition, first=self.iteration == 0)
-
-    # --- a whole run --------------------------------------------------------------------------------------------
-
-    def run(self, out: Path | None, resume: bool, description: dict[str, Any], tensorboard: bool = False) -> Result:
-        """Everything from the first look at the reference to the final evaluation; see `finetune`."""
-        self._open(out, resume, description)
-        if tensorboard and self.out is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(self.out / "tensorboard"))
-        stopped: str | None = None
-        begin = time.perf_counter() - self.seconds
-        previous = _catch_signals(self)
-        try:
-            if not self.reference:
-                self.reference = self.look_at_reference() | self._rounding()
-                self._record("reference", {"reference": True, **self.reference})
-                self.final = self.evaluate()
-                self.guard.start = dict(self.final)
-                self._record("evaluation", {"evaluation": True, **self.final})
-                if self.config.target_kl > 0 and not has_kl_term(self.algorithm):
-                    self._say_no_kl_term()
-            while self.iteration < self.config.iterations and stopped is None:
-                metrics = self.iterate()
-                self.seconds = time.perf_counter() - begin
-                self._record("iteration", {"seconds": self.seconds, **metrics})
-                last = self.iteration == self.config.iterations
-                if metrics.get("policy/kl", 0.0) > self.config.kl_limit:
-                    raise Diverged(
-                        f"path KL is {metrics['policy/kl']:.1f} nats, over kl_limit {self.config.kl_limit:g}, at iteration "
-                        f"{self.iteration}; lower learning_rate or max_kl. The best weights so far are kept."
-                    )
-                if last or self.iteration % self.config.evaluate_every == 0:
-                    stop = self._look(metrics)
-                    stopped = (stop or "process 0 ended it") if distributed.first(stop is not None) else None
-                self._interrupted = distributed.first(self._interrupted)
-                if self.out is not None and (last or stopped or self.iteration % self.config.checkpoint_every == 0):
-                    self._checkpoint()
-                if self._interrupted and not last:
-                    if self.out is not None:
-                        self._checkpoint()
-                    raise KeyboardInterrupt(f"stopped after iteration {self.iteration}")
-        except Diverged as error:
-            self._write_result(str(error))
-            raise
-        finally:
-            _restore_signals(previous)
-            if self._writer is not None:
-                self._writer.close()
-        return self._finish(stopped)
-
-    def _look(self, training: Metrics) -> str | None:
-        """Evaluate, keep the best weights, say what the guard finds; a sentence when the run had better stop."""
-        before, self.final = self.final, self.evaluate()
-        self._record("evaluation", {"evaluation": True, **self.final})
-        rewards = [line["reward/mean"] for line in self.history if "reward/mean" in line]
-        rises = bool(rewards) and rewards[-1] > rewards[max(0, len(rewards) - 1 - self.config.evaluate_every)]
-        findings, stop, best = self.guard.look(self.final, before, self.reference, rises)
-        for finding in findings:
-            self._record("guard", finding.line())
-        if best:
-            self.best_iteration = self.iteration
-        if best and self.out is not None:
-            (self.out / "best").mkdir(exist_ok=True)
-            self._write_weights(self.out / "best")
-        if not sees_kl(self.algorithm) and "policy/kl" in self.final:
-            self._steer_kl(self.final["policy/kl"], self.config.evaluate_every)
-        return stop
-
-    def _rounding(self) -> Metrics:
-        """What rounding alone costs, where the model's network has less than float32; said where it stops all learning."""
+    def rounding(self) -> Metrics:
+        """The path KL that rounding alone costs, where the model's network has less than float32; else {}."""
         c, model = self.config, self.policy.model
         if not getattr(model, "rounds", False):
             return {}
@@ -378,105 +250,18 @@ class Trainer:
         ts = GRIDS[c.grid](model.schedule, c.steps, generator)
         condition = model.condition(balanced(self.prompts, min(8, c.heldout_samples), generator))
         found = rounding_kl(self.policy, self.sde, self.solver, ts, condition, generator, c.learning_rate)
-        if found > c.max_kl:
-            text = (
-                f"rounding alone costs {found:.2g} nats of path KL, more than max_kl ({c.max_kl:g}), so that every step of the "
-                "policy is refused; compute in float32 or float16, or with less guidance."
-            )
-            self._record("guard", {"guard": "rounding", "text": text})
         return {"policy/kl_rounding": found}
 
-    def _say_no_kl_term(self) -> None:
-        text = (
-            f"target_kl is {self.config.target_kl:g}, but {self.config.algorithm} with these settings has no KL term that "
-            "kl_weight could weigh, so nothing steers its path KL; the guard still watches it."
-        )
-        self._record("guard", {"guard": "target_kl", "text": text})
+    def _look_at_samples(self, samples: Tensor, condition: Condition) -> Metrics:
+        return self.guard.look_at_samples(samples, condition, first=self.iteration == 0)
 
-    def _finish(self, stopped: str | None) -> Result:
-        if self.out is not None:
-            self._write_weights(self.out)
-        self._write_result(stopped)
-        if stopped:
-            self._tell("stopped", {})
-        self._tell("finished", self.final)
-        return Result(
-            self._averaged(), self.history, self.reference, self.final, stopped, self.out, self.best_iteration
-        )
+    # --- what it is made of ------------------------------------------------------------------------------------
 
-    def _write_result(self, stopped: str | None) -> None:
-        if self.out is not None:
-            result: dict[str, Any] = {
-                "final": self.final,
-                "reference": self.reference,
-                "stopped": stopped,
-                "seconds": self.seconds,
-            }
-            said = [{k: v for k, v in line.items() if k != "evaluation"} for line in self.history if "guard" in line]
-            result |= {"iterations": self.iteration, "best_iteration": self.best_iteration, "guard": said}
-            checkpoint.write_json(self.out / "result.json", result)
-
-    def _averaged(self) -> Policy:
+    def averaged(self) -> Policy:
         """The averaged weights beside the same reference: what is evaluated and returned."""
         return Policy(self.average.model, self.policy.reference, self.config.act_until)  # type: ignore[arg-type]
 
-    # --- files --------------------------------------------------------------------------------------------------
-
-    def _open(self, out: Path | None, resume: bool, description: dict[str, Any]) -> None:
-        self.out = out if distributed.rank() == 0 else None  # one process writes
-        if out is None:
-            return
-        record = out / "config.json"
-        if resume:
-            self._restore(out)
-            return
-        if self.out is None:
-            return
-        if record.exists() or (out.exists() and any(out.iterdir())):
-            raise FileExistsError(f"{out} is not empty; give a new folder with out, or continue that run with resume.")
-        out.mkdir(parents=True, exist_ok=True)
-        versions = {
-            "scoreact": __version__, "torch": torch.__version__, "python": platform.python_version(),
-            "platform": platform.platform(), "threads": torch.get_num_threads(), "device": str(self.device),
-        }  # fmt: skip
-        checkpoint.write_json(
-            record, {"description": description, "config": self.config.to_dict(), "versions": versions}
-        )
-
-    def _restore(self, out: Path) -> None:
-        stored = checkpoint.read_run(out)["config"]
-        mine = self.config.to_dict()
-        changed = [f"{k} {stored.get(k)!r} -> {mine[k]!r}" for k in mine if stored.get(k) != mine[k]]
-        if changed:
-            raise ValueError(
-                f"{out} was started with other settings: {'; '.join(changed)}. Resume with the same, or start a new run."
-            )
-        self.iteration, state = checkpoint.load(out / "checkpoints", self.device)
-        self.load_state_dict(state)
-        if distributed.rank() > 0:  # the checkpoint's is process 0's
-            self.generator.manual_seed(self._seed() + self.iteration)
-        if self.out is not None:
-            checkpoint.truncate_lines(out / "metrics.jsonl", self.iteration)
-        self.history = checkpoint.read_lines(out / "metrics.jsonl")
-
-    def _checkpoint(self) -> None:
-        assert self.out is not None
-        checkpoint.save(self.out / "checkpoints", self.iteration, self.state_dict())
-        self._tell("checkpoint", {"iteration": self.iteration})
-
-    def _write_weights(self, folder: Path) -> None:
-        """The averaged policy's, and those of the value network that can steer its sampling."""
-        checkpoint.write_tensors(folder / "model.safetensors", self._weights())
-        export = getattr(self.average.model, "export", None)
-        if callable(export):
-            export(folder)  # in the form that the model's own library loads
-        if self.algorithm.critic and self.value.fitted:
-            price = torch.tensor(self.value.kl_weight)  # what a nat cost when it was fitted
-            checkpoint.write_tensors(
-                folder / "value.safetensors", {**self.value.value.state_dict(), "kl_weight": price}
-            )
-
-    def _weights(self) -> dict[str, Tensor]:
+    def weights(self) -> dict[str, Tensor]:
         trained = {name for name, p in self.policy.model.named_parameters() if p.requires_grad}  # type: ignore[attr-defined]
         return {name: p for name, p in self.average.model.named_parameters() if name in trained}
 
@@ -484,7 +269,7 @@ class Trainer:
         """All that an exact continuation needs, as nested tensors and plain values."""
         return {
             "policy": {n: p for n, p in self.policy.model.named_parameters() if p.requires_grad},  # type: ignore[attr-defined]
-            "average": self._weights(),
+            "average": self.weights(),
             "average_updates": self.average.updates,
             "minimiser": self.minimise.state_dict(),
             "rule": self.algorithm.state_dict(),
@@ -510,11 +295,8 @@ class Trainer:
             "reward_calls": self.reward.calls,
             "reference": self.reference,
             "start": self.start,
-            "final": self.final,
             "guard": self.guard.state_dict(),
-            "best_iteration": self.best_iteration,
             "price": [self.price.log_factor, self.price.error, self.algorithm.kl_weight],
-            "seconds": self.seconds,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -541,31 +323,14 @@ class Trainer:
         self.generator.set_state(state["generator"].cpu())
         self.policy.network_calls, self.reward.calls = state["network_calls"], state["reward_calls"]
         self.value.value.calls = state["value_calls"]
-        self.reference, self.start, self.final = state["reference"], state["start"], state["final"]
+        self.reference, self.start = state["reference"], state["start"]
         self.guard.load_state_dict(state["guard"])
-        self.best_iteration = state["best_iteration"]
         self.price.log_factor, self.price.error, price = state["price"]
         if price != self.algorithm.kl_weight:
             # what the value remembers was stored at that price already
             memory, self.value.memory = self.value.memory, []
             reprice(price, self.algorithm, self.value, self.minimise)
             self.value.memory = memory
-        self.seconds = state["seconds"]
-
-    def _record(self, kind: str, metrics: Mapping[str, Any]) -> None:
-        line = {"iteration": self.iteration, **metrics}
-        self.history.append(line)
-        if self.out is not None:
-            checkpoint.append_line(self.out / "metrics.jsonl", line)
-        if self._writer is not None:
-            for name, value in metrics.items():
-                if isinstance(value, float | int):
-                    self._writer.add_scalar(name, value, self.iteration)
-        self._tell(kind, line)
-
-    def _tell(self, kind: str, metrics: Mapping[str, Any]) -> None:
-        if self.on_event is not None:
-            self.on_event(kind, dict(metrics))
 
 
 def _optimizer_state(state: Any) -> Any:
@@ -573,26 +338,3 @@ def _optimizer_state(state: Any) -> Any:
     if not state:
         return state
     return {**state, "state": {int(k): v for k, v in state["state"].items()}}
-
-
-def _catch_signals(trainer: Trainer) -> dict[int, Any]:
-    """The first SIGINT or SIGTERM asks for a checkpoint at the iteration's end; the second acts at once."""
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        if trainer._interrupted:
-            raise KeyboardInterrupt
-        trainer._interrupted = True
-        trainer._tell("interrupted", {})
-
-    previous: dict[int, Any] = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, handler)
-    except ValueError:  # not the main thread: whoever owns it handles signals
-        pass
-    return previous
-
-
-def _restore_signals(previous: Mapping[int, Any]) -> None:
-    for number, handler in previous.items():
-        signal.signal(number, handler)
