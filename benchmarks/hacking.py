@@ -1,6 +1,6 @@
 """A reward that is hacked, with the guard off and on: what the reward says, and what it does not know.
 
-    python benchmarks/hacking.py --out hacking.jsonl          # about 10 minutes a line on 2 cores; --threads for more
+    python benchmarks/hacking.py --out hacking.jsonl          # about two minutes a line of one core
 
 Two rewards on the embedded Fashion-MNIST model, each with a low kl_weight, so that nothing but the guard holds the policy:
 `classifier`, the log-probability of the class by the training-side classifier, and `shortcut`, the same plus a planted
@@ -32,11 +32,11 @@ from scoreact.run import finetune
 from scoreact.types import Condition
 
 BONUS, CORNER = 10.0, 8  # reward of a white corner, and its side in pixels (in the model's pictures: 0.06 +- 0.07)
-# the recipe's rule, learning without end; a reward with a bonus is no log-probability, so V is the plain mean return
+# the rule that follows the reward's gradient finds a hack soonest
 SETTINGS: dict[str, Any] = {
-    "kl_weight": 0.05, "iterations": 40, "value_loss": "martingale", "value_replay": 1, "reuse_reference": 0,
-    "reference_batches": 4, "learning_rate": 2e-4, "decay_from": 1.0, "evaluate_every": 4, "heldout_samples": 400,
-    "kl_limit": 1000.0,
+    "algorithm": "draft", "kl_weight": 0.05, "iterations": 40, "batch_size": 64, "minibatch_size": 64, "epochs": 1,
+    "learning_rate": 3e-4, "warmup": 0, "decay_from": 1.0, "reference_batches": 4, "evaluate_every": 4,
+    "heldout_samples": 400, "kl_limit": 1000.0, "value_loss": "soft", "value_replay": 1,
 }  # fmt: skip
 ARMS: dict[str, dict[str, Any]] = {
     "off": {"guard": "off"},
