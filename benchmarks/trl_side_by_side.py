@@ -48,10 +48,6 @@ GRADIENT: dict[str, list[Run]] = {  # rules that follow the reward's gradient, a
 OURS: dict[str, list[Run]] = {
     "draft": GRADIENT["draft"],
     "ddpo": [{"algorithm": "ddpo", "minibatch_size": 32, "learning_rate": rate} for rate in (2e-3, 4e-3)],
-    "ctrl": [
-        {"algorithm": "ctrl", "minibatch_size": 32, "learning_rate": 3e-3, "reference_batches": batches}
-        for batches in (2, 6)
-    ],
 }
 HELDOUT, LOOK = 240, 4  # pictures looked at, every LOOK epochs of `progress`
 
