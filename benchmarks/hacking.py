@@ -34,8 +34,8 @@ from scoreact.types import Condition
 BONUS, CORNER = 10.0, 8  # reward of a white corner, and its side in pixels (in the model's pictures: 0.06 +- 0.07)
 # the rule that follows the reward's gradient finds a hack soonest
 SETTINGS: dict[str, Any] = {
-    "algorithm": "draft", "kl_weight": 0.005, "iterations": 40, "batch_size": 64, "minibatch_size": 64, "epochs": 1,
-    "learning_rate": 1e-3, "warmup": 0, "decay_from": 1.0, "reference_batches": 4, "evaluate_every": 4,
+    "algorithm": "draft", "kl_weight": 0.005, "iterations": 50, "batch_size": 64, "minibatch_size": 64, "epochs": 1,
+    "learning_rate": 3e-4, "warmup": 0, "decay_from": 1.0, "reference_batches": 4, "evaluate_every": 5,
     "heldout_samples": 200, "kl_limit": 1000.0, "value_loss": "soft", "value_replay": 1,
 }  # fmt: skip
 ARMS: dict[str, dict[str, Any]] = {
@@ -79,7 +79,7 @@ def one(name: str, arm: str, settings: dict[str, Any]) -> dict[str, Any]:
     return {
         "reward": name, "guard": arm, "seconds": time.perf_counter() - begin, "stopped": result.stopped,
         "said": [f"{line['iteration']}: {line['text']}" for line in result.history if line.get("guard")],
-        "rows": {"pretrained": looks[0], "last": looks[last], "best": looks[result.best_iteration or last]},
+        "rows": {"pretrained": looks[0], "last": looks[last], "best": looks[result.best_iteration or 0]},
     }  # fmt: skip
 
 
