@@ -60,7 +60,7 @@ def made(folder: Path) -> str:
     seeds = min(e["runs"] for place in places for e in place["rules"] if e["runs"])
     return "\n".join(rows) + (
         f"\n\nShare of J* - J_ref at the end, mean and 95 % interval over {seeds} seeds, by mean rank; how many times fewer\n"
-        "network calls than tuned `ddpo` a rule needs to where `ddpo` ends (empty where it ends at or below its start).\n"
+        "network calls than tuned `ddpo` a rule needs to where `ddpo` ends (empty where it does not get there).\n"
         f"Budgets, network and reward calls: {budgets}.\n"
     )
 

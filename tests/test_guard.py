@@ -163,6 +163,20 @@ def test_the_judges_noise_is_that_of_its_mean(generator: torch.Generator) -> Non
     assert sure.judge_noise == {"judge/class_error": 1 / 500}
 
 
+def test_the_noise_of_a_change_leaves_out_what_both_looks_share(generator: torch.Generator) -> None:
+    """Samples that differ by 1, and a shift of all by 0.1: the mean's own error is 0.045, the change's is none."""
+    x, condition = torch.randn(500, 1, generator=generator), Condition([""] * 500)
+    guard = Guard(1.0, judge=lambda s, c: {"judge/error": float(s.double().mean())})
+    guard.start = guard.look_at_samples(x, condition, True)
+    assert guard.judge_noise["judge/error"] > 0.01
+    now = guard.look_at_samples(x + 0.1, condition, False)
+    assert guard.judge_noise == {"judge/error": 1 / 500}
+    assert guard._worsened(now, "judge/error") is not None
+    unlike = guard.look_at_samples(torch.randn(500, 1, generator=generator), condition, False)
+    assert guard.judge_noise["judge/error"] > 0.01
+    assert guard._worsened(unlike, "judge/error") is None
+
+
 # --- sentences ---------------------------------------------------------------------------------------------------------
 
 START: Metrics = {
@@ -173,7 +187,7 @@ REFERENCE: Metrics = {"objective/trusted": 1.0, "objective/KL_star": 2.0, "objec
 
 
 def guard_of(mode: str = "warn", **settings: Any) -> Guard:
-    return Guard(0.5, mode, start=START, judge_noise={"judge/class_error": 0.01, "judge/property": 0.02}, **settings)
+    return Guard(0.5, mode, start=START, judge_noise={"judge/class_error": 0.0141, "judge/property": 0.0283}, **settings)
 
 
 def evaluation(reward: float, kl: float, **more: float) -> Metrics:
@@ -188,7 +202,7 @@ CASES: list[tuple[str, Metrics, Metrics, str]] = [
     ("kl", evaluation(0.5, 1.18), evaluation(0.5, 1.16), "the reward gained (0.5) pays for 1 at kl_weight 0.5"),
     ("diversity", evaluation(1.0, 1.0, sample__diversity=0.99), evaluation(1.0, 1.0, sample__diversity=1.01),
      "diversity fell to 0.99, 50% of the pretrained model's 2"),
-    # 3 x sqrt(2) x 0.01 = 0.0424
+    # 3 x 0.0141 = 0.0423
     ("judge/class_error", evaluation(1.0, 1.0, judge__class_error=0.143), evaluation(1.0, 1.0, judge__class_error=0.142),
      "judge/class_error worsened from 0.1 to 0.143, beyond its noise (0.042)"),
     ("judge/property", evaluation(1.0, 1.0, judge__property=0.21), evaluation(1.0, 1.0, judge__property=0.22),

@@ -157,7 +157,10 @@ class Guard:
     features: Features | None = None
     judge: Judge | None = None
     start: Metrics = field(default_factory=dict)  # the first evaluation
-    judge_noise: Metrics = field(default_factory=dict)  # standard errors of the judge's metrics there
+    judge_parts: dict[str, list[float]] = field(
+        default_factory=dict
+    )  # the judge's metrics there, a fifth left out in turn
+    judge_noise: Metrics = field(default_factory=dict)  # their standard errors; later those of the change since then
     reference: tuple[Tensor, Tensor] | None = None  # mean and covariance of its samples' features
     floor: float | None = None  # Frechet distance of the reference to itself, another seed
     falling: int = 0  # evaluations in a row with the score falling while the training reward rose
@@ -180,9 +183,14 @@ class Guard:
         """Drift of an evaluation's samples from the pretrained model's, and the judge's metrics."""
         metrics = dict(self.judge(samples, condition)) if self.judge is not None else {}
         points = self._points(samples)
+        parts = self._left_out(samples, condition, metrics)
         if first:
-            self.judge_noise = self._jackknife(samples, condition, metrics)
+            self.judge_parts, self.judge_noise = parts, {n: _jackknife(v, len(samples)) for n, v in parts.items()}
             self._set_reference(points)
+        else:  # the same noise and prompts: what both have in common is no error of the change
+            for name in parts.keys() & self.judge_parts.keys():
+                change = [now - then for now, then in zip(parts[name], self.judge_parts[name], strict=True)]
+                self.judge_noise[name] = _jackknife(change, len(samples))
         if self.reference is not None and points is not None and bool(points.isfinite().all()):
             # above 0: rounding, where there are fewer samples than features
             metrics["drift/frechet"] = max(0.0, frechet_distance(*self.reference, *feature_statistics(points)))
@@ -208,21 +216,18 @@ class Guard:
             self.floor = frechet_distance(*feature_statistics(points[:size]), *feature_statistics(other[:size]))
         self.others = []
 
-    def _jackknife(self, samples: Tensor, condition: Condition, whole: Metrics) -> Metrics:
-        """Standard errors of the judge's metrics: its own `_se`, or from leaving out a fifth of the samples in turn."""
+    def _left_out(self, samples: Tensor, condition: Condition, whole: Metrics) -> dict[str, list[float]]:
+        """The judge's watched metrics that say no error of their own, with a fifth of the samples left out in turn."""
         watched = [name for name in whole if _worse_if(name) and f"{name}_se" not in whole]
         if self.judge is None or self.mode == "off" or not watched or len(samples) < 2 * PARTS:
             return {}
         number = torch.arange(len(samples))
-        parts = []
+        found: dict[str, list[float]] = {name: [] for name in watched}
         for part in range(PARTS):
             kept = torch.nonzero(number % PARTS != part).flatten()
-            parts.append(self.judge(samples[kept.to(samples.device)], condition[kept]))
-        found = {}
-        for name in watched:
-            values = torch.tensor([part[name] for part in parts], dtype=torch.float64)
-            # 1 / B: a share that is 0 in every part is still not known better than that
-            found[name] = max(float(((PARTS - 1) * values.var(correction=0)).sqrt()), 1 / len(samples))
+            metrics = self.judge(samples[kept.to(samples.device)], condition[kept])
+            for name in watched:
+                found[name].append(metrics[name])
         return found
 
     # --- evaluations
@@ -331,10 +336,10 @@ class Guard:
         return None
 
     def _worsened(self, m: Metrics, name: str) -> Finding | None:
-        """A judge's metric worse than at the start by more than its noise, taken as equal then and now."""
+        """A judge's metric worse than at the start by more than the noise of the change."""
         sign, then, now = _worse_if(name), self.start.get(name, math.nan), m[name]
-        then_error = self.start.get(f"{name}_se", self.judge_noise.get(name, math.nan))
-        noise = NOISE * math.hypot(then_error, m.get(f"{name}_se", then_error))
+        then_error = self.start.get(f"{name}_se", math.nan)
+        noise = NOISE * self.judge_noise.get(name, math.hypot(then_error, m.get(f"{name}_se", then_error)))
         if sign and sign * (now - then) > noise:
             return Finding(
                 name,
@@ -348,7 +353,10 @@ class Guard:
     # --- a resume
 
     def state_dict(self) -> dict[str, Any]:
-        plain = {n: getattr(self, n) for n in ("start", "judge_noise", "floor", "falling", "active", "best_is_clean")}
+        plain = {
+            n: getattr(self, n)
+            for n in ("start", "judge_parts", "judge_noise", "floor", "falling", "active", "best_is_clean")
+        }
         return {
             **plain,
             "best": self.best if math.isfinite(self.best) else None,
@@ -356,11 +364,20 @@ class Guard:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name in ("start", "judge_noise", "floor", "falling", "active", "best_is_clean"):
+        for name in ("start", "judge_parts", "judge_noise", "floor", "falling", "active", "best_is_clean"):
             setattr(self, name, state[name])
         self.best = -math.inf if state["best"] is None else state["best"]
         stored = state["reference"]
         self.reference = None if stored is None else (stored[0].cpu(), stored[1].cpu())
+
+
+def _jackknife(values: list[float], size: int) -> float:
+    """Standard error of a metric of `size` samples from its values with a part left out; at least 1 / size.
+
+    A share that is 0 in every part is still not known better than that.
+    """
+    parts = torch.tensor(values, dtype=torch.float64)
+    return max(float(((PARTS - 1) * parts.var(correction=0)).sqrt()), 1 / size)
 
 
 def _worse_if(name: str) -> int:
