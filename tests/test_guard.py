@@ -187,7 +187,9 @@ REFERENCE: Metrics = {"objective/trusted": 1.0, "objective/KL_star": 2.0, "objec
 
 
 def guard_of(mode: str = "warn", **settings: Any) -> Guard:
-    return Guard(0.5, mode, start=START, judge_noise={"judge/class_error": 0.0141, "judge/property": 0.0283}, **settings)
+    return Guard(
+        0.5, mode, start=START, judge_noise={"judge/class_error": 0.0141, "judge/property": 0.0283}, **settings
+    )
 
 
 def evaluation(reward: float, kl: float, **more: float) -> Metrics:
