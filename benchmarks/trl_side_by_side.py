@@ -250,6 +250,8 @@ def main() -> None:
             lines = equal_table("DDPO", equal(bench, folder, "ddpo", EQUAL_DDPO, arguments.pairs))
         elif part == "alignprop":
             lines = equal_table("AlignProp", equal(bench, folder, "alignprop", EQUAL_DRAFT, arguments.pairs))
+            keeping = equal(bench, folder, "alignprop", {**EQUAL_DRAFT, "recompute": False}, arguments.pairs)
+            lines += ["", *equal_table("AlignProp, ours keeping all steps", keeping)]
         elif part == "progress":
             lines = progress(bench, folder, "ddpo", OURS, arguments.seeds, arguments.epochs)
         else:

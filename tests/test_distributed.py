@@ -48,6 +48,10 @@ trajectory, _ = trainer.rollout()
 weights = {f"policy.{n}": p for n, p in trainer.policy.model.named_parameters()}
 weights |= {f"value.{n}": p for n, p in trainer.value.value.state_dict().items()}
 weights |= {"J_star": torch.tensor(reference["objective/J_star"]), "shares": torch.stack(shares)}
+
+settings = {"algorithm": "draft", "batch_size": 32, "heldout_samples": 8, "device": "cpu"}  # its metrics are the rule's own
+drawing = Trainer(recipe.build().model, problem.reward, problem.prompts, None, updated(recipe.config, settings))
+weights["said"] = torch.tensor([drawing.iterate()[name] for name in ("reward/mean", "policy/kl")])
 write_tensors(Path(f"rank{rank}.safetensors"), {**weights, "paths": trajectory.xs})
 """
 

@@ -27,6 +27,7 @@ SMALL = 64  # numbers a sample: up to here the samples are their own features
 SLACK = 1.5  # path KL over this many times what the optimum needs is waste
 NOISE = 3.0  # standard errors beyond which a change is one
 PARTS = 5  # of the jackknife that gives the judge's noise
+PLAIN = ("start", "judge_parts", "judge_noise", "floor", "falling", "active", "best_is_clean")  # stored as they are
 # in a judge's metric names: the larger the worse, the larger the better; metrics with none of these words are not watched
 WORSE = ("error", "distance", "frechet", "fid", "kid", "loss", "artifact")
 BETTER = ("property", "accuracy", "precision", "recall", "coverage", "quality", "aesthetic", "preference", "score")
@@ -157,9 +158,8 @@ class Guard:
     features: Features | None = None
     judge: Judge | None = None
     start: Metrics = field(default_factory=dict)  # the first evaluation
-    judge_parts: dict[str, list[float]] = field(
-        default_factory=dict
-    )  # the judge's metrics there, a fifth left out in turn
+    # the judge's metrics there, a fifth of the samples left out in turn
+    judge_parts: dict[str, list[float]] = field(default_factory=dict)
     judge_noise: Metrics = field(default_factory=dict)  # their standard errors; later those of the change since then
     reference: tuple[Tensor, Tensor] | None = None  # mean and covariance of its samples' features
     floor: float | None = None  # Frechet distance of the reference to itself, another seed
@@ -353,18 +353,14 @@ class Guard:
     # --- a resume
 
     def state_dict(self) -> dict[str, Any]:
-        plain = {
-            n: getattr(self, n)
-            for n in ("start", "judge_parts", "judge_noise", "floor", "falling", "active", "best_is_clean")
-        }
         return {
-            **plain,
+            **{name: getattr(self, name) for name in PLAIN},
             "best": self.best if math.isfinite(self.best) else None,
             "reference": None if self.reference is None else list(self.reference),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name in ("start", "judge_parts", "judge_noise", "floor", "falling", "active", "best_is_clean"):
+        for name in PLAIN:
             setattr(self, name, state[name])
         self.best = -math.inf if state["best"] is None else state["best"]
         stored = state["reference"]

@@ -117,7 +117,8 @@ class Trainer:
             drawn["policy/kl_weight"] = self.algorithm.kl_weight
         return {
             **drawn,
-            **self.algorithm.metrics,
+            # the same in every process: a limit on one of them ends all or none
+            **{name: distributed.mean(value) for name, value in self.algorithm.metrics.items()},
             **metrics,
             "learning_rate": self.config.learning_rate * rate,
             "cost/network_calls": distributed.world() * self.policy.network_calls,
