@@ -161,7 +161,7 @@ def test_the_curve_starts_at_nothing_and_a_critics_first_paths_are_spent_before_
     critic = arena_run.run_one(job("ctrl"))["curve"]
     assert (critic[0]["network_calls"], critic[0]["reward_calls"], critic[0]["recovered"]) == (0, 0, 0.0)
     assert (critic[1]["reward_calls"], critic[1]["recovered"]) == (2 * 16, 0.0)
-    assert critic[1]["network_calls"] == 2 * 16 * 4
+    assert critic[1]["network_calls"] == 2 * 16 * 4 + 1  # whether the value network takes its inputs was tried once
     for column in ("network_calls", "reward_calls", "seconds", "iteration"):
         values = [point[column] for point in critic]
         assert values == sorted(values)
@@ -563,6 +563,23 @@ def test_tuning_continues_and_is_used_on_seeds_of_its_own(tmp_path: Path, monkey
     kept = json.loads((tmp_path / "out" / "tuned" / "ctrl.tiny.json").read_text())
     assert kept["settings"] == more["settings"]
     assert "| tuned |" in (tmp_path / "out" / "table.md").read_text()
+
+
+@needs_optuna
+def test_a_search_can_start_from_what_earlier_ones_found(tmp_path: Path) -> None:
+    earlier = tmp_path / "earlier"
+    earlier.mkdir()
+    one, other = {"learning_rate": 3e-3, "batch_size": 20, "average": 0.7, "gone": 1}, {"learning_rate": 4.0}
+    for name, settings in [("ctrl.series", one), ("ctrl.there", other), ("ctrl_trpo.there", {"learning_rate": 1e-3})]:
+        (earlier / f"{name}.json").write_text(json.dumps({"settings": settings}))
+    tune("ctrl", TINY, 3, 1, 2_000, 240, tmp_path / "tuned", start=earlier)
+    tried = [line["settings"] for line in resume_lines(tmp_path / "tuned" / "ctrl.tiny.trials.jsonl")]
+    assert [settings["learning_rate"] for settings in tried] == [2e-3, 3e-3, 2e-2]  # the last: the range's end
+    assert [settings["batch_size"] for settings in tried] == [16, 16, 16]  # of 16 and 8, the nearer to 20
+    assert [settings["average"] for settings in tried] == [0.9, 0.7, 0.9]
+    assert all("gone" not in settings for settings in tried)
+    with pytest.raises(ValueError, match="none' of settings to start from does not exist"):
+        tune("ctrl", TINY, 3, 1, 2_000, 240, tmp_path / "tuned", start=tmp_path / "none")
 
 
 @needs_optuna

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -71,6 +72,7 @@ RULES = [
     {"algorithm": "ctrl", "gradient_at": "next", "exploration": "gaussian"},
     {"algorithm": "ctrl_pathwise", "value_loss": "soft", "value_replay": 3, "reuse_reference": 2, "grid": "random"},
     {"algorithm": "ctrl_trpo", "value": "residual", "value_inputs": "x_data_hat"},
+    {"algorithm": "ctrl_trpo", "reuse_reference": 1},
 ]
 
 
@@ -85,10 +87,36 @@ def test_same_seed_same_weights(rule: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("reused", "drawn"), [(0, 6), (1, 5), (2, 4), (9, 4)])
-def test_the_first_iterations_draw_nothing_where_they_reuse_the_references_paths(reused: int, drawn: int) -> None:
-    result = train(algorithm="ctrl_pathwise", value_loss="soft", reuse_reference=reused)
+@pytest.mark.parametrize("rule", [{"algorithm": "ctrl_pathwise", "value_loss": "soft"}, {"algorithm": "ctrl"}])
+def test_the_first_iterations_draw_nothing_where_they_reuse_the_references_paths(
+    reused: int, drawn: int, rule: dict[str, Any]
+) -> None:
+    result = train(reuse_reference=reused, **rule)
     spent = [line["cost/reward_calls"] for line in result.history if "cost/reward_calls" in line]
     assert spent[-1] == 32 * (SMALL["reference_batches"] + drawn)
+
+
+def test_an_iteration_of_the_pathwise_rule_costs_what_it_says() -> None:
+    """Ten calls of either network a path and step would be too many to lose without notice."""
+    settings = {"algorithm": "ctrl_pathwise", "value_loss": "soft", "gradient_at": "next", "epochs": 1, "kl_states": 0}
+    history = [
+        line for line in train(**settings, transitions=10, batch_size=128).history if "cost/network_calls" in line
+    ]
+    spent = [{name: b[name] - a[name] for name in ("cost/network_calls", "cost/value_calls")}
+             for a, b in itertools.pairwise(history)]  # fmt: skip
+    paths, steps, chosen = 128, SMALL["steps"], 10
+    # both networks along the paths, the reference at their ends and behind the value's gradient, the policy in the loss
+    network = 2 * paths * steps + paths + chosen + chosen
+    # the fit, a look at how good it is, the gradient
+    value = SMALL["value_steps"] * SMALL["value_batch_size"] + 256 + chosen
+    assert spent == [{"cost/network_calls": network, "cost/value_calls": value}] * 5
+
+
+def test_a_value_network_that_cannot_take_its_inputs_is_told_before_anything_is_spent() -> None:
+    with pytest.raises(
+        ValueError, match=r"cannot take value_inputs 'x', here of shape \(2,\).*Use another value_inputs"
+    ):
+        train(value_inputs="x")
 
 
 def test_files_and_result(tmp_path: Path) -> None:

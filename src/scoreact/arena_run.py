@@ -73,7 +73,7 @@ class ArenaProblem:
         return updated(base, {**{k: v for k, v in settings.items() if k in own}, "rule": {}}, self.name)
 
 
-# on pictures: a minute of one core, and a critic that leaves most of it to the policy
+# on pictures: half a minute of one core, and a critic that leaves most of it to the policy
 PICTURES = {"batch_size": 128, "reference_batches": 5, "value_batch_size": 128, "value_first_steps": 120}
 # on points: 60 iterations of `ctrl`
 PROBLEMS = {
@@ -81,10 +81,10 @@ PROBLEMS = {
     for problem in (
         ArenaProblem("gaussian-2d", "gaussian", 3_000_000, 30_720, True),
         ArenaProblem("gaussian-16d", "gaussian", 3_000_000, 30_720, True, {"dim": 16}),
-        ArenaProblem("fashion-plain", "plain", 60_000, 3_072, settings=PICTURES, reference_samples=5_120),
-        ArenaProblem("fashion-classifier", "classifier", 60_000, 3_072, True, settings=PICTURES, reference_samples=5_120),
+        ArenaProblem("fashion-plain", "plain", 30_000, 1_536, settings=PICTURES, reference_samples=5_120),
+        ArenaProblem("fashion-classifier", "classifier", 30_000, 1_536, True, settings=PICTURES, reference_samples=5_120),
         ArenaProblem(
-            "fashion-jpeg", "plain", 60_000, 3_072, reward="jpeg_compressibility", reference_samples=5_120,
+            "fashion-jpeg", "plain", 30_000, 1_536, reward="jpeg_compressibility", reference_samples=5_120,
             # beta: 80 % of the spread of the size within a class, in kB; the size is no log-probability
             settings={**PICTURES, "kl_weight": 0.04, "value_loss": "soft"},
         ),

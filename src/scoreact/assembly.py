@@ -73,6 +73,24 @@ def build_value(
     return ResidualValue(network, sde, policy, terminal)
 
 
+def check_value(value: ValueNetwork, model: ScoreModel, prompts: Sequence[str]) -> None:
+    """The value network takes what value_inputs gives it. Raises ValueError before anything is spent."""
+    if value.inputs == "features":
+        return
+    condition, device = model.condition(prompts[:1]), device_of(model)
+    x = model.prior(condition, torch.Generator(device).manual_seed(0))
+    seen = torch.cat([x, x], dim=1) if value.inputs == "both" else x
+    try:
+        with torch.no_grad():
+            value.calls += len(x)
+            value.network(seen, torch.full((len(x),), 0.5, device=device), condition)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the value network cannot take value_inputs {value.inputs!r}, here of shape {tuple(seen.shape[1:])} "
+            f"({' '.join(str(error).split())[:160]}). Use another value_inputs, or a network made for this one."
+        ) from error
+
+
 def value_fit(config: Config, value: ValueNetwork) -> ValueFit:
     """How the settings fit it."""
     c = config

@@ -51,6 +51,12 @@ def tune_arguments(parser: Parser) -> None:
     add("--trials", type=whole(1), default=20, metavar="INT", help="settings to try, the defaults first [20]")
     add("--seeds", type=whole(1), default=2, metavar="INT", help="runs of each, on seeds that bench never uses [2]")
     add("--out", type=Path, default=Path("tuned"), metavar="DIR", help="RULE.PROBLEM.json goes there [tuned]")
+    add(
+        "--start",
+        type=Path,
+        metavar="DIR",
+        help="try what an earlier search left there of the rule, on any problem, first",
+    )
     add("--jobs", type=whole(1), default=1, metavar="INT", help="processes, one thread each [1]")
     _shared(parser)
 
@@ -128,7 +134,7 @@ def tune(options: argparse.Namespace) -> int:
             try:
                 found = tuning.tune(
                     rule, problem, options.trials, options.seeds, options.network_calls, options.reward_calls, options.out,
-                    options.jobs, settings=assignments(options.set, "--set"), on_trial=_say_trial,
+                    options.jobs, settings=assignments(options.set, "--set"), start=options.start, on_trial=_say_trial,
                 )  # fmt: skip
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(

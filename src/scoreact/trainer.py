@@ -13,7 +13,16 @@ from torch import Tensor, nn
 
 from . import checkpoint, distributed
 from .algorithms import acting_steps, states
-from .assembly import build_minimiser, build_rule, build_value, check_ratio, choose_device, exploration_of, value_fit
+from .assembly import (
+    build_minimiser,
+    build_rule,
+    build_value,
+    check_ratio,
+    check_value,
+    choose_device,
+    exploration_of,
+    value_fit,
+)
 from .config import Config
 from .evaluation import Features, Judge, balanced, estimate_optimum, evaluate, recovered
 from .guard import Guard, KLPrice, optimal_kl, reprice, sees_kl
@@ -81,6 +90,8 @@ class Trainer:
             value = build_value(config, self.policy, self.sde, value_network, self._reward_of_state)
             self.value = value_fit(config, value.to(self.device))
             self.algorithm = build_rule(config, self.policy, self.sde, self.value, self.reward, self.prompts)
+        if self.algorithm.critic:
+            check_value(value, model, self.prompts)
         self.average = Average(model, config.average)
         self.minimise = build_minimiser(config, self.algorithm)
         if distributed.world() > 1 and not isinstance(self.minimise, AdamSteps):

@@ -35,21 +35,26 @@ def search_space(rule: str, config: Config) -> dict[str, Any]:
     The same few settings of the run for every rule, where the rule uses them, and the rule's own `search`.
     """
     kind = find_rule(rule)
-    space: dict[str, Any] = {"average": [0.0, 0.5, 0.7, 0.9, 0.95]}
+    space: dict[str, Any] = {"average": [0.0, 0.5, 0.7, 0.9, 0.95], "warmup": sorted({0, 1, config.warmup})}
     if kind.minimiser == "adam":
         space["learning_rate"] = (config.learning_rate / 10, config.learning_rate * 10, "log")
         space["epochs"] = [1, 2, 4]
         # small ones: more optimiser steps for the same network calls
         whole = config.minibatch_size
         space["minibatch_size"] = sorted({whole, max(2, whole // 4), max(2, whole // 16)}, reverse=True)
+    # less than the defaults: at a fixed budget that buys iterations. name -> the least, and the parts of the default
+    cheaper: dict[str, tuple[int, tuple[int, ...]]] = {"batch_size": (8, (1, 4, 8, 16, 32))}
     if kind.transitions_only:
         space["max_kl"] = (0.05, 2.0, "log")
-    cheaper = ["batch_size"]  # than the defaults: at a fixed budget that buys iterations
+        cheaper["kl_states"] = (32, (1, 8))
     if kind.critic:
-        cheaper += ["reference_batches", "value_batch_size", "value_steps", "value_first_steps"]
-    for name in cheaper:
-        whole, least = getattr(config, name), 1 if name == "reference_batches" else 2
-        space[name] = sorted({max(least, whole // 4), max(least, whole // 2), whole}, reverse=True)
+        space["value_learning_rate"] = (config.value_learning_rate / 2, config.value_learning_rate * 5, "log")
+        cheaper["reference_batches"] = (1, (1, 2, 4))
+        cheaper["value_batch_size"] = (2, (1, 2, 4, 8))
+        cheaper["value_steps"] = cheaper["value_first_steps"] = (2, (1, 2, 4))
+    for name, (least, parts) in cheaper.items():
+        whole = getattr(config, name)
+        space[name] = sorted({max(min(least, whole), whole // part) for part in parts}, reverse=True)
     space |= getattr(kind, "search", {})
     current = {**config.to_dict(), **config.rule}
     for name, choices in space.items():
@@ -71,11 +76,13 @@ def tune(
     jobs: int = 1,
     *,
     settings: Mapping[str, Any] | None = None,
+    start: str | Path | None = None,
     on_trial: Callable[[Line, int, int], None] | None = None,
 ) -> Line:
     """Search a rule's settings for the highest mean held-out J at the budget; write OUT/RULE.PROBLEM.json.
 
-    The first trial is the defaults, the others Optuna's TPE. Seeds and held-out noise are none of `bench`'s. A killed search
+    The first trial is the defaults, then come those that `start`, a folder like `out`, holds of the rule on whatever
+    problem, the others are Optuna's TPE. Seeds and held-out noise are none of `bench`'s. A killed search
     continues: trials in OUT/RULE.PROBLEM.trials.jsonl are not run again. Returns what the file says.
     """
     try:
@@ -96,6 +103,7 @@ def tune(
         reward_calls or where.reward_calls, common, transfer_samples=0, points=1, heldout_seed=HELDOUT["tune"],
     )  # fmt: skip
     check_budget(base)
+    earlier = found_before(start, rule)
     config = base.config()
     space = search_space(rule, config)
     folder = Path(out)
@@ -107,7 +115,9 @@ def tune(
              if line["asked"] == json.loads(json.dumps(asked))}  # fmt: skip
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=0, n_startup_trials=6))
-    study.enqueue_trial(_inside(space, {**config.to_dict(), **config.rule}))
+    current = {**config.to_dict(), **config.rule}
+    for given in [{}, *earlier]:
+        study.enqueue_trial(_inside(space, {**current, **given}), skip_if_exists=True)
     lines: list[Line] = []
     with Workers(min(jobs, seeds)) as workers:
         yardstick: Line = {}
@@ -150,11 +160,17 @@ def tune(
 
 
 def _inside(space: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:
-    """The defaults, moved into the ranges that are searched."""
-    return {
-        name: current[name] if isinstance(choices, list) else type(choices[0])(min(max(current[name], choices[0]), choices[1]))
-        for name, choices in space.items()
-    }  # fmt: skip
+    """Settings moved into the ranges that are searched; a number between two choices becomes the nearer one."""
+    moved = {}
+    for name, choices in space.items():
+        value = current[name]
+        if isinstance(choices, tuple):
+            moved[name] = type(choices[0])(min(max(value, choices[0]), choices[1]))
+        elif value in choices or isinstance(value, str | bool):
+            moved[name] = value if value in choices else choices[0]
+        else:
+            moved[name] = min(choices, key=lambda choice: abs(choice - value))
+    return moved
 
 
 def _suggest(trial: Any, name: str, choices: Any) -> Any:
@@ -184,6 +200,20 @@ def tuned_settings(folder: str | Path | None, rule: str, problem: str) -> dict[s
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); tune again.") from None
     return found
+
+
+def found_before(folder: str | Path | None, rule: str) -> list[dict[str, Any]]:
+    """The settings that a folder of `tune` holds of a rule, problem by problem in the order of their names."""
+    if folder is None:
+        return []
+    if not Path(folder).is_dir():
+        raise ValueError(
+            f"the folder {str(folder)!r} of settings to start from does not exist; `scoreact tune` makes it."
+        )
+    name = rule.rpartition(":")[2] + "."
+    problems = [path.name[len(name) : -len(".json")] for path in sorted(Path(folder).glob(f"{name}*.json"))]
+    found = [tuned_settings(folder, rule, problem) for problem in problems]
+    return [settings for settings in found if settings is not None]
 
 
 def keep_tuned(source: Path, target: Path, names: Sequence[str], problems: Sequence[str]) -> None:

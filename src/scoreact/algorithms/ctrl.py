@@ -44,7 +44,7 @@ class CTRL(Rule):
     """
 
     search: ClassVar[Mapping[str, Any]] = {
-        "ratio_weight": (0.1, 1.0, "log"), "clip_range": (0.3, 3.0, "log"),
+        "ratio_weight": (0.1, 1.0, "log"), "clip_range": (0.3, 3.0, "log"), "reuse_reference": [0, 1],
     }  # fmt: skip
     critic = True
 
@@ -57,6 +57,9 @@ class CTRL(Rule):
     )
     gradient_at: Literal["state", "next"] = setting(
         "next", "where the value's gradient is taken: where the step leads (exact on any grid), or where it begins"
+    )
+    reuse_reference: int = setting(
+        0, "first iterations that learn from the reference's own paths, not new ones; at most reference_batches", 0
     )
 
     def __post_init__(self) -> None:
@@ -73,7 +76,7 @@ class CTRL(Rule):
         at_states, fit = fit_value(self, trajectory, returns, keep, generator, rate, self.gradient_at == "next")
         batch = flatten(trajectory, keep)
         values, forces = returns.clone(), torch.zeros_like(trajectory.controls)
-        values[keep] = at_states
+        values[keep] = at_states.reshape(len(keep), -1)
         if self.advantage == "standardised_value_differences":
             advantages = standardised_per_step(values[1:] - values[:-1])
         else:
@@ -117,10 +120,12 @@ def fit_value(
     generator: torch.Generator,
     rate: float,
     end: bool = False,
+    looks: int | None = None,
 ) -> tuple[Tensor, Metrics]:
-    """Fit V to the returns [N + 1, B] at the states before the steps `keep`; V there, [len(keep), B].
+    """Fit V to the returns [N + 1, B] at the M states before the steps `keep`; V there afterwards, flattened [M].
 
-    end: fit it to the state after the last of these steps too, where a force "next" asks for its gradient.
+    end: fit it to the state after the last of these steps too, where a force "next" asks for its gradient. looks: of a
+    rule that needs no value there, at how many of these states to see how good the fit is; None is all.
     """
     fitted = torch.cat([keep, keep[-1:] + 1]) if end else keep
     t, x, condition = states(trajectory, fitted)
@@ -137,8 +142,9 @@ def fit_value(
         rule.value.add(Sample(t, features, returns[fitted].flatten(), condition, later))
     metrics = rule.value.fit(generator, rate)
     before = len(keep) * trajectory.xs.shape[1]  # rows; the path's end, where it is fitted too, comes after them
-    values = in_parts(value.of_features, t[:before], features, condition).reshape(len(keep), -1)
-    metrics["value/explained_variance"] = explained_variance(values, returns[keep])
+    rows = torch.linspace(0, before - 1, min(looks or before, before), device=t.device).long()
+    values = in_parts(value.of_features, t[rows], features[rows], condition[rows])
+    metrics["value/explained_variance"] = explained_variance(values, returns[keep].flatten()[rows])
     return values, metrics
 
 

@@ -26,6 +26,8 @@ from ..types import Metrics, expand, sum_over_data
 from . import Batch, acting_steps, flatten, sampled_costs
 from .ctrl import CTRL, fit_value, pathwise_force
 
+LOOKS = 256  # states at which to see how good the value's fit is
+
 
 @dataclass
 class CTRLPathwise(CTRL):
@@ -36,7 +38,9 @@ class CTRLPathwise(CTRL):
     displacement_clamp, loss_clamp: of the published variant only (0.1 and 1 in their code).
     """
 
-    search: ClassVar[Mapping[str, Any]] = {"force": (0.7, 2.0, "log")}
+    search: ClassVar[Mapping[str, Any]] = {
+        "force": (0.7, 2.0, "log"), "transitions": [0, 200], "reuse_reference": [0, 2], "value_loss": ["soft"],
+    }  # fmt: skip
 
     form: Literal["regression", "clamped_displacement"] = setting(
         "regression", "the loss; the second is the authors' published code"
@@ -48,9 +52,6 @@ class CTRLPathwise(CTRL):
         0,
         above=True,
     )
-    reuse_reference: int = setting(
-        0, "first iterations that learn from the reference's own paths, not new ones; at most reference_batches", 0
-    )
     displacement_clamp: float = 0.1
     loss_clamp: float = 1.0
 
@@ -58,7 +59,8 @@ class CTRLPathwise(CTRL):
         """Fit V to the returns; the controls to regress to, at `transitions` random states of the paths."""
         keep = acting_steps(trajectory)
         returns = returns_to_go(rewards, sampled_costs(trajectory, self.kl_weight))
-        _, self.metrics = fit_value(self, trajectory, returns, keep, generator, rate, self.gradient_at == "next")
+        end = self.gradient_at == "next"
+        _, self.metrics = fit_value(self, trajectory, returns, keep, generator, rate, end, LOOKS)
         batch = flatten(trajectory, keep)
         order = torch.randperm(len(batch), generator=generator, device=batch.t0.device)
         chosen = order[: self.transitions or len(batch)]

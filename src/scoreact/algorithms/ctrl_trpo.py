@@ -19,7 +19,7 @@ from .ctrl import CTRL
 class CTRLTrustRegion(CTRL):
     """Settings of the rule: `ctrl`'s, with the ratio not clipped (the radius bounds it)."""
 
-    search: ClassVar[Mapping[str, Any]] = {"ratio_weight": (0.1, 1.0, "log")}
+    search: ClassVar[Mapping[str, Any]] = {"ratio_weight": (0.1, 1.0, "log"), "reuse_reference": [0, 1]}
     minimiser = "natural_gradient"
 
     clip_range: float = float("inf")
