@@ -1,15 +1,17 @@
 """The README's summary of a comparison, made from the results that `scoreact bench` left.
 
-    python benchmarks/arena_readme.py                     # prints the table of benchmarks/arena
-    python benchmarks/arena_readme.py --write             # and puts it into README.md, between its two marks
+    python benchmarks/arena_readme.py                     # prints the tables of benchmarks/arena
+    python benchmarks/arena_readme.py --write             # and puts them into README.md, between their two marks
 
-`tests/test_readme.py` holds the README against the same results.
+`benchmarks/arena` has the runs at each problem's budget, `benchmarks/arena-third` those at a third of the network calls
+that `ddpo` needed there. `tests/test_readme.py` holds the README against the same results.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,53 +26,82 @@ def thousands(number: float) -> str:
     return f"{number / 1000:.0f}k" if math.isfinite(number) else "never"
 
 
-def cells(place: dict[str, Any], rule: str) -> list[str]:
-    """Share recovered, and how many fewer network calls than ddpo the rule needs to where ddpo ends."""
-    entry = next((e for e in place["rules"] if e["rule"] == rule and e["runs"]), None)
+def entry_of(place: dict[str, Any], rule: str) -> dict[str, Any] | None:
+    return next((e for e in place["rules"] if e["rule"] == rule and e["runs"]), None)
+
+
+def share(place: dict[str, Any] | None, rule: str) -> str:
+    """Share recovered."""
+    entry = entry_of(place, rule) if place else None
     if entry is None:
-        return ["", ""]
+        return ""
     mean, half = entry["recovered"]
-    share = f"{100 * mean:.0f} ± {100 * half:.0f} %" if mean > -1 else "ran away"
+    return f"{100 * mean:.0f} ± {100 * half:.0f} %" if mean > -1 else "ran away"
+
+
+def fewer(place: dict[str, Any], rule: str) -> str:
+    """How many times fewer calls than ddpo the rule needs to where ddpo ends: network / reward."""
     pair = next((p for p in place["pairs"] if (p["a"], p["b"]) == (rule, "ddpo")), None)
-    times = pair["times_fewer"] if pair else math.nan
-    return [share, f"{times:.1f}" if times > 0 else ""]
+    if pair is None:
+        return ""
+    times = [pair[calls]["times_fewer"] for calls in ("network_calls", "reward_calls")]
+    return " / ".join(f"{number:.1f}" for number in times) if times[0] > 0 else "-"
 
 
-def made(folder: Path) -> str:
-    """The table, and where it comes from."""
-    places = summary(resume_lines(folder / "results.jsonl"))
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in (titles, *rows)]
+    return "\n".join([lines[0], "| --- |" + " ---: |" * (len(titles) - 1), *lines[1:]])
+
+
+def by_rank(places: Sequence[dict[str, Any]]) -> list[str]:
+    """The rules that ran anywhere, by mean rank over the problems."""
     rules = list(dict.fromkeys(entry["rule"] for place in places for entry in place["rules"] if entry["runs"]))
     ranks: dict[str, list[float]] = {rule: [] for rule in rules}
     for place in places:
         ran = sorted((e for e in place["rules"] if e["runs"]), key=lambda e: -e["recovered"][0])
         for rank, entry in enumerate(ran):
             ranks[entry["rule"]].append(rank / len(ran))
-    rules.sort(key=lambda rule: (sum(ranks[rule]) / len(ranks[rule]), -len(ranks[rule])))  # by mean rank
-    rows = [
-        "| rule | " + " | ".join(f"{p['problem']} | fewer calls" for p in places) + " |",
-        "| --- |" + " ---: |" * (2 * len(places)),
-    ]
-    rows += [
-        "| " + " | ".join([f"`{rule}`", *(cell for place in places for cell in cells(place, rule))]) + " |"
-        for rule in rules
-    ]
+    return sorted(rules, key=lambda rule: (sum(ranks[rule]) / len(ranks[rule]), -len(ranks[rule])))
+
+
+def made(folder: Path, third: Path) -> str:
+    """The tables, and where they come from."""
+    places, short = (summary(resume_lines(path / "results.jsonl")) for path in (folder, third))
+    rules = by_rank(places)
+    names = [place["problem"] for place in places]
+    seeds = min(e["runs"] for place in [*places, *short] for e in place["rules"] if e["runs"])
     budgets = "; ".join(
         f"{p['problem']} {thousands(p['budget']['network_calls'])} and {p['budget']['reward_calls']:,}" for p in places
     )
-    seeds = min(e["runs"] for place in places for e in place["rules"] if e["runs"])
-    return "\n".join(rows) + (
-        f"\n\nShare of J* - J_ref at the end, mean and 95 % interval over {seeds} seeds, by mean rank; how many times fewer\n"
-        "network calls than tuned `ddpo` a rule needs to where `ddpo` ends (empty where it does not get there).\n"
-        f"Budgets, network and reward calls: {budgets}.\n"
-    )
+    shares = table(["rule", *names], [[f"`{rule}`", *(share(place, rule) for place in places)] for rule in rules])
+    behind = [rule for rule in rules if rule != "ddpo"]
+    calls = table(["rule", *names], [[f"`{rule}`", *(fewer(place, rule) for place in places)] for rule in behind])
+    parts = [
+        f"{shares}\n\nShare of J* - J_ref at the end, mean and 95 % interval over {seeds} seeds, by mean rank; empty where a rule did"
+        f"\nnot run. Budgets, network and reward calls: {budgets}.",
+        f"{calls}\n\nHow many times fewer network / reward calls than tuned `ddpo` a rule needs to where `ddpo` ends (medians;"
+        "\n- where half of its runs do not get there).",
+    ]
+    if short:
+        whole = {place["problem"]: place for place in places}
+        rows = [[f"`{rule}`", *(share(place, rule) for place in short)] for rule in by_rank(short)] + [
+            ["`ddpo`, all its calls", *(share(whole.get(place["problem"]), "ddpo") for place in short)]
+        ]
+        titles = ["rule", *(f"{p['problem']}, {thousands(p['budget']['network_calls'])}" for p in short)]
+        parts.append(
+            f"{table(titles, rows)}\n\nWith a third of the network calls, settings searched at that budget, beside what `ddpo` reaches with"
+            "\nall of them."
+        )
+    return "\n\n".join(parts) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=HERE / "arena")
-    parser.add_argument("--write", action="store_true", help="put it into README.md")
+    parser.add_argument("third", nargs="?", type=Path, default=HERE / "arena-third")
+    parser.add_argument("--write", action="store_true", help="put them into README.md")
     options = parser.parse_args()
-    text = made(options.folder)
+    text = made(options.folder, options.third)
     print(text)
     if options.write:
         readme = HERE.parent / "README.md"

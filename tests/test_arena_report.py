@@ -84,9 +84,10 @@ def test_the_summary_of_made_up_runs() -> None:
     ahead, behind = place["pairs"]
     assert (ahead["a"], ahead["b"], ahead["better"], behind["better"]) == ("fast", "slow", 1.0, 0.0)
     # slow ends at 0.5 in the mean: fast is there at 83.3 calls; slow itself at 200 (seed 0, its end) and 166.7
-    assert ahead["calls_to_the_others_end"] == pytest.approx(250 / 3)
-    assert ahead["times_fewer"] == pytest.approx((200 + 500 / 3) / 2 / (250 / 3))
-    assert behind["calls_to_the_others_end"] == math.inf
+    times = (200 + 500 / 3) / 2 / (250 / 3)
+    assert ahead["network_calls"] == pytest.approx({"to_the_others_end": 250 / 3, "times_fewer": times})
+    assert ahead["reward_calls"] == pytest.approx({"to_the_others_end": 25 / 3, "times_fewer": times})
+    assert behind["network_calls"]["to_the_others_end"] == behind["reward_calls"]["to_the_others_end"] == math.inf
 
 
 def test_the_optimums_frontier_from_the_references_rewards() -> None:

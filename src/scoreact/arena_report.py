@@ -131,14 +131,12 @@ def _pair(a: str, b: str, lines: Mapping[str, list[Line]]) -> Line:
     ours, theirs = ([_number(x["recovered"]) for x in lines[rule]] for rule in (a, b))
     low, high = probability_interval(ours, theirs)
     level = statistics.mean(theirs)
-    needed = statistics.median(calls_to(*curve_of(x, "network_calls"), level) for x in lines[a])
-    used = statistics.median(
-        calls_to(*curve_of(x, "network_calls"), min(level, _number(x["recovered"]))) for x in lines[b]
-    )
-    return {
-        "a": a, "b": b, "better": probability_better(ours, theirs), "low": low, "high": high,
-        "calls_to_the_others_end": needed, "times_fewer": used / needed if needed > 0 else math.nan,
-    }  # fmt: skip
+    found: Line = {"a": a, "b": b, "better": probability_better(ours, theirs), "low": low, "high": high}
+    for calls in ("network_calls", "reward_calls"):
+        needed = statistics.median(calls_to(*curve_of(x, calls), level) for x in lines[a])
+        used = statistics.median(calls_to(*curve_of(x, calls), min(level, _number(x["recovered"]))) for x in lines[b])
+        found[calls] = {"to_the_others_end": needed, "times_fewer": used / needed if needed > 0 else math.nan}
+    return found
 
 
 def _number(value: float | None) -> float:
@@ -231,12 +229,12 @@ def _section(place: Line) -> str:
         lines.append(_row(["(pretrained)", *(f"{yardstick['transfer'][n]:.3g}" for n in names)]))
         parts.append("Other solvers and steps than training's:\n\n" + "\n".join(lines))
     if place["pairs"]:
-        lines = [_row(["A", "B", "P(A > B)", "calls of A to B's end", "times fewer than B"]), _row(["---"] * 5)]
+        lines = [_row(["A", "B", "P(A > B)", "network calls of A to B's end", "times fewer than B", "reward calls",
+                       "times fewer"]), _row(["---"] * 7)]  # fmt: skip
         lines += [
-            _row([p["a"], p["b"], _interval(p),
-                  _short(p["calls_to_the_others_end"]), f"{p['times_fewer']:.2g}" if p["times_fewer"] > 0 else "-"])
+            _row([p["a"], p["b"], _interval(p), *_fewer(p["network_calls"]), *_fewer(p["reward_calls"])])
             for p in place["pairs"]
-        ]  # fmt: skip
+        ]
         parts.append("Pairs:\n\n" + "\n".join(lines))
     if notes:
         parts.append("\n".join(notes))
@@ -246,6 +244,11 @@ def _section(place: Line) -> str:
 def _interval(pair: Line) -> str:
     ends = f" [{pair['low']:.2f}, {pair['high']:.2f}]" if math.isfinite(pair["low"]) else ""
     return f"{pair['better']:.2f}{ends}"
+
+
+def _fewer(calls: Mapping[str, float]) -> list[str]:
+    times = calls["times_fewer"]
+    return [_short(calls["to_the_others_end"]), f"{times:.2g}" if times > 0 else "-"]
 
 
 def _row(cells: Sequence[str]) -> str:
