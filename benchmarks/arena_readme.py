@@ -77,8 +77,8 @@ def made(folder: Path, third: Path) -> str:
     behind = [rule for rule in rules if rule != "ddpo"]
     calls = table(["rule", *names], [[f"`{rule}`", *(fewer(place, rule) for place in places)] for rule in behind])
     parts = [
-        f"{shares}\n\nShare of J* - J_ref at the end, mean and 95 % interval over {seeds} seeds, by mean rank; empty where a rule did"
-        f"\nnot run. Budgets, network and reward calls: {budgets}.",
+        f"{shares}\n\nShare of J* - J_ref at the end, mean and 95 % interval over {seeds} seeds, by mean rank; empty where"
+        f"\na rule did not run. Budgets, network and reward calls: {budgets}.",
         f"{calls}\n\nHow many times fewer network / reward calls than tuned `ddpo` a rule needs to where `ddpo` ends (medians;"
         "\n- where half of its runs do not get there).",
     ]
@@ -89,8 +89,8 @@ def made(folder: Path, third: Path) -> str:
         ]
         titles = ["rule", *(f"{p['problem']}, {thousands(p['budget']['network_calls'])}" for p in short)]
         parts.append(
-            f"{table(titles, rows)}\n\nWith a third of the network calls, settings searched at that budget, beside what `ddpo` reaches with"
-            "\nall of them."
+            f"{table(titles, rows)}\n\nWith a third of the network calls, settings searched at that budget, beside"
+            "\nwhat `ddpo` reaches with all of them."
         )
     return "\n\n".join(parts) + "\n"
 
