@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from scoreact import girsanov
 from scoreact.algorithms import Batch, acting_steps, flatten, shift_of
-from scoreact.algorithms.ctrl import CTRL, gradients
-from scoreact.algorithms.ctrl_pathwise import CTRLPathwise
+from scoreact.algorithms.ctrl import CTRL, gradients, pathwise_force
+from scoreact.algorithms.ctrl_pathwise import CTRLPathwise, believed
 from scoreact.algorithms.ctrl_trpo import CTRLTrustRegion
 from scoreact.models.mlp import ResidualModel, VectorValue
 from scoreact.policy import Policy
@@ -192,7 +192,7 @@ def test_clipping_stops_the_gain_beyond_the_range() -> None:
 def test_next_gradient_is_the_kernels_exact_force(generator: torch.Generator) -> None:
     """d/dw E[V(m + S (w + z))] by finite differences = mean of S grad V at the states that followed."""
     setup = Setup()
-    rule = setup.rule(CTRLPathwise, gradient_at="next")
+    rule = setup.rule(CTRLPathwise, gradient_at="next", force=1.0)
     count = 20_000
     x = torch.tensor([[0.4, -0.3]]).expand(count, 2)
     t0, t1 = setup.ts[2].expand(count), setup.ts[3].expand(count)
@@ -232,6 +232,37 @@ def test_pathwise_on_the_references_paths_follows_its_own_policy(generator: torc
         led_to = batch.mean + std * (moved + batch.noise)
         force = 1.5 * std * gradients(rule, batch.t1, led_to, batch.condition) / BETA
         assert torch.allclose(batch.target, force, rtol=1e-4, atol=1e-6) is same
+
+
+def test_pathwise_measures_how_far_to_follow_its_value(generator: torch.Generator) -> None:
+    """Returns three times as far apart as V says: force 0 follows three times V's gradient, less the slope's error."""
+    setup = Setup(ddim)
+    path = setup.paths(50, generator)
+    rule = setup.rule(CTRLPathwise, gradient_at="state", force=0.0)
+    rule.value.slope = lambda samples, generator: {"value/slope": 3.0, "value/slope_error": 0.5}
+    batch = rule.prepare(path, torch.zeros(50), generator, 1.0)
+    expected = pathwise_force(
+        rule, batch, setup.policy.reference.score(batch.t0, batch.x, batch.condition), batch.noise
+    )
+    assert rule.metrics["policy/force"] == 2.5
+    torch.testing.assert_close(batch.target, 2.5 * expected / BETA)
+
+
+@pytest.mark.parametrize(
+    ("slope", "error", "force"),
+    [
+        (1.0, 0.3, 1.0),
+        (1.2, 0.3, 1.0),
+        (0.8, 0.3, 1.0),
+        (4.0, 0.5, 3.5),
+        (0.5, 0.2, 0.7),
+        (90.0, 1.0, 6.0),
+        (-3.0, 1.0, 1 / 6),
+    ],
+)
+def test_only_what_is_beyond_the_error_is_believed(slope: float, error: float, force: float) -> None:
+    assert believed({"value/slope": slope, "value/slope_error": error}) == pytest.approx(force)
+    assert believed({}) == 1.0  # a value that is the same everywhere
 
 
 def test_pathwise_may_take_some_transitions_only(generator: torch.Generator) -> None:

@@ -246,6 +246,31 @@ def test_fit_explains_returns_on_fresh_paths(generator: torch.Generator) -> None
     assert explained_variance(value, fresh.target) > 0.3
 
 
+def test_the_slope_of_returns_on_the_value(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Returns 3 V + noise of a path: slope 3, and the error that 40 repetitions show, however many states a path has."""
+    policy, sde = problem()
+    fit = ValueFit(ValueNetwork(network(2), sde, policy), BETA)
+    monkeypatch.setattr(fit.value, "of_features", lambda t, features, condition: features[:, 0])
+    for states in (1, 6):
+        found: list[tuple[float, float]] = []
+        for _ in range(40):
+            value, noise = torch.randn(2, 40, generator=generator)
+            t = torch.arange(states).repeat_interleave(40) / 10
+            target = (3 * value + 2 * noise + 7).repeat(states)
+            sample = Sample(t, value.repeat(states).unsqueeze(1), target, Condition([""] * len(t)))
+            metrics = fit.slope([sample], generator)
+            assert metrics["value/explained_variance"] == pytest.approx(
+                explained_variance(sample.features[:, 0], target), abs=1e-4
+            )
+            found.append((metrics["value/slope"], metrics["value/slope_error"]))
+        slopes, errors = torch.tensor(found).T
+        assert float(slopes.mean()) == pytest.approx(3.0, abs=3 * float(slopes.std()) / 40**0.5)
+        assert 0.75 < float(slopes.std()) / float(errors.mean()) < 1.33
+        assert float(errors.mean()) == pytest.approx(2 / 40**0.5, rel=0.15)
+    monkeypatch.setattr(fit.value, "of_features", lambda t, features, condition: torch.zeros_like(t))
+    assert "value/slope" not in fit.slope([sample], generator)  # V the same everywhere
+
+
 def test_replay_forgets_only_after_the_first_fit(generator: torch.Generator) -> None:
     policy, sde = problem()
     fit = ValueFit(ValueNetwork(network(2), sde, policy), BETA, steps=1, first_steps=1, replay=2)

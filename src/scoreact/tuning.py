@@ -55,6 +55,9 @@ def search_space(rule: str, config: Config) -> dict[str, Any]:
     for name, (least, parts) in cheaper.items():
         whole = getattr(config, name)
         space[name] = sorted({max(min(least, whole), whole // part) for part in parts}, reverse=True)
+    if kind.critic:
+        for name in ("reference_batches", "value_steps"):  # more of them where a batch is small
+            space[name] = [2 * getattr(config, name), *space[name]]
     space |= getattr(kind, "search", {})
     current = {**config.to_dict(), **config.rule}
     for name, choices in space.items():

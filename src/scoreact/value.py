@@ -10,18 +10,20 @@ Sources: Zhao et al. 2025 (section 4), Jia & Zhou 2022 (martingale loss, arXiv 2
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from . import distributed
+from .advantage import explained_variance
 from .policy import Policy
 from .sde import SDE
 from .types import Condition, Metrics, expand
 
 KNOTS = 11  # of a standard deviation over time
+LOOKS = 256  # states at which a fit is measured
 
 
 class ValueNetwork(nn.Module):
@@ -254,6 +256,32 @@ class ValueFit:
                 p.copy_(mean)
         self.fitted = True
         return {"value/loss": total / max(steps, 1)}
+
+    @torch.no_grad()
+    def slope(self, samples: Sequence[Sample], generator: torch.Generator) -> Metrics:
+        """The slope of returns on V at `LOOKS` states of the policy's own paths, its standard error, and how good V is.
+
+        Above 1 V's gradient promises less than following it brings at once: V is the optimal value, which varies less
+        than the policy's, or its fit is shrunk. At the optimum the slope is 1. The error is that of clusters: the states
+        of a path share their return.
+        """
+        rows, size = [], max(1, LOOKS // len(samples))
+        for number, sample in enumerate(samples):
+            index = torch.randperm(len(sample.t), generator=generator, device=sample.t.device)[:size]
+            value = self.value.of_features(sample.t[index], sample.features[index], sample.condition[index])
+            paths = int((sample.t == sample.t[0]).sum())
+            path = (distributed.rank() * len(samples) + number) * 2**14 + index % paths
+            rows.append(torch.stack([sample.target[index], value, path.to(value)], dim=1))
+        target, value, path = distributed.gathered(torch.cat(rows)).cpu().double().T
+        metrics = {"value/explained_variance": explained_variance(value, target)}
+        x, y = value - value.mean(), target - target.mean()
+        spread = float(x.square().sum())
+        if spread > 0:
+            slope = float((x * y).sum()) / spread
+            _, place = path.unique(return_inverse=True)
+            pulls = torch.zeros_like(x).index_add_(0, place, x * (y - slope * x))  # of each path on the slope
+            metrics |= {"value/slope": slope, "value/slope_error": float(pulls.norm()) / spread}
+        return metrics
 
     def _loss(self, generator: torch.Generator) -> Tensor:
         """The loss at `batch_size` states of one remembered trajectory, in units of the value's scale."""

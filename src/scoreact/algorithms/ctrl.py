@@ -76,7 +76,7 @@ class CTRL(Rule):
         at_states, fit = fit_value(self, trajectory, returns, keep, generator, rate, self.gradient_at == "next")
         batch = flatten(trajectory, keep)
         values, forces = returns.clone(), torch.zeros_like(trajectory.controls)
-        values[keep] = at_states.reshape(len(keep), -1)
+        values[keep] = at_states
         if self.advantage == "standardised_value_differences":
             advantages = standardised_per_step(values[1:] - values[:-1])
         else:
@@ -120,13 +120,30 @@ def fit_value(
     generator: torch.Generator,
     rate: float,
     end: bool = False,
-    looks: int | None = None,
 ) -> tuple[Tensor, Metrics]:
-    """Fit V to the returns [N + 1, B] at the M states before the steps `keep`; V there afterwards, flattened [M].
+    """Fit V to the returns [N + 1, B] at the states before the steps `keep`; V there, [len(keep), B].
 
-    end: fit it to the state after the last of these steps too, where a force "next" asks for its gradient. looks: of a
-    rule that needs no value there, at how many of these states to see how good the fit is; None is all.
+    end: fit it to the state after the last of these steps too, where a force "next" asks for its gradient.
     """
+    metrics = fit_only(rule, trajectory, returns, keep, generator, rate, end)
+    assert rule.value is not None
+    newest = rule.value.memory[-1]
+    rows = torch.arange(len(keep) * trajectory.xs.shape[1], device=returns.device)  # the path's end comes after them
+    values = in_parts(rule.value.value.of_features, newest.t[rows], newest.features[rows], newest.condition[rows])
+    metrics["value/explained_variance"] = explained_variance(values, returns[keep].flatten())
+    return values.reshape(len(keep), -1), metrics
+
+
+def fit_only(
+    rule: Rule,
+    trajectory: Trajectory,
+    returns: Tensor,
+    keep: Tensor,
+    generator: torch.Generator,
+    rate: float,
+    end: bool,
+) -> Metrics:
+    """`fit_value` for a rule that needs no value at the states; they are the newest in the fit's memory."""
     fitted = torch.cat([keep, keep[-1:] + 1]) if end else keep
     t, x, condition = states(trajectory, fitted)
     known = fitted[fitted < len(trajectory.references)]
@@ -140,12 +157,7 @@ def fit_value(
         features = value.features(t, x, condition, references)
         later = (returns[-1] - returns[fitted]).flatten()
         rule.value.add(Sample(t, features, returns[fitted].flatten(), condition, later))
-    metrics = rule.value.fit(generator, rate)
-    before = len(keep) * trajectory.xs.shape[1]  # rows; the path's end, where it is fitted too, comes after them
-    rows = torch.linspace(0, before - 1, min(looks or before, before), device=t.device).long()
-    values = in_parts(value.of_features, t[rows], features[rows], condition[rows])
-    metrics["value/explained_variance"] = explained_variance(values, returns[keep].flatten()[rows])
-    return values, metrics
+    return rule.value.fit(generator, rate)
 
 
 def pathwise_force(rule: CTRL, batch: Batch, reference: Tensor, noise: Tensor, shift: Tensor | None = None) -> Tensor:

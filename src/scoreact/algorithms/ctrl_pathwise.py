@@ -11,6 +11,7 @@ clamped, no regulariser) is `form="clamped_displacement"`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -24,9 +25,9 @@ from ..config import setting
 from ..rollout import Trajectory, step_of
 from ..types import Metrics, expand, sum_over_data
 from . import Batch, acting_steps, flatten, sampled_costs
-from .ctrl import CTRL, fit_value, pathwise_force
+from .ctrl import CTRL, fit_only, pathwise_force
 
-LOOKS = 256  # states at which to see how good the value's fit is
+LIMIT = 6.0  # of a measured force
 
 
 @dataclass
@@ -34,12 +35,13 @@ class CTRLPathwise(CTRL):
     """Settings of the rule; clip_range, trace, ratio_weight and advantage are `ctrl`'s and unused here.
 
     transitions: at how many states a rollout to take the value's gradient and regress; 0 is all.
-    force: 1 is the rule. Regression on few samples shrinks towards the mean, gradients most of all.
+    force: 1 is the rule at its fixed point. Far from it following the optimal value's gradient brings more at once than that
+    value says, and a value fitted on few samples is shrunk: 0 takes the slope of the returns on V, which becomes 1.
     displacement_clamp, loss_clamp: of the published variant only (0.1 and 1 in their code).
     """
 
     search: ClassVar[Mapping[str, Any]] = {
-        "force": (0.7, 2.0, "log"), "transitions": [0, 200], "reuse_reference": [0, 2], "value_loss": ["soft"],
+        "force": [0.0, 1.0, 2.0, 4.0], "transitions": [0, 200], "reuse_reference": [0, 2], "value_loss": ["soft"],
     }  # fmt: skip
 
     form: Literal["regression", "clamped_displacement"] = setting(
@@ -47,10 +49,9 @@ class CTRLPathwise(CTRL):
     )
     transitions: int = setting(0, "states a rollout at which to regress; 0 is all of them", 0)
     force: float = setting(
-        1.0,
-        "multiplier of the value's gradient; a fitted value's is too small, and above 1 makes up for it",
+        0.0,
+        "multiplier of the value's gradient; 0: the slope of the returns on the value, measured in every iteration",
         0,
-        above=True,
     )
     displacement_clamp: float = 0.1
     loss_clamp: float = 1.0
@@ -59,8 +60,11 @@ class CTRLPathwise(CTRL):
         """Fit V to the returns; the controls to regress to, at `transitions` random states of the paths."""
         keep = acting_steps(trajectory)
         returns = returns_to_go(rewards, sampled_costs(trajectory, self.kl_weight))
-        end = self.gradient_at == "next"
-        _, self.metrics = fit_value(self, trajectory, returns, keep, generator, rate, end, LOOKS)
+        assert self.value is not None
+        memory, first = self.value.memory, not self.value.fitted
+        self.metrics = fit_only(self, trajectory, returns, keep, generator, rate, self.gradient_at == "next")
+        # the policy's own paths: the newest, and at first, when the policy is the reference, all of them
+        self.metrics |= self.value.slope(memory if first else memory[-1:], generator)
         batch = flatten(trajectory, keep)
         order = torch.randperm(len(batch), generator=generator, device=batch.t0.device)
         chosen = order[: self.transitions or len(batch)]
@@ -70,7 +74,8 @@ class CTRLPathwise(CTRL):
             shift = self.shift_in_parts(batch)
         references = trajectory.references[keep].flatten(0, 1)[chosen]
         force = pathwise_force(self, batch, references, batch.noise, shift)
-        return replace(batch, target=self.force * force / self.kl_weight)
+        self.metrics["policy/force"] = gain = self.force or believed(self.metrics)
+        return replace(batch, target=gain * force / self.kl_weight)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """beta / 2 |w - w_target|^2, summed over a path's steps, mean over paths."""
@@ -90,6 +95,13 @@ class CTRLPathwise(CTRL):
         displacement = (step.sample(batch.noise) - batch.x).clamp(-self.displacement_clamp, self.displacement_clamp)
         gradient = self.kl_weight * batch.target / expand(batch.std, batch.target)
         return sum_over_data(gradient * displacement).clamp(-self.loss_clamp, self.loss_clamp)
+
+
+def believed(fit: Metrics) -> float:
+    """The slope of the returns on V, as far as it is further from 1 than its standard error; in 1 / LIMIT to LIMIT."""
+    slope, error = fit.get("value/slope", 1.0), fit.get("value/slope_error", 0.0)
+    gain = 1 + math.copysign(max(abs(slope - 1) - error, 0.0), slope - 1)
+    return min(max(gain, 1 / LIMIT), LIMIT)
 
 
 RULES = {"ctrl_pathwise": CTRLPathwise}

@@ -52,7 +52,7 @@ class DPOK(Rule):
         if self.later_costs:
             returns = returns_to_go(rewards, sampled_costs(trajectory, self.kl_weight))
         values, self.metrics = fit_value(self, trajectory, returns, keep, generator, rate)
-        return replace(flatten(trajectory, keep), advantage=returns[keep + 1].flatten() - values)
+        return replace(flatten(trajectory, keep), advantage=(returns[keep + 1] - values).flatten())
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """beta |w|^2 / 2 - clipped ratio x advantage, summed over a path's steps, mean over paths."""

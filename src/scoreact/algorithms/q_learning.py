@@ -74,8 +74,7 @@ class QLearning(Rule):
         )
         returns = returns_to_go(rewards, brackets)
         values = returns.clone()
-        at_states, self.metrics = fit_value(self, trajectory, returns, keep, generator, rate)
-        values[keep] = at_states.reshape(len(keep), -1)
+        values[keep], self.metrics = fit_value(self, trajectory, returns, keep, generator, rate)
         advantages = gae(values, torch.zeros_like(brackets), brackets, trajectory.ts, self.trace)
         return replace(batch, advantage=advantages[keep].flatten(), target=actions[keep].flatten(0, 1))
 
