@@ -5,8 +5,8 @@
 Needs only states, so any solver may have produced them. With the `soft` value loss V is the optimal value whatever
 policy drew the paths, and the regression's target is the optimum at once.
 Sources: Zhao et al. 2025 (Score as Action, policy gradient with the score's gradient), Tang 2024 (arXiv 2403.06279).
-Departs from it: a trust region. The variant of the authors' published code (value gradient times displacement, both
-clamped, no regulariser) is `form="clamped_displacement"`.
+Departs from it: a trust region; the multiplier `force`, which is measured. The variant of the authors' published code
+(value gradient times displacement, both clamped, no regulariser) is `form="clamped_displacement"`.
 """
 
 from __future__ import annotations
