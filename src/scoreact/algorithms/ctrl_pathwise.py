@@ -74,7 +74,8 @@ class CTRLPathwise(CTRL):
             shift = self.shift_in_parts(batch)
         references = trajectory.references[keep].flatten(0, 1)[chosen]
         force = pathwise_force(self, batch, references, batch.noise, shift)
-        self.metrics["policy/force"] = gain = self.force or believed(self.metrics)
+        measured = believed(self.metrics) if self.form == "regression" else 1.0
+        self.metrics["policy/force"] = gain = self.force or measured
         return replace(batch, target=gain * force / self.kl_weight)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
