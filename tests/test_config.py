@@ -130,7 +130,7 @@ def test_updated_names_the_source_the_key_and_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"^mine\.yaml: unknown key 'batchsize'; did you mean 'batch_size'\?$"):
         updated(Config(), {"batchsize": 3}, "mine.yaml")
     with pytest.raises(
-        ValueError, match=r"^settings: unknown key 'zzz'\. Known: algorithm, rule, seed, .*, gradient_at\.$"
+        ValueError, match=r"^settings: unknown key 'zzz'\. Known: algorithm, rule, seed, .*, reuse_reference\.$"
     ):
         updated(Config(), {"zzz": 3})
     changed = updated(Config(), {"batch_size": 3, "steps": 4})

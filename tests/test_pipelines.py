@@ -227,7 +227,7 @@ def test_the_gradient_goes_through_the_denoiser(name: str) -> None:
 def test_the_features_carry_a_value(rule: str, tmp_path: Path) -> None:
     """The recipe's option: the head learns what the reward is from the reference's paths; no pass more than the encoder's."""
     make("sd3", spelling_tokenizer()).save_pretrained(tmp_path / "tiny")
-    calls = {}
+    calls, explained = {}, {}
     for kind in ("encoder", "features"):
         problem = build(str(tmp_path / "tiny"), "cat", 2, guidance_scale=1.0, value_network=kind)
         changes = dict(
@@ -241,9 +241,9 @@ def test_the_features_carry_a_value(rule: str, tmp_path: Path) -> None:
         trainer.look_at_reference()
         assert trainer.policy.network_calls == 2 * 32 * 3
         metrics = trainer.iterate()
-        calls[kind] = trainer.policy.network_calls
+        calls[kind], explained[kind] = trainer.policy.network_calls, metrics["value/explained_variance"]
     assert calls["features"] == calls["encoder"]
-    assert metrics["value/explained_variance"] > 0.3
+    assert explained["features"] > 0.15 > explained["encoder"] + 0.1  # the encoder was not fitted
     assert metrics["policy/step_kl"] > 0
 
 
