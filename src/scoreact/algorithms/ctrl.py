@@ -41,6 +41,7 @@ class CTRL(Rule):
     trust: weight of the squared distance to the behaviour policy, in units of kl_weight.
     gradient_at: where the force S grad V is taken. "next": at (t_{k+1}, x'), x' drawn from the step's kernel: its mean is
     the kernel's exact policy gradient on any grid. "state": at (t_k, x_k), the continuous-time form.
+    reuse_reference: the first iteration is then on-policy without a rollout; later ones are off it, under the clipped ratio.
     """
 
     search: ClassVar[Mapping[str, Any]] = {
@@ -73,7 +74,9 @@ class CTRL(Rule):
         costs = torch.stack([beta * girsanov.kl(w) for w in trajectory.controls])
         sampled = sampled_costs(trajectory, beta)
         returns = returns_to_go(rewards, sampled)
-        at_states, fit = fit_value(self, trajectory, returns, keep, generator, rate, self.gradient_at == "next")
+        fit = fit_value(self, trajectory, returns, keep, generator, rate, self.gradient_at == "next")
+        at_states, explained = fitted_value(self, returns[keep])
+        fit |= explained
         batch = flatten(trajectory, keep)
         values, forces = returns.clone(), torch.zeros_like(trajectory.controls)
         values[keep] = at_states
@@ -120,30 +123,11 @@ def fit_value(
     generator: torch.Generator,
     rate: float,
     end: bool = False,
-) -> tuple[Tensor, Metrics]:
-    """Fit V to the returns [N + 1, B] at the states before the steps `keep`; V there, [len(keep), B].
+) -> Metrics:
+    """Fit V to the returns [N + 1, B] at the states before the steps `keep`, which become the newest of its memory.
 
     end: fit it to the state after the last of these steps too, where a force "next" asks for its gradient.
     """
-    metrics = fit_only(rule, trajectory, returns, keep, generator, rate, end)
-    assert rule.value is not None
-    newest = rule.value.memory[-1]
-    rows = torch.arange(len(keep) * trajectory.xs.shape[1], device=returns.device)  # the path's end comes after them
-    values = in_parts(rule.value.value.of_features, newest.t[rows], newest.features[rows], newest.condition[rows])
-    metrics["value/explained_variance"] = explained_variance(values, returns[keep].flatten())
-    return values.reshape(len(keep), -1), metrics
-
-
-def fit_only(
-    rule: Rule,
-    trajectory: Trajectory,
-    returns: Tensor,
-    keep: Tensor,
-    generator: torch.Generator,
-    rate: float,
-    end: bool,
-) -> Metrics:
-    """`fit_value` for a rule that needs no value at the states; they are the newest in the fit's memory."""
     fitted = torch.cat([keep, keep[-1:] + 1]) if end else keep
     t, x, condition = states(trajectory, fitted)
     known = fitted[fitted < len(trajectory.references)]
@@ -158,6 +142,18 @@ def fit_only(
         later = (returns[-1] - returns[fitted]).flatten()
         rule.value.add(Sample(t, features, returns[fitted].flatten(), condition, later))
     return rule.value.fit(generator, rate)
+
+
+def fitted_value(rule: Rule, returns: Tensor) -> tuple[Tensor, Metrics]:
+    """V after `fit_value` at the same states, [K, B] as their returns, and the share of these that it explains."""
+    assert rule.value is not None
+    newest = rule.value.memory[-1]
+    rows = torch.arange(
+        returns.numel(), device=returns.device
+    )  # the path's end, where it is fitted too, comes after them
+    values = in_parts(rule.value.value.of_features, newest.t[rows], newest.features[rows], newest.condition[rows])
+    values = values.reshape(returns.shape)
+    return values, {"value/explained_variance": explained_variance(values, returns)}
 
 
 def pathwise_force(rule: CTRL, batch: Batch, reference: Tensor, noise: Tensor, shift: Tensor | None = None) -> Tensor:

@@ -25,7 +25,7 @@ from ..config import setting
 from ..rollout import Trajectory, step_of
 from ..types import Metrics, expand, sum_over_data
 from . import Batch, acting_steps, flatten, sampled_costs
-from .ctrl import CTRL, fit_only, pathwise_force
+from .ctrl import CTRL, fit_value, pathwise_force
 
 LIMIT = 6.0  # of a measured force
 
@@ -62,8 +62,8 @@ class CTRLPathwise(CTRL):
         returns = returns_to_go(rewards, sampled_costs(trajectory, self.kl_weight))
         assert self.value is not None
         memory, first = self.value.memory, not self.value.fitted
-        self.metrics = fit_only(self, trajectory, returns, keep, generator, rate, self.gradient_at == "next")
-        # the policy's own paths: the newest, and at first, when the policy is the reference, all of them
+        self.metrics = fit_value(self, trajectory, returns, keep, generator, rate, self.gradient_at == "next")
+        # the newest paths, the policy's own unless `reuse_reference`; at first, when it still is the reference, all of them
         self.metrics |= self.value.slope(memory if first else memory[-1:], generator)
         batch = flatten(trajectory, keep)
         order = torch.randperm(len(batch), generator=generator, device=batch.t0.device)

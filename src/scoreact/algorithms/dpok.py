@@ -29,7 +29,7 @@ from ..config import setting
 from ..rollout import Trajectory
 from ..types import Metrics
 from . import Batch, Rule, acting_steps, flatten, sampled_costs, surrogate
-from .ctrl import fit_value
+from .ctrl import fit_value, fitted_value
 
 
 @dataclass
@@ -51,7 +51,9 @@ class DPOK(Rule):
         returns = rewards.expand(len(trajectory.ts), -1)
         if self.later_costs:
             returns = returns_to_go(rewards, sampled_costs(trajectory, self.kl_weight))
-        values, self.metrics = fit_value(self, trajectory, returns, keep, generator, rate)
+        fit = fit_value(self, trajectory, returns, keep, generator, rate)
+        values, explained = fitted_value(self, returns[keep])
+        self.metrics = fit | explained
         return replace(flatten(trajectory, keep), advantage=(returns[keep + 1] - values).flatten())
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:

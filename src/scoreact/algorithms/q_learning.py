@@ -39,7 +39,7 @@ from ..config import setting
 from ..rollout import Trajectory
 from ..types import Metrics
 from . import Batch, Rule, acting_steps, flatten
-from .ctrl import fit_value
+from .ctrl import fit_value, fitted_value
 
 
 @dataclass
@@ -74,7 +74,9 @@ class QLearning(Rule):
         )
         returns = returns_to_go(rewards, brackets)
         values = returns.clone()
-        values[keep], self.metrics = fit_value(self, trajectory, returns, keep, generator, rate)
+        fit = fit_value(self, trajectory, returns, keep, generator, rate)
+        values[keep], explained = fitted_value(self, returns[keep])
+        self.metrics = fit | explained
         advantages = gae(values, torch.zeros_like(brackets), brackets, trajectory.ts, self.trace)
         return replace(batch, advantage=advantages[keep].flatten(), target=actions[keep].flatten(0, 1))
 
