@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from scoreact import girsanov
 from scoreact.algorithms import Batch, acting_steps, flatten, shift_of
-from scoreact.algorithms.ctrl import CTRL, gradients, pathwise_force
+from scoreact.algorithms.ctrl import CTRL, fit_value, fitted_value, gradients, pathwise_force
 from scoreact.algorithms.ctrl_pathwise import CTRLPathwise, believed
 from scoreact.algorithms.ctrl_trpo import CTRLTrustRegion
 from scoreact.models.mlp import ResidualModel, VectorValue
@@ -249,6 +249,19 @@ def test_pathwise_measures_how_far_to_follow_its_value(generator: torch.Generato
     rule.form = "clamped_displacement"  # the authors' published code knows no such thing
     rule.prepare(path, torch.zeros(50), generator, 1.0)
     assert rule.metrics["policy/force"] == 1.0
+
+
+def test_the_fitted_value_is_that_of_the_newest_paths(generator: torch.Generator) -> None:
+    setup = Setup(ddim)
+    rule = setup.rule(CTRL)
+    for _ in range(2):  # the first are still remembered: the fit was none yet
+        path, keep = setup.paths(20, generator), torch.arange(STEPS)
+        rule.value.fitted = False
+        fit_value(rule, path, torch.randn(STEPS + 1, 20, generator=generator), keep, generator, 1.0, end=True)
+    assert len(rule.value.memory) == 2
+    with torch.no_grad():
+        expected = [rule.value.value(t.expand(20), x, path.condition) for t, x in zip(path.ts, path.xs, strict=True)]
+    torch.testing.assert_close(fitted_value(rule, torch.randn(STEPS, 20))[0], torch.stack(expected[:-1]))
 
 
 @pytest.mark.parametrize(
