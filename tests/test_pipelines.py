@@ -190,7 +190,7 @@ def test_a_rollout_leaves_the_features_of_its_states() -> None:
 
 
 def test_what_a_reference_remembers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scoreact.models.diffusers.MEMORY", 4)
+    monkeypatch.setattr("scoreact.models.feature_memory.LIMIT", 4)
     model = tiny("ddpm")
     model.family.keeps_features = True
     reference, (_, x, condition) = model.reference(), inputs(model)

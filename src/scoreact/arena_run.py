@@ -73,8 +73,8 @@ class ArenaProblem:
         return updated(base, {**{k: v for k, v in settings.items() if k in own}, "rule": {}}, self.name)
 
 
-# on pictures: half a minute of one core, and a critic that leaves most of it to the policy
-PICTURES = {"batch_size": 128, "reference_batches": 5, "value_batch_size": 128, "value_first_steps": 120}
+# on pictures: half a minute of one core
+PICTURES = {"batch_size": 128, "reference_batches": 5, "value": "linear"}
 # on points: 60 iterations of `ctrl`
 PROBLEMS = {
     problem.name: problem

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import girsanov
 from .algorithms import Batch, Rows, Rule, find_rule
 from .config import Config
+from .linear_value import LinearHead, RidgeFit
 from .models import ScoreModel, device_of
 from .optim import AdamSteps, Diverged, NaturalGradient
 from .policy import Policy
@@ -64,10 +65,19 @@ def build_value(
     reward_of_state: Callable[[Tensor, Condition], Tensor],
 ) -> ValueNetwork:
     """The value network that the settings describe, untrained; reward_of_state: of x_data_hat, for value "residual"."""
+    link = config.kl_weight if config.value_loss == "log_probability" else None
+    if config.value == "linear":
+        keep = getattr(policy.reference, "keep_features", None)
+        if keep is None:
+            raise ValueError(
+                f"value is 'linear', but {type(policy.reference).__name__} has no features of its own to read; "
+                "use value network."
+            )
+        keep()
+        return ValueNetwork(LinearHead(sde.schedule), sde, policy, log_sigmoid=link)
     inputs = config.value_inputs if config.value == "network" else "x_data_hat"
     network = make() if make is not None else _default_value_network(policy.model, inputs)
     if config.value == "network":
-        link = config.kl_weight if config.value_loss == "log_probability" else None
         return ValueNetwork(network, sde, policy, config.value_inputs, link)
     terminal: Any = Surrogate(make()) if config.value == "surrogate" and make is not None else reward_of_state
     return ResidualValue(network, sde, policy, terminal)
@@ -94,6 +104,8 @@ def check_value(value: ValueNetwork, model: ScoreModel, prompts: Sequence[str]) 
 def value_fit(config: Config, value: ValueNetwork) -> ValueFit:
     """How the settings fit it."""
     c = config
+    if c.value == "linear":
+        return RidgeFit(value, c.kl_weight, c.value_loss, replay=c.value_replay)
     return ValueFit(
         value, c.kl_weight, c.value_loss, c.value_learning_rate, c.value_steps, c.value_first_steps, c.value_batch_size,
         c.value_replay, weight_decay=c.value_weight_decay,

@@ -98,8 +98,10 @@ class Config:
         0.9, "decay per iteration of the averaged weights, which are evaluated and saved", 0, 0.9999
     )
 
-    value: Literal["network", "residual", "surrogate"] = setting(
-        "network", "V = F; or c_skip R(x_data_hat) + c_out F with the reward itself (counted) or a learned stand-in"
+    value: Literal["network", "linear", "residual", "surrogate"] = setting(
+        "network",
+        "V = F; F linear in the pretrained network's features, solved for; or c_skip R(x_data_hat) + c_out F with the "
+        "reward itself (counted) or a learned stand-in",
     )
     value_loss: Literal["martingale", "soft", "log_probability"] = setting(
         "martingale", "mean return of the policy; the optimal value; the same when the reward is a log-probability"
@@ -140,9 +142,9 @@ class Config:
                 f"value_replay is {self.value_replay} but value_loss {self.value_loss!r} is on-policy; "
                 "use value_replay 1, or value_loss soft or log_probability."
             )
-        if self.value != "network" and self.value_loss == "log_probability":
+        if self.value not in ("network", "linear") and self.value_loss == "log_probability":
             raise ValueError(
-                f"value is {self.value!r} but value_loss log_probability needs value network; or use soft."
+                f"value is {self.value!r} but value_loss log_probability needs value network or linear; or use soft."
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -286,8 +286,7 @@ class Trainer:
             "minimiser": self.minimise.state_dict(),
             "rule": self.algorithm.state_dict(),
             "value": self.value.value.state_dict(),
-            "value_optimizer": self.value.optimizer.state_dict(),
-            "value_fitted": self.value.fitted,
+            "value_fit": self.value.state_dict(),
             "memory": [
                 {
                     "t": s.t,
@@ -322,8 +321,10 @@ class Trainer:
             self.value.value.load_state_dict(state["value"])
         except RuntimeError as error:
             raise ValueError(f"the checkpoint's value network is another one: {' '.join(str(error).split())}") from None
-        self.value.optimizer.load_state_dict(_optimizer_state(state["value_optimizer"]))
-        self.value.fitted = state["value_fitted"]
+        fit = state["value_fit"]
+        if "optimizer" in fit:
+            fit = {**fit, "optimizer": _optimizer_state(fit["optimizer"])}
+        self.value.load_state_dict(fit)
         self.value.memory = [
             Sample(s["t"], s["features"], s["target"], self.policy.model.condition(s["prompts"]), s["later_costs"])
             for s in state["memory"]

@@ -10,8 +10,9 @@ Sources: Zhao et al. 2025 (section 4), Jia & Zhou 2022 (martingale loss, arXiv 2
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,7 @@ class ValueNetwork(nn.Module):
         self._policy = (policy,)  # in a tuple: its parameters are not this module's
         self.inputs = inputs
         self.log_sigmoid = log_sigmoid
+        self.counted = getattr(network, "counted", True)
         self.calls = 0  # samples through the value network, training and gradients included
         if log_sigmoid is not None:
             self.log_spread = nn.Parameter(torch.zeros(KNOTS))  # log(s / scale), linear between even times
@@ -74,8 +76,12 @@ class ValueNetwork(nn.Module):
 
     def of_features(self, t: Tensor, features: Tensor, condition: Condition) -> Tensor:
         """V for inputs from `features`: [B]."""
-        self.calls += len(t)
-        output = self.shift + self.scale * self.network(features, t, condition).float()
+        self.calls += len(t) if self.counted else 0
+        return self.link(t, self.network(features, t, condition).float())
+
+    def link(self, t: Tensor, output: Tensor) -> Tensor:
+        """V where the network says `output`, [B]."""
+        output = self.shift + self.scale * output
         if self.log_sigmoid is None:
             return output
         spread = self.scale * self.spread(t)
@@ -83,9 +89,7 @@ class ValueNetwork(nn.Module):
 
     def spread(self, t: Tensor) -> Tensor:
         """s(t) / scale, [B]."""
-        place = (t * (KNOTS - 1)).clamp(0, KNOTS - 1)
-        low = place.floor().long().clamp(max=KNOTS - 2)
-        return torch.lerp(self.log_spread[low], self.log_spread[low + 1], place - low).exp()
+        return between_knots(self.log_spread, t).exp()
 
     def surprise(self, t: Tensor, features: Tensor, condition: Condition, logits: Tensor) -> Tensor:
         """-log p(logit | state) up to a constant, [B]: what the form of log-probabilities is fitted by."""
@@ -109,6 +113,13 @@ class ValueNetwork(nn.Module):
             values.append(value.detach())
             gradients.append(gradient)
         return torch.cat(values), torch.cat(gradients)
+
+
+def between_knots(values: Tensor, t: Tensor) -> Tensor:
+    """values [KNOTS] at even times in [0, 1], linear between them, at t [B]."""
+    place = (t * (KNOTS - 1)).clamp(0, KNOTS - 1)
+    low = place.floor().long().clamp(max=KNOTS - 2)
+    return torch.lerp(values[low], values[low + 1], place - low)
 
 
 class ResidualValue(ValueNetwork):
@@ -189,6 +200,11 @@ class Sample:
     condition: Condition
     later_costs: Tensor | None = None  # [M] sampled, in units of reward: the reward at the end is target + later_costs
 
+    @property
+    def paths(self) -> int:
+        """To how many paths the states belong; they lie time by time."""
+        return int((self.t == self.t[0]).sum())
+
 
 @dataclass
 class ValueFit:
@@ -258,19 +274,19 @@ class ValueFit:
         return {"value/loss": total / max(steps, 1)}
 
     @torch.no_grad()
-    def slope(self, samples: Sequence[Sample], generator: torch.Generator) -> Metrics:
-        """The slope of returns on V at `LOOKS` states of the policy's own paths, its standard error, and how good V is.
+    def slope(self, last: int, generator: torch.Generator) -> Metrics:
+        """The slope of returns on V at `LOOKS` states of the `last` paths remembered, its standard error, and how good V is.
 
         Above 1 V's gradient promises less than following it brings at once: V is the optimal value, which varies less
         than the policy's, or its fit is shrunk. At the optimum the slope is 1. The error is that of clusters: the states
         of a path share their return.
         """
-        rows, size = [], max(1, LOOKS // len(samples))
-        for number, sample in enumerate(samples):
+        rows, size, whole = [], max(1, LOOKS // last), len(self.memory)
+        for number in range(whole - last, whole):
+            sample = self.memory[number]
             index = torch.randperm(len(sample.t), generator=generator, device=sample.t.device)[:size]
-            value = self.value.of_features(sample.t[index], sample.features[index], sample.condition[index])
-            paths = int((sample.t == sample.t[0]).sum())
-            path = (distributed.rank() * len(samples) + number) * 2**14 + index % paths
+            value = self.values_at(number, index)
+            path = (distributed.rank() * whole + number) * 2**14 + index % sample.paths
             rows.append(torch.stack([sample.target[index], value, path.to(value)], dim=1))
         target, value, path = distributed.gathered(torch.cat(rows)).cpu().double().T
         metrics = {"value/explained_variance": explained_variance(value, target)}
@@ -282,6 +298,19 @@ class ValueFit:
             pulls = torch.zeros_like(x).index_add_(0, place, x * (y - slope * x))  # of each path on the slope
             metrics |= {"value/slope": slope, "value/slope_error": float(pulls.norm()) / spread}
         return metrics
+
+    def values_at(self, number: int, index: Tensor) -> Tensor:
+        """V at rows `index` of the remembered sample `number`."""
+        sample = self.memory[number]
+        return self.value.of_features(sample.t[index], sample.features[index], sample.condition[index])
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must survive a resume besides the network and what is remembered."""
+        return {"fitted": self.fitted, "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.fitted = state["fitted"]
+        self.optimizer.load_state_dict(state["optimizer"])
 
     def _loss(self, generator: torch.Generator) -> Tensor:
         """The loss at `batch_size` states of one remembered trajectory, in units of the value's scale."""

@@ -61,10 +61,10 @@ class CTRLPathwise(CTRL):
         keep = acting_steps(trajectory)
         returns = returns_to_go(rewards, sampled_costs(trajectory, self.kl_weight))
         assert self.value is not None
-        memory, first = self.value.memory, not self.value.fitted
+        first = not self.value.fitted
         self.metrics = fit_value(self, trajectory, returns, keep, generator, rate, self.gradient_at == "next")
         # the newest paths, the policy's own unless `reuse_reference`; at first, when it still is the reference, all of them
-        self.metrics |= self.value.slope(memory if first else memory[-1:], generator)
+        self.metrics |= self.value.slope(len(self.value.memory) if first else 1, generator)
         batch = flatten(trajectory, keep)
         order = torch.randperm(len(batch), generator=generator, device=batch.t0.device)
         chosen = order[: self.transitions or len(batch)]

@@ -30,9 +30,8 @@ from .. import prediction as kinds
 from ..prediction import Prediction
 from ..schedule import FromAlphasCumprod, Schedule
 from ..types import Condition, expand
+from .feature_memory import FeatureMemory
 from .value_head import FeatureValue
-
-MEMORY = 16384  # states whose features a reference remembers: more than a rollout's
 
 # --- time ------------------------------------------------------------------------------------------------------------
 
@@ -626,7 +625,7 @@ class PipelineModel(nn.Module):
         self.adapter_name = adapter
         self.network = network
         self.adapter = _tree({} if adapter is None else family.adapter(adapter))
-        self.memory: dict[tuple[float, int, int], Tensor] | None = None  # of a reference: features by state
+        self.memory: FeatureMemory | None = None  # of a reference
         self._end = weakref.finalize(self, _forget, family, adapter)
         self._end.atexit = False
         self.eval()
@@ -674,7 +673,7 @@ class PipelineModel(nn.Module):
         with self._acting():
             if family.keeps_features and self.memory is not None:
                 output, features = family.predict_and_features(self._denoiser, t, x, condition)
-                self._remember(_keys(t, x, condition), features.detach())
+                self.memory.add(t, x, condition, features)
             else:
                 output = family.predict(self._denoiser, t, x, condition)
         return kinds.convert(family.prediction, kinds.score, self.schedule, t, x, output)
@@ -691,28 +690,23 @@ class PipelineModel(nn.Module):
         A reference remembers those of the states whose score it was asked for; a gradient always takes a pass. See
         Family.features.
         """
-        keys = [] if x.requires_grad or self.memory is None else _keys(t, x, condition)
-        kept = [(self.memory or {}).get(key) for key in keys] or [None] * len(x)
-        missing = torch.tensor([i for i, row in enumerate(kept) if row is None], dtype=torch.long, device=x.device)
-        if len(missing):
-            with self._acting():
-                made = self.family.features(self._denoiser, t[missing], x[missing], condition[missing])
-            if len(missing) == len(x):
-                return made, len(x)
-            for i, row in zip(missing.tolist(), made, strict=True):
-                kept[i] = row
-        return torch.stack([row for row in kept if row is not None]), len(missing)
+        if x.requires_grad or self.memory is None:
+            return self._features(t, x, condition), len(x)
+        return self.memory.recall(t, x, condition, self._features)
+
+    def _features(self, t: Tensor, x: Tensor, condition: Condition) -> Tensor:
+        with self._acting():
+            return self.family.features(self._denoiser, t, x, condition)
+
+    def keep_features(self) -> None:
+        """A reference remembers from now on the features of every state whose score it is asked for."""
+        _ = self.family.feature_width  # says where there are none
+        self.family.keeps_features = True
 
     def feature_value(self) -> FeatureValue:
         """A new value network on the reference's features: `finetune(..., value_network=model.feature_value)`."""
-        self.family.keeps_features = True
+        self.keep_features()
         return FeatureValue(self.family.feature_width)
-
-    def _remember(self, keys: Sequence[tuple[float, int, int]], features: Tensor) -> None:
-        assert self.memory is not None
-        self.memory.update(zip(keys, features, strict=True))
-        for key in list(itertools.islice(self.memory, max(0, len(self.memory) - MEMORY))):
-            del self.memory[key]
 
     @property
     def _denoiser(self) -> Any:
@@ -777,7 +771,7 @@ class PipelineModel(nn.Module):
         After full fine-tuning there is no way back, so there it is a frozen copy of the denoiser as it is now.
         """
         view = PipelineModel(self.family) if self.network is None else copy.deepcopy(self).requires_grad_(False)
-        view.memory = {}
+        view.memory = FeatureMemory()
         return view
 
     def trainable_state(self) -> dict[str, Tensor]:
@@ -844,14 +838,6 @@ class PipelineModel(nn.Module):
             setattr(plain.get_submodule(parent), child, layer.get_base_layer())
         plain.__dict__.pop("peft_config", None)
         return plain
-
-
-def _keys(t: Tensor, x: Tensor, condition: Condition) -> list[tuple[float, int, int]]:
-    """What tells states apart: time, prompt, and a sum over the state's bits, in integers so that no batch changes it."""
-    bits = x.detach().float().contiguous().view(torch.int32).flatten(1).long()
-    weights = 2 * torch.arange(bits.shape[1], device=x.device) + 1
-    rows = [0] * len(x) if condition.embedding is None else condition.embedding.tolist()
-    return list(zip(t.tolist(), rows, (bits * weights).sum(1).tolist(), strict=True))
 
 
 def _forget(family: Family, adapter: str | None) -> None:

@@ -12,12 +12,14 @@ from ..names import did_you_mean
 from ..prediction import Prediction
 from ..schedule import Schedule
 from ..types import Condition
+from .feature_memory import FeatureMemory
 
 
 class NetworkModel(nn.Module):
     """A class-conditional diffusion or flow model around a network.
 
-    network: (x [B, *D], t [B], label [B]) -> [B, *D] of kind `prediction`; label len(classes) means "no class".
+    network: (x [B, *D], t [B], label [B]) -> [B, *D] of kind `prediction`; label len(classes) means "no class". With a method
+    `with_features` (the same, and features [B, F] of what it sees) a value can be read off it.
     shape: D. guidance_scale: 1 is the conditional model, w the score s_none + w (s_class - s_none) (Ho & Salimans 2022).
     low, high: the range of the data; decoded samples lie in [0, 1]. bfloat16: run the network in bfloat16 where that
     is the faster of the two; state in and score out are float32 all the same.
@@ -45,6 +47,7 @@ class NetworkModel(nn.Module):
         self.guidance_scale = guidance_scale
         self.low, self.high = low, high
         self.use_bfloat16 = bfloat16
+        self.memory: FeatureMemory | None = None
 
     @property
     def schedule(self) -> Schedule:
@@ -74,7 +77,11 @@ class NetworkModel(nn.Module):
     def score(self, t: Tensor, x: Tensor, condition: Condition) -> Tensor:
         assert condition.embedding is not None
         label = condition.embedding
-        output = self._predict(t, x, label)
+        if self.memory is None:
+            output = self._predict(t, x, label)
+        else:
+            output, features = self._with_features(t, x, label)
+            self.memory.add(t, x, condition, features)
         if self.guidance_scale != 1.0:
             none = self._predict(t, x, torch.full_like(label, len(self.classes)))
             output = none + self.guidance_scale * (output - none)
@@ -84,6 +91,31 @@ class NetworkModel(nn.Module):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.use_bfloat16):
             output: Tensor = self.network(x, t, label)
         return output.float()
+
+    def _with_features(self, t: Tensor, x: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.use_bfloat16):
+            output, features = self.network.with_features(x, t, label)  # type: ignore[operator]
+        return output.float(), features.float()
+
+    def keep_features(self) -> None:
+        """Remember from now on the features of every state whose score is asked for. Raises ValueError if there are none."""
+        if not callable(getattr(self.network, "with_features", None)):
+            raise ValueError(
+                f"{type(self.network).__name__} has no `with_features`, so there is nothing that a linear value could read; "
+                "give it one (output and features [B, F]), or use value network."
+            )
+        self.memory = FeatureMemory()
+
+    def features(self, t: Tensor, x: Tensor, condition: Condition) -> tuple[Tensor, int]:
+        """The network's own at (t [B], x [B, *D]), [B, F], and for how many states a pass had to be made."""
+
+        def make(t: Tensor, x: Tensor, condition: Condition) -> Tensor:
+            assert condition.embedding is not None
+            return self._with_features(t, x, condition.embedding)[1]
+
+        if x.requires_grad or self.memory is None:
+            return make(t, x, condition), len(x)
+        return self.memory.recall(t, x, condition, make)
 
     def decode(self, x: Tensor) -> Tensor:
         return ((x - self.low) / (self.high - self.low)).clamp(0, 1)

@@ -128,8 +128,13 @@ class UNet(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        return self.with_features(x, t, label)[0]
+
+    def with_features(self, x: Tensor, t: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """The output, and what the way up made of the picture: each block's channels, mean over positions, [B, F]."""
         h, (top, left) = fold(x, self.multiple)
         height, width = x.shape[-2:]
+        features = []
         embedding = F.silu(self.time(fourier_features(t, 64)) + self.label(label))
         h = self.stem(h)
         skips = []
@@ -141,9 +146,13 @@ class UNet(nn.Module):
                 h = layer(h)
         h = self.middle2(self.attention(self.middle1(h, embedding)), embedding)
         for layer in self.up:
-            h = layer(torch.cat([h, skips.pop()], 1), embedding) if isinstance(layer, ResBlock) else layer(h)
+            if isinstance(layer, ResBlock):
+                h = layer(torch.cat([h, skips.pop()], 1), embedding)
+                features.append(h.mean((2, 3)))
+            else:
+                h = layer(h)
         h = F.pixel_shuffle(self.head(F.silu(self.norm(h))), 2)
-        return h[..., top : top + height, left : left + width]
+        return h[..., top : top + height, left : left + width], torch.cat(features, dim=1)
 
 
 class Encoder(nn.Module):
