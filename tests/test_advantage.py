@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from scoreact.advantage import control_variate, explained_variance, gae, returns_to_go, standardised_per_step
+from scoreact.advantage import believed, control_variate, explained_variance, gae, returns_to_go, standardised_per_step
 
 # two paths of three steps
 VALUES = torch.tensor([[1.0, 0.0], [2.0, 0.5], [2.5, 0.0], [4.0, -1.0]])
@@ -71,14 +71,32 @@ def test_control_variate_finds_the_coefficients(generator: torch.Generator) -> N
     candidates = torch.randn(2, 3, 4000, generator=generator)  # [N, C, B]
     truth = torch.tensor([[0.2, 0.9, 0.0], [1.0, 0.0, 0.5]])
     advantages = (truth.unsqueeze(2) * candidates).sum(1) + 0.3 * torch.randn(2, 4000, generator=generator) + 7.0
-    torch.testing.assert_close(control_variate(advantages, candidates), truth, atol=0.03, rtol=0)
+    torch.testing.assert_close(control_variate(advantages, candidates, torch.ones(3)), truth, atol=0.03, rtol=0)
 
 
 def test_control_variate_stays_in_range_and_bears_zero_candidates() -> None:
     candidates = torch.stack([torch.tensor([1.0, -1.0, 1.0, -1.0]), torch.zeros(4)]).unsqueeze(0)
-    assert control_variate(5 * candidates[:, 0], candidates).tolist() == [[1.0, 0.0]]
-    assert control_variate(-5 * candidates[:, 0], candidates).tolist() == [[0.0, 0.0]]
-    assert control_variate(torch.ones(1, 4), torch.zeros(1, 2, 4)).tolist() == [[0.0, 0.0]]
+    assert control_variate(5 * candidates[:, 0], candidates, torch.ones(2)).tolist() == [[1.0, 0.0]]
+    assert control_variate(5 * candidates[:, 0], candidates, torch.tensor([3.0, 1.0])).tolist() == [[3.0, 0.0]]
+    assert control_variate(-5 * candidates[:, 0], candidates, torch.ones(2)).tolist() == [[0.0, 0.0]]
+    assert control_variate(torch.ones(1, 4), torch.zeros(1, 2, 4), torch.ones(2)).tolist() == [[0.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("slope", "error", "force"),
+    [
+        (1.0, 0.3, 1.0),
+        (1.2, 0.3, 1.0),
+        (0.8, 0.3, 1.0),
+        (4.0, 0.5, 3.5),
+        (0.5, 0.2, 0.7),
+        (90.0, 1.0, 6.0),
+        (-3.0, 1.0, 1 / 6),
+    ],
+)
+def test_only_what_is_beyond_the_error_is_believed(slope: float, error: float, force: float) -> None:
+    assert believed({"value/slope": slope, "value/slope_error": error}) == pytest.approx(force)
+    assert believed({}) == 1.0  # a value that is the same everywhere
 
 
 def test_explained_variance() -> None:

@@ -264,7 +264,7 @@ def test_the_slope_of_returns_on_the_value(generator: torch.Generator, monkeypat
             t = torch.arange(states).repeat_interleave(40) / 10
             target = (3 * value + 2 * noise + 7).repeat(states)
             sample = Sample(t, value.repeat(states).unsqueeze(1), target, Condition([""] * len(t)))
-            metrics = one(fit, sample).slope(1, generator)
+            metrics = one(fit, sample).slope_of_newest(1, generator)
             assert metrics["value/explained_variance"] == pytest.approx(
                 explained_variance(sample.features[:, 0], target), abs=1e-4
             )
@@ -274,7 +274,7 @@ def test_the_slope_of_returns_on_the_value(generator: torch.Generator, monkeypat
         assert 0.75 < float(slopes.std()) / float(errors.mean()) < 1.33
         assert float(errors.mean()) == pytest.approx(2 / 40**0.5, rel=0.15)
     monkeypatch.setattr(fit.value, "of_features", lambda t, features, condition: torch.zeros_like(t))
-    assert "value/slope" not in one(fit, sample).slope(1, generator)  # V the same everywhere
+    assert "value/slope" not in one(fit, sample).slope_of_newest(1, generator)  # V the same everywhere
 
 
 def test_replay_forgets_only_after_the_first_fit(generator: torch.Generator) -> None:

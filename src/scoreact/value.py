@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed
-from .advantage import explained_variance
+from .advantage import slope
 from .policy import Policy
 from .sde import SDE
 from .types import Condition, Metrics, expand
@@ -274,13 +274,8 @@ class ValueFit:
         return {"value/loss": total / max(steps, 1)}
 
     @torch.no_grad()
-    def slope(self, last: int, generator: torch.Generator) -> Metrics:
-        """The slope of returns on V at `LOOKS` states of the `last` paths remembered, its standard error, and how good V is.
-
-        Above 1 V's gradient promises less than following it brings at once: V is the optimal value, which varies less
-        than the policy's, or its fit is shrunk. At the optimum the slope is 1. The error is that of clusters: the states
-        of a path share their return.
-        """
+    def slope_of_newest(self, last: int, generator: torch.Generator) -> Metrics:
+        """The slope of the returns on V at `LOOKS` states of the `last` rollouts remembered: see `advantage.slope`."""
         rows, size, whole = [], max(1, LOOKS // last), len(self.memory)
         for number in range(whole - last, whole):
             sample = self.memory[number]
@@ -289,15 +284,7 @@ class ValueFit:
             path = (distributed.rank() * whole + number) * 2**14 + index % sample.paths
             rows.append(torch.stack([sample.target[index], value, path.to(value)], dim=1))
         target, value, path = distributed.gathered(torch.cat(rows)).cpu().double().T
-        metrics = {"value/explained_variance": explained_variance(value, target)}
-        x, y = value - value.mean(), target - target.mean()
-        spread = float(x.square().sum())
-        if spread > 0:
-            slope = float((x * y).sum()) / spread
-            _, place = path.unique(return_inverse=True)
-            pulls = torch.zeros_like(x).index_add_(0, place, x * (y - slope * x))  # of each path on the slope
-            metrics |= {"value/slope": slope, "value/slope_error": float(pulls.norm()) / spread}
-        return metrics
+        return slope(value, target, path)
 
     def values_at(self, number: int, index: Tensor) -> Tensor:
         """V at rows `index` of the remembered sample `number`."""

@@ -22,13 +22,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .. import girsanov
-from ..advantage import control_variate, explained_variance, gae, returns_to_go, standardised_per_step
+from .. import distributed, girsanov
+from ..advantage import believed, control_variate, gae, returns_to_go, slope, standardised_per_step
 from ..config import setting
 from ..rollout import Trajectory, step_of
 from ..types import Condition, Metrics, expand
 from ..value import Sample
-from . import Batch, Rule, acting_steps, flatten, in_parts, sampled_costs, states, surrogate
+from . import Batch, Rule, acting_steps, chunks, flatten, in_parts, sampled_costs, states, surrogate
 
 
 @dataclass
@@ -92,7 +92,9 @@ class CTRL(Rule):
             advantages = gae(values, costs, sampled, trajectory.ts, self.trace)
             own = beta * trajectory.controls
             candidates = torch.stack([(force * trajectory.noise).flatten(2).sum(2) for force in (own, forces)], dim=1)
-            weights = control_variate(advantages, candidates)
+            # least squares on few paths are noise: beyond 1 only as far as the returns say so at all states together
+            most = torch.tensor([1.0, max(1.0, believed(fit))], device=candidates.device)
+            weights = control_variate(advantages, candidates, most)
             fit["policy/value_force"] = float(weights[keep, 1].mean())
             shape = (-1, *[1] * (forces.ndim - 1))
             forces = weights[:, 0].reshape(shape) * own + weights[:, 1].reshape(shape) * forces
@@ -144,16 +146,16 @@ def fit_value(
     return rule.value.fit(generator, rate)
 
 
+@torch.no_grad()
 def fitted_value(rule: Rule, returns: Tensor) -> tuple[Tensor, Metrics]:
-    """V after `fit_value` at the same states, [K, B] as their returns, and the share of these that it explains."""
+    """V after `fit_value` at the same states, [K, B] as their returns, and what it says of these."""
     assert rule.value is not None
-    newest = rule.value.memory[-1]
-    rows = torch.arange(
-        returns.numel(), device=returns.device
-    )  # the path's end, where it is fitted too, comes after them
-    values = in_parts(rule.value.value.of_features, newest.t[rows], newest.features[rows], newest.condition[rows])
-    values = values.reshape(returns.shape)
-    return values, {"value/explained_variance": explained_variance(values, returns)}
+    # the path's end, where it is fitted too, comes after these rows
+    rows = torch.arange(returns.numel(), device=returns.device)
+    values = torch.cat([rule.value.values_at(-1, part) for part in chunks(rows)])
+    paths = rows.remainder(returns.shape[1]) + distributed.rank() * returns.shape[1]
+    found = slope(*(distributed.gathered(each.flatten()).cpu() for each in (values, returns, paths)))
+    return values.reshape(returns.shape), found
 
 
 def pathwise_force(rule: CTRL, batch: Batch, reference: Tensor, noise: Tensor, shift: Tensor | None = None) -> Tensor:

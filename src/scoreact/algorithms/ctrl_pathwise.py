@@ -11,7 +11,6 @@ Departs from it: a trust region; the multiplier `force`, which is measured. The 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -20,14 +19,12 @@ import torch
 from torch import Tensor
 
 from .. import girsanov
-from ..advantage import returns_to_go
+from ..advantage import believed, returns_to_go
 from ..config import setting
 from ..rollout import Trajectory, step_of
 from ..types import Metrics, expand, sum_over_data
 from . import Batch, acting_steps, flatten, sampled_costs
 from .ctrl import CTRL, fit_value, pathwise_force
-
-LIMIT = 6.0  # of a measured force
 
 
 @dataclass
@@ -64,7 +61,7 @@ class CTRLPathwise(CTRL):
         first = not self.value.fitted
         self.metrics = fit_value(self, trajectory, returns, keep, generator, rate, self.gradient_at == "next")
         # the newest paths, the policy's own unless `reuse_reference`; at first, when it still is the reference, all of them
-        self.metrics |= self.value.slope(len(self.value.memory) if first else 1, generator)
+        self.metrics |= self.value.slope_of_newest(len(self.value.memory) if first else 1, generator)
         batch = flatten(trajectory, keep)
         order = torch.randperm(len(batch), generator=generator, device=batch.t0.device)
         chosen = order[: self.transitions or len(batch)]
@@ -96,13 +93,6 @@ class CTRLPathwise(CTRL):
         displacement = (step.sample(batch.noise) - batch.x).clamp(-self.displacement_clamp, self.displacement_clamp)
         gradient = self.kl_weight * batch.target / expand(batch.std, batch.target)
         return sum_over_data(gradient * displacement).clamp(-self.loss_clamp, self.loss_clamp)
-
-
-def believed(fit: Metrics) -> float:
-    """The slope of the returns on V, as far as it is further from 1 than its standard error; in 1 / LIMIT to LIMIT."""
-    slope, error = fit.get("value/slope", 1.0), fit.get("value/slope_error", 0.0)
-    gain = 1 + math.copysign(max(abs(slope - 1) - error, 0.0), slope - 1)
-    return min(max(gain, 1 / LIMIT), LIMIT)
 
 
 RULES = {"ctrl_pathwise": CTRLPathwise}
