@@ -228,12 +228,13 @@ def test_the_features_carry_a_value(rule: str, tmp_path: Path) -> None:
     """The recipe's option: the head learns what the reward is from the reference's paths; no pass more than the encoder's."""
     make("sd3", spelling_tokenizer()).save_pretrained(tmp_path / "tiny")
     calls, explained = {}, {}
-    for kind in ("encoder", "features"):
-        problem = build(str(tmp_path / "tiny"), "cat", 2, guidance_scale=1.0, value_network=kind)
+    for kind in ("encoder", "features", "linear"):
+        network = "features" if kind == "features" else "encoder"
+        problem = build(str(tmp_path / "tiny"), "cat", 2, guidance_scale=1.0, value_network=network)
         changes = dict(
             algorithm=rule, batch_size=32, steps=3, reference_batches=2, kl_weight=0.1, value_batch_size=64,
             value_first_steps=150 if kind == "features" else 1, value_learning_rate=5e-3, minibatch_size=32,
-            heldout_samples=4, device="cpu",
+            heldout_samples=4, device="cpu", value="linear" if kind == "linear" else "network",
         )  # fmt: skip
         trainer = Trainer(
             problem.model, lambda s, c: 100 * light(s, c), ["cat"], problem.value_network, updated(SETTINGS, changes)
@@ -242,7 +243,10 @@ def test_the_features_carry_a_value(rule: str, tmp_path: Path) -> None:
         assert trainer.policy.network_calls == 2 * 32 * 3
         metrics = trainer.iterate()
         calls[kind], explained[kind] = trainer.policy.network_calls, metrics["value/explained_variance"]
-    assert calls["features"] == calls["encoder"]
+    assert calls["features"] == calls["encoder"] == calls["linear"]
+    assert (
+        -0.5 < explained["linear"] < explained["features"]
+    )  # of paths that its fits did not see; on random weights none
     assert explained["features"] > 0.15 > explained["encoder"] + 0.1  # the encoder was not fitted
     assert metrics["policy/step_kl"] > 0
 
