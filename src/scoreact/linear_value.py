@@ -107,7 +107,7 @@ class RidgeFit(ValueFit):
 
     @torch.no_grad()
     def fit(self, generator: torch.Generator, rate: float = 1.0) -> Metrics:
-        """Solve; `rate` is not used."""
+        """Solve; nothing is drawn, and `rate` is not used."""
         value, memory = self.value, self.memory
         if not self.fitted:
             outcomes = torch.cat([self._outcome(sample) for sample in memory])
@@ -119,16 +119,13 @@ class RidgeFit(ValueFit):
         t = torch.cat([s.t for s in memory])
         weight = torch.cat([self._weight(s) for s in memory])
         y = torch.cat([(self._outcome(s) - value.shift) / value.scale for s in memory])
-        paths = [s.paths for s in memory]
+        paths = sum(s.paths for s in memory)
         sizes = [len(s.t) for s in memory]
-        fold = torch.cat([
-            torch.randperm(count, generator=generator, device=t.device).remainder(FOLDS).repeat(size // count)
-            for count, size in zip(paths, sizes, strict=True)
-        ])  # fmt: skip
+        fold = torch.cat([_fold(s).repeat(len(s.t) // s.paths) for s in memory])
         parts = [torch.nonzero(fold == k).flatten() for k in range(FOLDS)]
-        grams = [_summed((weight[rows, None] * phi[rows]).T @ phi[rows]) for rows in parts]
+        grams = [_summed((weight[rows, None] * phi[rows]).double().T @ phi[rows].double()) for rows in parts]
         gram_of_all = torch.stack(grams).sum(0)
-        per_path = sum(sizes) / sum(paths)  # states of a path share its noise, and count as one
+        per_path = sum(sizes) / paths  # states of a path share its noise, and count as one
         offset = torch.arange(phi.shape[1], device=t.device) >= 2 * len(self.head.mean)
 
         def solved(gram: Tensor, moment: Tensor, ridge: float) -> Tensor:
@@ -149,7 +146,7 @@ class RidgeFit(ValueFit):
             distributed.average([found])
             return float(found[0] / found[1])
 
-        count = int(distributed.world() * sum(paths))
+        count = int(distributed.world() * paths)
         if count >= 2 * self.searched:
             self.searched = count
             self.ridge = min(RIDGES, key=lambda ridge: error(left_out(ridge, y), y))
@@ -203,6 +200,12 @@ class RidgeFit(ValueFit):
 def knots(t: Tensor) -> Tensor:
     """The hat functions of `KNOTS` even times in [0, 1] at t [B]: [KNOTS, B]."""
     return (1 - (t * (KNOTS - 1) - torch.arange(KNOTS, device=t.device)[:, None]).abs()).clamp(min=0)
+
+
+def _fold(sample: Sample) -> Tensor:
+    """To which fold each path belongs, by the bits of its first features: a path that is remembered twice is in one fold."""
+    bits = sample.features[: sample.paths].float().contiguous().view(torch.int32).long().sum(1)
+    return (bits * 2654435761 >> 24).remainder(FOLDS)
 
 
 def _summed(x: Tensor) -> Tensor:
