@@ -99,7 +99,7 @@ def made(folder: Path, third: Path) -> str:
         parts += [
             table(titles, rows),
             "With a third of the network calls: share, and the reward calls it took, beside what `ddpo` reaches with all of "
-            "them. Settings searched at that budget, on `series` at 30k.",
+            "them. Settings searched at that budget, on `series` at 30k; on pictures those of the whole budget.",
         ]
     parts = [part if part.startswith("|") else textwrap.fill(part, 128) for part in parts]
     return "\n\n".join(parts) + "\n"

@@ -13,6 +13,12 @@ import torch
 
 from scoreact import distributed
 from scoreact.checkpoint import read_tensors
+from scoreact.config import updated
+from scoreact.linear_value import RidgeFit
+from scoreact.recipes import recipes
+from scoreact.trainer import Trainer
+from scoreact.types import Condition
+from scoreact.value import Sample
 
 WORKER = """
 from pathlib import Path
@@ -53,6 +59,17 @@ settings = {"algorithm": "draft", "batch_size": 32, "heldout_samples": 8, "devic
 drawing = Trainer(recipe.build().model, problem.reward, problem.prompts, None, updated(recipe.config, settings))
 weights["said"] = torch.tensor([drawing.iterate()[name] for name in ("reward/mean", "policy/kl")])
 write_tensors(Path(f"rank{rank}.safetensors"), {**weights, "paths": trajectory.xs})
+
+recipe = recipes()["plain"]  # a value that is solved for
+settings = {"value": "linear", "batch_size": 20, "reference_batches": 1, "heldout_samples": 8, "device": "cpu"}
+problem = recipe.build()
+linear = Trainer(problem.model, problem.reward, problem.prompts, None, updated(recipe.config, settings))
+linear.look_at_reference()
+linear.value.fit(linear.generator)
+[sample] = linear.value.memory
+seen = {"t": sample.t, "features": sample.features, "target": sample.target, "embedding": sample.condition.embedding}
+state = {f"value.{n}": p for n, p in linear.value.value.state_dict().items()}
+write_tensors(Path(f"linear{rank}.safetensors"), {**seen, **state, "ridge": torch.tensor(linear.value.ridge)})
 """
 
 
@@ -73,6 +90,31 @@ def test_both_have_the_same_weights_and_draw_other_paths(tmp_path: Path) -> None
     assert not torch.equal(one.pop("paths"), two.pop("paths"))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert float(one["shares"].min()) < 1  # the bound was at work
+
+
+@pytest.mark.slow
+def test_a_value_that_is_solved_for_is_that_of_all_paths(tmp_path: Path) -> None:
+    (tmp_path / "worker.py").write_text(WORKER)
+    done = launch(tmp_path, "worker.py")
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [read_tensors(tmp_path / f"linear{rank}.safetensors") for rank in (0, 1)]
+    states = [{n[6:]: p for n, p in each.items() if n.startswith("value.")} for each in found]
+    assert all(torch.equal(p, states[1][n]) for n, p in states[0].items())
+    assert not torch.equal(found[0]["features"], found[1]["features"])
+    recipe = recipes()["plain"]
+    config = updated(recipe.config, {"value": "linear", "reference_batches": 1, "batch_size": 20, "device": "cpu"})
+    problem = recipe.build()
+    alone = Trainer(problem.model, problem.reward, problem.prompts, None, config).value
+    alone.value.load_state_dict(states[0])
+    assert isinstance(alone, RidgeFit)
+    alone.fitted, alone.ridge, alone.searched = True, float(found[0]["ridge"]), 10**6
+    for each in found:
+        names = [problem.prompts[row] for row in each["embedding"].tolist()]
+        alone.memory.append(Sample(each["t"], each["features"], each["target"], Condition(names, each["embedding"])))
+    weight = alone.head.weight.clone()
+    alone.fit(torch.Generator())
+    assert float(weight.norm()) > 0.1
+    torch.testing.assert_close(alone.head.weight, weight, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow

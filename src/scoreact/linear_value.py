@@ -54,7 +54,7 @@ class LinearHead(nn.Module):
         rows = [_rows(sample.condition) for sample in samples]
         most = max(0 if row is None else 1 + int(row.max()) for row in rows)
         self.prompts = distributed.gathered(torch.tensor([most], device=features.device)).max()
-        self.weight = features.new_zeros(2 * features.shape[1] + 2 * max(1, most) + KNOTS)
+        self.weight = features.new_zeros(2 * features.shape[1] + 2 * max(1, int(self.prompts)) + KNOTS)
 
     def basis(self, features: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """phi [B, D]."""
