@@ -511,6 +511,15 @@ def test_every_rule_has_a_search_space_inside_its_settings() -> None:
                 assert scale == "linear" or low > 0
 
 
+def test_a_value_that_takes_no_steps_has_none_to_search() -> None:
+    network, linear = (
+        search_space("ctrl", Job("ctrl", TINY, 0, 0.5, 1, 1, settings={"value": value}).config())
+        for value in ("network", "linear")
+    )
+    assert set(network) - set(linear) == {"value_learning_rate", "value_batch_size", "value_steps", "value_first_steps"}
+    assert linear["reference_batches"] == network["reference_batches"] == [4, 2, 1]
+
+
 def test_a_rules_own_search_is_used_and_a_wrong_name_in_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     from scoreact.algorithms.ctrl import CTRL
 

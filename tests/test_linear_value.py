@@ -36,9 +36,9 @@ VARIANCE = float(SLOPE.square().sum())
 class Normal(GaussianMixture):
     """Standard normal data, whose features are the state: then V of a linear reward is linear in them, gate and all."""
 
-    def __init__(self, mean: Tensor | None = None) -> None:
+    def __init__(self, mean: Tensor | None = None, variance: float = 1.0) -> None:
         where = torch.zeros(2) if mean is None else mean
-        super().__init__(VP(t_max=0.999), torch.ones(1), where[None], torch.eye(2)[None])
+        super().__init__(VP(t_max=0.999), torch.ones(1), where[None], variance * torch.eye(2)[None])
 
     def keep_features(self) -> None:
         self.asked = True
@@ -94,6 +94,18 @@ def test_the_mean_return_of_normal_data(generator: torch.Generator) -> None:
     assert torch.allclose(value, alpha * (x @ SLOPE), atol=0.1)
     assert float((value - alpha * (x @ SLOPE)).square().mean()) < 1e-3
     assert torch.allclose(gradient, alpha[:, None] * SLOPE, atol=0.06)
+
+
+def test_a_slope_that_is_not_the_gates(generator: torch.Generator) -> None:
+    """Data of variance 9: E[a x_1 | x_t] = 9 alpha / (9 alpha^2 + sigma^2) a x_t, which alpha alone cannot follow."""
+    base = Normal(variance=9.0)
+    fit = fitted("martingale", Policy(base, base), 400, generator)
+    t, x, alpha = places(generator)
+    exact = 9 * alpha / (9 * alpha**2 + 1 - alpha**2)
+    _, gradient = fit.value.gradient(t, x, Condition([""] * 64))
+    found = gradient @ SLOPE / VARIANCE
+    constant = float((exact * alpha).sum() / alpha.square().sum())  # the best multiple of alpha
+    assert float((found - exact).square().mean()) < 0.5 * float((constant * alpha - exact).square().mean())
 
 
 @pytest.mark.parametrize("tilted", [False, True])
