@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from scoreact import prediction
 from scoreact.algorithms import acting_steps, states
 from scoreact.assembly import build_value, value_fit
+from scoreact.checkpoint import read_tensors, write_tensors
 from scoreact.config import Config
 from scoreact.linear_value import FOLDS, LinearHead, RidgeFit
 from scoreact.models.gaussian_mixture import GaussianMixture
@@ -280,6 +281,10 @@ def test_a_saved_value_is_the_runs_own(tmp_path: Path) -> None:
     t, x, condition = torch.full((4,), 0.5), torch.randn(4, 1, 8, 8), model.condition(["cat", "dog"] * 2)
     assert float(value(t, x, condition).std()) > 0.05
     assert not torch.equal(value(t, x, condition), value(t, x, model.condition(["cat"] * 4)))
+    state = read_tensors(tmp_path / "run" / "value.safetensors")
+    write_tensors(tmp_path / "other.safetensors", {**state, "network.weight": state["network.weight"][1:]})
+    with pytest.raises(ValueError, match="is another network's: .* 62 weights where 24 features and 2 prompts have 63"):
+        load_value(tmp_path / "other.safetensors", None, config, policy, bright)
 
 
 def test_models_without_features_are_told() -> None:

@@ -54,7 +54,7 @@ class LinearHead(nn.Module):
         rows = [_rows(sample.condition) for sample in samples]
         most = max(0 if row is None else 1 + int(row.max()) for row in rows)
         self.prompts = distributed.gathered(torch.tensor([most], device=features.device)).max()
-        self.weight = features.new_zeros(2 * features.shape[1] + 2 * max(1, int(self.prompts)) + KNOTS)
+        self.weight = features.new_zeros(self._size())
 
     def basis(self, features: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """phi [B, D]."""
@@ -71,10 +71,20 @@ class LinearHead(nn.Module):
         return self.basis(features, t, condition) @ self.weight
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """The sizes are those that were fitted; what does not fit together is an error."""
         for name in ("mean", "std", "weight"):
             if prefix + name in state:
                 setattr(self, name, torch.empty_like(state[prefix + name]))
         super()._load_from_state_dict(state, prefix, *rest)
+        wanted = self._size()
+        if len(self.weight) not in (0, wanted):
+            errors: list[str] = rest[-1]
+            errors.append(
+                f"{len(self.weight)} weights where {len(self.mean)} features and {self.prompts} prompts have {wanted}"
+            )
+
+    def _size(self) -> int:
+        return 2 * len(self.mean) + 2 * max(1, int(self.prompts)) + KNOTS
 
 
 def _rows(condition: Condition) -> Tensor | None:
