@@ -283,7 +283,7 @@ def test_a_saved_value_is_the_runs_own(tmp_path: Path) -> None:
     assert not torch.equal(value(t, x, condition), value(t, x, model.condition(["cat"] * 4)))
     state = read_tensors(tmp_path / "run" / "value.safetensors")
     write_tensors(tmp_path / "other.safetensors", {**state, "network.weight": state["network.weight"][1:]})
-    with pytest.raises(ValueError, match="is another network's: .* 62 weights where 24 features and 2 prompts have 63"):
+    with pytest.raises(ValueError, match=r"is another network's: .* 62 weights where 24 features and 2 prompts have 63"):
         load_value(tmp_path / "other.safetensors", None, config, policy, bright)
 
 
