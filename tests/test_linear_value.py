@@ -125,14 +125,15 @@ def test_the_optimal_value_whatever_policy_drew_the_paths(tilted: bool, generato
     assert float(first.std()) < 0.15 if tilted else float(first.std()) > 0.8
 
 
-def test_a_log_probability_whose_logit_is_normal(generator: torch.Generator) -> None:
-    """V = beta log E sigmoid(l), l = a x_1 + b: normal given the state, so by quadrature."""
+@pytest.mark.parametrize("moved", [0.0, 0.5])
+def test_a_log_probability_whose_logit_is_normal(moved: float, generator: torch.Generator) -> None:
+    """V = beta log E sigmoid(l), l = a x_1 + b: normal given the state, so by quadrature; whatever policy drew the paths."""
     base = Normal()
 
     def outcome(x: Tensor) -> Tensor:
         return BETA * nn.functional.logsigmoid(2 * (x @ SLOPE) - 1)
 
-    fit = fitted("log_probability", Policy(base, base), 400, generator, outcome)
+    fit = fitted("log_probability", Policy(Normal(moved * SLOPE), base), 400, generator, outcome)
     t, x, alpha = places(generator)
     z = torch.randn(20_000, generator=generator)
     logits = 2 * (alpha * (x @ SLOPE))[:, None] - 1 + 2 * ((1 - alpha**2) * VARIANCE).sqrt()[:, None] * z
@@ -283,7 +284,9 @@ def test_a_saved_value_is_the_runs_own(tmp_path: Path) -> None:
     assert not torch.equal(value(t, x, condition), value(t, x, model.condition(["cat"] * 4)))
     state = read_tensors(tmp_path / "run" / "value.safetensors")
     write_tensors(tmp_path / "other.safetensors", {**state, "network.weight": state["network.weight"][1:]})
-    with pytest.raises(ValueError, match=r"is another network's: .* 62 weights where 24 features and 2 prompts have 63"):
+    with pytest.raises(
+        ValueError, match=r"is another network's: .* 62 weights where 24 features and 2 prompts have 63"
+    ):
         load_value(tmp_path / "other.safetensors", None, config, policy, bright)
 
 
