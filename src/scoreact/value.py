@@ -89,7 +89,7 @@ class ValueNetwork(nn.Module):
 
     def spread(self, t: Tensor) -> Tensor:
         """s(t) / scale, [B]."""
-        return between_knots(self.log_spread, t).exp()
+        return (self.log_spread @ knots(t)).exp()
 
     def surprise(self, t: Tensor, features: Tensor, condition: Condition, logits: Tensor) -> Tensor:
         """-log p(logit | state) up to a constant, [B]: what the form of log-probabilities is fitted by."""
@@ -115,11 +115,9 @@ class ValueNetwork(nn.Module):
         return torch.cat(values), torch.cat(gradients)
 
 
-def between_knots(values: Tensor, t: Tensor) -> Tensor:
-    """values [KNOTS] at even times in [0, 1], linear between them, at t [B]."""
-    place = (t * (KNOTS - 1)).clamp(0, KNOTS - 1)
-    low = place.floor().long().clamp(max=KNOTS - 2)
-    return torch.lerp(values[low], values[low + 1], place - low)
+def knots(t: Tensor) -> Tensor:
+    """The hat functions of `KNOTS` even times in [0, 1] at t [B]: [KNOTS, B]; values at the knots @ them are linear between."""
+    return (1 - (t * (KNOTS - 1) - torch.arange(KNOTS, device=t.device)[:, None]).abs()).clamp(min=0)
 
 
 class ResidualValue(ValueNetwork):
