@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scoreact.arena_report import summary
-from scoreact.checkpoint import resume_lines
+from scoreact.arena.statistics import summarise
+from scoreact.support.files import resume_lines
 
 HERE = Path(__file__).resolve().parent
 MARKS = ("<!-- arena-table -->\n", "<!-- /arena-table -->")
@@ -73,7 +73,7 @@ def by_rank(places: Sequence[dict[str, Any]]) -> list[str]:
 
 def made(folder: Path, third: Path) -> str:
     """The tables, and where they come from."""
-    places, short = (summary(resume_lines(path / "results.jsonl")) for path in (folder, third))
+    places, short = (summarise(resume_lines(path / "results.jsonl")) for path in (folder, third))
     rules = by_rank(places)
     names = [place["problem"] for place in places]
     seeds = min(e["runs"] for place in [*places, *short] for e in place["rules"] if e["runs"])

@@ -35,14 +35,15 @@ import torch
 import transformers
 from torch import Tensor
 
-from scoreact.config import Config
-from scoreact.models.diffusers import PipelineModel, pipeline_model
-from scoreact.policy import Policy
-from scoreact.rollout import rollout
-from scoreact.rounding import rounding_kl
-from scoreact.sde import SDE, noise_level
-from scoreact.solvers import ddim
-from scoreact.trainer import Trainer
+from scoreact.control.policy import Policy
+from scoreact.control.rollout import rollout
+from scoreact.dynamics.sde import SDE, noise_level
+from scoreact.dynamics.solvers import ddim
+from scoreact.models.pipelines.model import PipelineModel
+from scoreact.models.pipelines.opening import pipeline_model
+from scoreact.training.config import Config
+from scoreact.training.rounding import rounding_kl
+from scoreact.training.trainer import Trainer
 from scoreact.types import Condition
 
 PROMPTS = ["a cat", "two dogs"]

@@ -25,10 +25,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from torch import Tensor
 
-from scoreact.config import updated
-from scoreact.recipes import Problem, recipes
+from scoreact.recipes.base import Problem, recipes
 from scoreact.rewards.base import FunctionReward
-from scoreact.run import finetune
+from scoreact.runs.run import finetune
+from scoreact.training.config import updated
 from scoreact.types import Condition
 
 BONUS, CORNER = 10.0, 8  # reward of a white corner, and its side in pixels (in the model's pictures: 0.06 +- 0.07)

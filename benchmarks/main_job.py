@@ -23,16 +23,18 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
-from scoreact.config import updated
-from scoreact.evaluation import balanced, diversity, evaluate, recovered
-from scoreact.metrics import confidence_interval
-from scoreact.policy import Policy
-from scoreact.recipes import recipes
-from scoreact.rollout import rollout
-from scoreact.run import finetune
-from scoreact.schedule import GRIDS
-from scoreact.sde import SDE, noise_level
-from scoreact.solvers import SOLVERS
+from scoreact.control.policy import Policy
+from scoreact.control.rollout import rollout
+from scoreact.dynamics.grids import GRIDS
+from scoreact.dynamics.sde import SDE, noise_level
+from scoreact.dynamics.solvers import SOLVERS
+from scoreact.evaluation.evaluate import diversity, evaluate
+from scoreact.evaluation.metrics import confidence_interval
+from scoreact.evaluation.optimum import recovered
+from scoreact.recipes.base import recipes
+from scoreact.runs.run import finetune
+from scoreact.sampling.draw import balanced
+from scoreact.training.config import updated
 from scoreact.types import Condition, groups
 
 ROWS = {

@@ -34,21 +34,23 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from torch import Tensor, nn
 
-from scoreact.checkpoint import append_line, resume_lines
-from scoreact.config import Config, updated
-from scoreact.metrics import confidence_interval
+from scoreact.control.policy import Policy
+from scoreact.control.rollout import rollout
+from scoreact.dynamics.grids import uniform
+from scoreact.dynamics.schedule import Schedule
+from scoreact.dynamics.sde import SDE, noise_level
+from scoreact.dynamics.solvers import euler_maruyama, step_of
+from scoreact.evaluation.metrics import confidence_interval
 from scoreact.models.gaussian_mixture import GaussianMixture
-from scoreact.models.mlp import ResidualModel, VectorValue
-from scoreact.policy import Policy
+from scoreact.models.mlp import ResidualModel
+from scoreact.models.value_networks import VectorValue
 from scoreact.recipes.gaussian import linear_reward, mixture, quadratic_reward
 from scoreact.rewards import Quadratic
-from scoreact.rollout import rollout, step_of
-from scoreact.run import finetune
-from scoreact.schedule import Schedule, uniform
-from scoreact.sde import SDE, noise_level
-from scoreact.solvers import euler_maruyama
+from scoreact.runs.run import finetune
+from scoreact.support.files import append_line, resume_lines
+from scoreact.support.workers import Workers
+from scoreact.training.config import Config, updated
 from scoreact.types import Condition
-from scoreact.workers import Workers
 
 RULES = ("ctrl", "ctrl_pathwise", "ctrl_trpo")
 FLOORS = {"ctrl": 0.95, "ctrl_pathwise": 0.90, "ctrl_trpo": 0.90}  # of the mean over seeds

@@ -22,10 +22,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from torch import Tensor
 
-from scoreact.config import updated
-from scoreact.recipes import recipes
+from scoreact.recipes.base import recipes
 from scoreact.rewards import Reward, load
-from scoreact.trainer import Trainer
+from scoreact.training.config import updated
+from scoreact.training.trainer import Trainer
 
 
 def slow(images: Tensor, seconds: float = 1.0) -> Tensor:

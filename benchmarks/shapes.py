@@ -289,9 +289,9 @@ GUIDANCE = 2.0  # of every picture here: weak, and the same before and after
 
 def look(model: Any, folder: Path, each: int, steps: int, seed: int = 0) -> tuple[dict[str, Any], Tensor]:
     """`each` samples a caption by `steps` steps of DDIM with noise: shares with 95 % intervals, and the pictures."""
-    from scoreact.evaluation import draw as sample
-    from scoreact.schedule import GRIDS
-    from scoreact.solvers import sampler_by_name
+    from scoreact.dynamics.grids import GRIDS
+    from scoreact.dynamics.samplers import sampler_by_name
+    from scoreact.sampling.draw import draw as sample
 
     prompts = [caption for caption in CAPTIONS for _ in range(each)]
     ts = GRIDS["uniform"](model.schedule, steps, None)
@@ -311,10 +311,10 @@ def train(folder: Path, out: Path | None, picture: Path | None, each: int, setti
     """Fine-tune an adapter of rank 8 to the reward; print the held-out judge's view before and after."""
     import scoreact as sa
     from scoreact import rewards
-    from scoreact.config import updated
-    from scoreact.figures import gallery
-    from scoreact.models.diffusers import pipeline_model
-    from scoreact.models.unet import Encoder
+    from scoreact.models.pipelines.opening import pipeline_model
+    from scoreact.models.value_networks import Encoder
+    from scoreact.report.figures import gallery
+    from scoreact.training.config import updated
 
     torch.manual_seed(0)  # of the adapter's initial weights
     model = pipeline_model(str(folder), lora_rank=8, guidance_scale=GUIDANCE, vae_slicing=False)

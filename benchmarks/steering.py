@@ -21,18 +21,21 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
-from scoreact.checkpoint import read_lines
-from scoreact.cli_source import load_policy, open_run
-from scoreact.config import updated
-from scoreact.evaluation import balanced, evaluate, mean_and_error
-from scoreact.policy import Policy
-from scoreact.recipes import Problem, recipes
+from scoreact.control.policy import Policy
+from scoreact.dynamics.grids import GRIDS
+from scoreact.dynamics.sde import NOISES, SDE
+from scoreact.dynamics.solvers import SOLVERS
+from scoreact.evaluation.evaluate import evaluate
+from scoreact.evaluation.optimum import mean_and_error
+from scoreact.recipes.base import Problem, recipes
 from scoreact.rewards import checked
-from scoreact.run import finetune
-from scoreact.schedule import GRIDS
-from scoreact.sde import NOISES, SDE
-from scoreact.solvers import SOLVERS
-from scoreact.steering import Steering, best_of_kl, load_value
+from scoreact.runs.run import finetune
+from scoreact.runs.source import load_policy, load_value, open_run
+from scoreact.sampling.draw import balanced
+from scoreact.sampling.particles import best_of_kl
+from scoreact.sampling.steering import Steering
+from scoreact.support.files import read_lines
+from scoreact.training.config import updated
 
 STRENGTHS = {"interpolate": (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0), "value": (0.25, 0.5, 1.0, 1.5, 2.0)}
 PARTICLES = (2, 4, 8, 16, 32)

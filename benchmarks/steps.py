@@ -23,19 +23,20 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
-from scoreact.checkpoint import append_line, resume_lines
-from scoreact.config import Config, updated
-from scoreact.evaluation import estimate_optimum, evaluate, recovered
-from scoreact.metrics import confidence_interval
-from scoreact.policy import Policy
-from scoreact.recipes import Problem, recipes
+from scoreact.control.policy import Policy
+from scoreact.control.rollout import rollout
+from scoreact.dynamics.grids import uniform
+from scoreact.dynamics.sde import SDE, noise_level
+from scoreact.dynamics.solvers import ddim
+from scoreact.evaluation.evaluate import evaluate
+from scoreact.evaluation.metrics import confidence_interval
+from scoreact.evaluation.optimum import estimate_optimum, recovered
+from scoreact.recipes.base import Problem, recipes
 from scoreact.recipes.gaussian import mixture, quadratic_reward
-from scoreact.rollout import rollout
-from scoreact.run import finetune
-from scoreact.schedule import uniform
-from scoreact.sde import SDE, noise_level
-from scoreact.solvers import ddim
-from scoreact.workers import Workers
+from scoreact.runs.run import finetune
+from scoreact.support.files import append_line, resume_lines
+from scoreact.support.workers import Workers
+from scoreact.training.config import Config, updated
 
 RULES = ("ctrl", "ctrl_pathwise", "ctrl_trpo", "dpok", "flow_grpo", "ddpo")
 STEPS = (5, 10, 20, 50)

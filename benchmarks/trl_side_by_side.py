@@ -64,8 +64,8 @@ def ours(run: Run) -> Run:
 
     import scoreact as sa
     from scoreact import rewards
-    from scoreact.models.diffusers import pipeline_model
-    from scoreact.models.unet import Encoder
+    from scoreact.models.pipelines.opening import pipeline_model
+    from scoreact.models.value_networks import Encoder
 
     torch.set_num_threads(1)
     torch.manual_seed(run["seed"])  # of the adapter's initial weights

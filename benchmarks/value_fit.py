@@ -20,13 +20,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from torch import Tensor
 
-from scoreact import girsanov
-from scoreact.advantage import explained_variance
-from scoreact.algorithms import acting_steps
-from scoreact.arena_run import Job, known_problem
-from scoreact.rollout import Trajectory
-from scoreact.trainer import Trainer
-from scoreact.value import ValueNetwork
+from scoreact.arena.problems import Job, known_problem
+from scoreact.control.advantage import explained_variance
+from scoreact.control.trajectory import Trajectory
+from scoreact.control.transitions import acting_steps
+from scoreact.control.value import ValueNetwork
+from scoreact.dynamics import girsanov
+from scoreact.training.trainer import Trainer
 
 FITS = {  # name -> settings
     "linear": {"value": "linear"},

@@ -8,10 +8,10 @@ import sys
 import torch
 
 import scoreact as sa
+from scoreact.dynamics.schedule import VP
 from scoreact.models.gaussian_mixture import GaussianMixture
 from scoreact.models.mlp import ResidualModel
 from scoreact.rewards import Quadratic
-from scoreact.schedule import VP
 
 KL_WEIGHT = 0.5  # beta: a nat of path KL costs this much reward
 

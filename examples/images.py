@@ -6,8 +6,8 @@ python examples/images.py PIPELINE [iterations]     a hub id or a folder with a 
 import sys
 
 import scoreact as sa
-from scoreact.models.diffusers import pipeline_model
-from scoreact.models.unet import Encoder
+from scoreact.models.pipelines.opening import pipeline_model
+from scoreact.models.value_networks import Encoder
 from scoreact.rewards import brightness, of_measure
 
 prompts = ["a photo of a cat", "a photo of a street", "a watercolour of a mountain"]

@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from scoreact import schedule as schedules
-from scoreact.config import Config, updated
+from scoreact.dynamics import schedule as schedules
+from scoreact.dynamics.schedule import Schedule
 from scoreact.recipes.gaussian import build
-from scoreact.run import Result, finetune
-from scoreact.schedule import Schedule
+from scoreact.runs.run import Result, finetune
+from scoreact.training.config import Config, updated
 from scoreact.types import ScoreFn, expand
 
 torch.set_num_threads(1)

@@ -13,10 +13,10 @@ import torch
 import transformers
 from torch import Tensor
 
-from scoreact.models import ScoreModel
-from scoreact.models.diffusers import PipelineModel
-from scoreact.sde import SDE, noise_level
-from scoreact.solvers import ode
+from scoreact.dynamics.samplers import ode
+from scoreact.dynamics.sde import SDE, noise_level
+from scoreact.models.base import ScoreModel
+from scoreact.models.pipelines.model import PipelineModel
 from scoreact.types import Condition
 
 SIDE = 16  # pixels; latents of 8 x 8

@@ -8,11 +8,11 @@ The equation and the objects are in the modules' own words: sde, solvers, policy
 
 from typing import TYPE_CHECKING, Any
 
-from .config import Config as Config
+from .training.config import Config as Config
 
 if TYPE_CHECKING:
-    from .run import Result as Result
-    from .run import finetune as finetune
+    from .runs.run import Result as Result
+    from .runs.run import finetune as finetune
 
 __version__ = "0.1.0"
 
@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     """`finetune` and `Result` on first use: torch takes seconds to import, and `scoreact --help` needs none of it."""
     if name in ("Result", "finetune"):
-        from . import run
+        from .runs import run
 
         return getattr(run, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

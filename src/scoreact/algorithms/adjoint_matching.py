@@ -23,11 +23,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .. import girsanov
-from ..config import setting
-from ..rollout import Trajectory, step_of
+from ..control.trajectory import Trajectory
+from ..control.transitions import Batch, acting_steps, chunks, flatten
+from ..dynamics import girsanov
+from ..dynamics.solvers import step_of
+from ..support.settings import setting
 from ..types import Metrics, expand
-from . import Batch, Rule, acting_steps, chunks, flatten
+from .base import Rule
 
 
 @dataclass

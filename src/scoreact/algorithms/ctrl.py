@@ -22,13 +22,17 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .. import distributed, girsanov
-from ..advantage import believed, control_variate, gae, returns_to_go, slope, standardised_per_step
-from ..config import setting
-from ..rollout import Trajectory, step_of
+from ..control.advantage import believed, control_variate, gae, returns_to_go, slope, standardised_per_step
+from ..control.trajectory import Trajectory
+from ..control.transitions import Batch, acting_steps, chunks, flatten, in_parts, sampled_costs, states
+from ..control.value_fit import Sample
+from ..dynamics import girsanov
+from ..dynamics.solvers import step_of
+from ..support import distributed
+from ..support.settings import setting
 from ..types import Condition, Metrics, expand
-from ..value import Sample
-from . import Batch, Rule, acting_steps, chunks, flatten, in_parts, sampled_costs, states, surrogate
+from .base import Rule
+from .surrogate import surrogate
 
 
 @dataclass

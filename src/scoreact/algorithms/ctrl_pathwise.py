@@ -18,12 +18,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .. import girsanov
-from ..advantage import believed, returns_to_go
-from ..config import setting
-from ..rollout import Trajectory, step_of
+from ..control.advantage import believed, returns_to_go
+from ..control.trajectory import Trajectory
+from ..control.transitions import Batch, acting_steps, flatten, sampled_costs
+from ..dynamics import girsanov
+from ..dynamics.solvers import step_of
+from ..support.settings import setting
 from ..types import Metrics, expand, sum_over_data
-from . import Batch, acting_steps, flatten, sampled_costs
 from .ctrl import CTRL, fit_value, pathwise_force
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..config import setting
+from ..support.settings import setting
 from .ctrl import CTRL
 
 

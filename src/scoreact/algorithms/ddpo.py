@@ -21,11 +21,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .. import girsanov
-from ..config import setting
-from ..rollout import Trajectory
+from ..control.trajectory import Trajectory
+from ..control.transitions import Batch, acting_steps, flatten
+from ..dynamics import girsanov
+from ..support.settings import setting
 from ..types import Condition, Metrics, groups
-from . import Batch, Rule, acting_steps, flatten, surrogate
+from .base import Rule
+from .surrogate import surrogate
 
 
 @dataclass

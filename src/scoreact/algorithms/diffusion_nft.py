@@ -29,11 +29,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..config import setting
-from ..policy import Policy
-from ..rollout import Trajectory
+from ..control.policy import Policy
+from ..control.trajectory import Trajectory
+from ..control.transitions import Rows, in_parts
+from ..support.settings import setting
 from ..types import Condition, Metrics, expand, groups, sum_over_data
-from . import ForwardRule, Noised, Rows, in_parts
+from .forward import ForwardRule, Noised
 
 
 @dataclass(frozen=True)

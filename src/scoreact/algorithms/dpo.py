@@ -40,10 +40,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ..config import setting
-from ..rollout import Trajectory
+from ..control.trajectory import Trajectory
+from ..control.transitions import Rows, in_parts
+from ..support.settings import setting
 from ..types import Condition, Metrics, groups, sum_over_data
-from . import ForwardRule, Rows, in_parts
+from .forward import ForwardRule
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,15 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .. import girsanov
-from ..advantage import returns_to_go
-from ..config import setting
-from ..rollout import Trajectory
+from ..control.advantage import returns_to_go
+from ..control.trajectory import Trajectory
+from ..control.transitions import Batch, acting_steps, flatten, sampled_costs
+from ..dynamics import girsanov
+from ..support.settings import setting
 from ..types import Metrics
-from . import Batch, Rule, acting_steps, flatten, sampled_costs, surrogate
+from .base import Rule
 from .ctrl import fit_value, fitted_value
+from .surrogate import surrogate
 
 
 @dataclass

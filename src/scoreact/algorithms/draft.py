@@ -30,10 +30,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..config import setting
-from ..rollout import Trajectory, step_of
+from ..control.trajectory import Trajectory
+from ..control.transitions import Rows, acting_steps
+from ..dynamics.schedule import noising
+from ..dynamics.solvers import step_of
+from ..support.settings import setting
 from ..types import Condition, Metrics
-from . import Rows, Rule, acting_steps, noising, steps_that_act
+from .base import Rule, steps_that_act
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .. import girsanov
-from ..config import setting
-from ..rollout import Trajectory
+from ..control.trajectory import Trajectory
+from ..control.transitions import Batch
+from ..dynamics import girsanov
+from ..support.settings import setting
 from ..types import Condition, Metrics, groups, sum_over_data
-from . import Batch, Rule, surrogate
+from .base import Rule
 from .ddpo import with_advantages
+from .surrogate import surrogate
 
 
 @dataclass

@@ -22,11 +22,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..config import setting
-from ..policy import Policy
-from ..rollout import Trajectory
+from ..control.policy import Policy
+from ..control.trajectory import Trajectory
+from ..control.transitions import Rows
+from ..support.settings import setting
 from ..types import Condition, Metrics, groups, sum_over_data
-from . import ForwardRule, Noised, Rows
+from .forward import ForwardRule, Noised
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..schedule import Schedule
+from ..dynamics.schedule import Schedule
 from ..types import Condition
 
 

@@ -8,10 +8,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from ..schedule import Schedule
+from ..dynamics.schedule import Schedule
 from ..types import Condition
-from . import ScoreModel
-from .unet import fourier_features
+from .base import ScoreModel
+from .layers import fourier_features
 
 
 class MLP(nn.Module):
@@ -61,15 +61,3 @@ class ResidualModel(nn.Module):
 
     def decode(self, x: Tensor) -> Tensor:
         return self.base.decode(x)
-
-
-class VectorValue(nn.Module):
-    """F for points: an MLP on the inputs and t; zero at first."""
-
-    def __init__(self, inputs: int, width: int = 128) -> None:
-        super().__init__()
-        self.net = MLP(inputs, 1, width, 2, zero_last=True)
-
-    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        value: Tensor = self.net(x, t)[:, 0]
-        return value

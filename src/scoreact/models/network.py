@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .. import prediction as kinds
-from ..names import did_you_mean
-from ..prediction import Prediction
-from ..schedule import Schedule
+from ..dynamics import prediction as kinds
+from ..dynamics.prediction import Prediction
+from ..dynamics.schedule import Schedule
+from ..support.names import did_you_mean
 from ..types import Condition
 from .feature_memory import FeatureMemory
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from ..config import Config
+from ..dynamics.schedule import VP
 from ..models.gaussian_mixture import GaussianMixture
-from ..models.mlp import ResidualModel, VectorValue
-from ..rewards import Quadratic
-from ..schedule import VP
-from . import Problem, Recipe
+from ..models.mlp import ResidualModel
+from ..models.value_networks import VectorValue
+from ..rewards.closed_form import Quadratic
+from ..training.config import Config
+from .base import Problem, Recipe
 
 
 def mixture(dim: int, components: int, seed: int) -> GaussianMixture:

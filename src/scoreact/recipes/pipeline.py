@@ -5,21 +5,16 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from ..config import Config
-from ..models.mlp import VectorValue
-from ..models.unet import Encoder
-from ..rewards import Reward
-from ..rewards.base import FunctionReward
-from ..solvers import module_at
+from ..models.value_networks import Encoder, VectorValue
+from ..rewards.base import FunctionReward, Reward
+from ..training.config import Config
 from ..types import Condition
-from . import Problem, Recipe
+from .base import Problem, Recipe
+from .prompts import drawn_prompts, prompt_function, read_prompts
 
 HUB = {  # short names
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -28,60 +23,6 @@ HUB = {  # short names
     "flux": "black-forest-labs/FLUX.1-dev",
     "ddpm-cifar10": "google/ddpm-cifar10-32",
 }
-
-
-def read_prompts(source: str) -> list[str]:
-    """The lines of a text file that are not empty; or the text itself as the only prompt."""
-    path = Path(source)
-    if path.suffix == ".txt" or path.is_file():
-        if not path.is_file():
-            raise ValueError(f"prompts {source!r}: there is no such file; give a text file with one prompt a line.")
-        found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        if not found:
-            raise ValueError(f"prompts {source!r} holds no prompt; write one a line.")
-        return list(dict.fromkeys(found))
-    return [source]
-
-
-def drawn_prompts(function: Callable[[], Any], draws: int, name: str = "the prompt function") -> dict[str, Any]:
-    """What a prompt function such as TRL's returns in `draws` calls: prompts, each with its first metadata.
-
-    function: () -> prompt, or (prompt, metadata). The generators of random, numpy and torch are seeded for it and put back,
-    so that a resumed run has the same prompts. How often one came is not kept: training draws all alike.
-    """
-    import numpy as np
-    import torch
-
-    before = random.getstate(), np.random.get_state()  # noqa: NPY002  what such functions use
-    found: dict[str, Any] = {}
-    try:
-        with torch.random.fork_rng(devices=[]):
-            random.seed(0)
-            np.random.seed(0)  # noqa: NPY002
-            torch.manual_seed(0)
-            for _ in range(draws):
-                drawn = function()
-                prompt, metadata = drawn if isinstance(drawn, tuple) and len(drawn) == 2 else (drawn, {})
-                if not isinstance(prompt, str):
-                    raise ValueError(f"{name} returned {drawn!r}; expected a prompt, or a prompt and its metadata.")
-                found.setdefault(prompt, metadata)
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])  # noqa: NPY002
-    return found
-
-
-def _prompt_function(source: str) -> Callable[[], Any] | None:
-    """That of 'file.py:name'; None for anything else."""
-    place, _, name = source.rpartition(":")
-    if not place.endswith(".py"):
-        return None
-    try:
-        function: Callable[[], Any] = getattr(module_at(str(Path(place).expanduser())), name)
-    except Exception as error:  # whatever a user's file does when it is run
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"prompts {source!r} cannot be loaded ({reason}). Give file.py:function.") from error
-    return function
 
 
 def no_reward(samples: Any, condition: Condition) -> Any:
@@ -112,7 +53,7 @@ def build(
     """
     import torch
 
-    from ..models.diffusers import pipeline_model
+    from ..models.pipelines.opening import pipeline_model
 
     if not path:
         raise ValueError(
@@ -125,7 +66,7 @@ def build(
         )
     if value_network not in ("encoder", "features"):
         raise ValueError(f"value_network is {value_network!r}; known: encoder, features.")
-    function = _prompt_function(prompts)
+    function = prompt_function(prompts)
     metadata = {} if function is None else drawn_prompts(function, prompt_draws, prompts)
     names = list(metadata) or read_prompts(prompts)
     model = pipeline_model(

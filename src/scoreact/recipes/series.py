@@ -13,14 +13,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from ..config import Config
+from ..dynamics.schedule import VP, Schedule
 from ..models.gaussian_mixture import GaussianMixture
-from ..models.mlp import VectorValue
-from ..models.unet import fourier_features
-from ..rewards import Quadratic
-from ..schedule import VP, Schedule
+from ..models.layers import fourier_features
+from ..models.value_networks import VectorValue
+from ..rewards.closed_form import Quadratic
+from ..training.config import Config
 from ..types import Condition
-from . import Problem, Recipe
+from .base import Problem, Recipe
 
 
 def processes(length: int) -> GaussianMixture:
@@ -36,7 +36,7 @@ def processes(length: int) -> GaussianMixture:
     return GaussianMixture(VP(t_max=0.98), torch.tensor([0.3, 0.3, 0.4]), means, covariances)
 
 
-def wanted(length: int, pin: float) -> Quadratic:
+def wanted_series(length: int, pin: float) -> Quadratic:
     """R above."""
     first, last = torch.zeros(2, length)
     first[: length // 4] = last[-(length // 4) :] = 1 / (length // 4)
@@ -88,7 +88,7 @@ def build(length: int = 32, pin: float = 2.0, width: int = 32) -> Problem:
     """length: values a series; pin: the price of not starting at 0; width: channels of the network."""
     if length < 4:
         raise ValueError(f"length is {length}; a series needs at least 4 values, a quarter of which is rewarded.")
-    base, reward = processes(length), wanted(length, pin)
+    base, reward = processes(length), wanted_series(length, pin)
     return Problem(
         model=SeriesModel(base, width),
         reward=reward,

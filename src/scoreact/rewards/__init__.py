@@ -22,10 +22,10 @@ from .image import (
     logistic_threshold,
     of_measure,
 )
-from .reading import OCR, VQAScore
 from .registry import KNOWN, load
 from .text_image import Aesthetic, CLIPScore, HPSv2, ImageReward, PickScore
 from .user import UserReward, adapt
+from .vision_language import OCR, VQAScore
 
 __all__ = [
     "KNOWN",

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..names import did_you_mean
+from ..support.names import did_you_mean
 from ..types import Condition
 
 Reward = Callable[[Tensor, Condition], Tensor]  # (decoded samples [B, ...], condition of B) -> [B], larger is better

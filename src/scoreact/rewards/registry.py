@@ -13,10 +13,10 @@ from typing import Any
 from .base import FunctionReward, Reward, known, name_of
 from .closed_form import Linear, Quadratic
 from .image import brightness, colorfulness, jpeg_compressibility, jpeg_incompressibility, of_measure
-from .reading import OCR, VQAScore
-from .remote import find
+from .remote.client import find
 from .text_image import Aesthetic, CLIPScore, HPSv2, ImageReward, PickScore
 from .user import adapt, from_spec
+from .vision_language import OCR, VQAScore
 
 
 def _brightness() -> FunctionReward:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..types import Condition
-from . import convert
+from . import published_weights as convert
 from .base import reward_dtype
 from .image import check_images
 
@@ -83,7 +83,7 @@ class PictureReward:
         self.networks.to(samples.device)
         scores = [
             self.score(preprocess(samples[i : i + self.batch_size], self.size).to(self.dtype), prompts)
-            for i, prompts in in_parts(condition.prompts, self.batch_size)
+            for i, prompts in in_parts_of(condition.prompts, self.batch_size)
         ]
         return torch.cat(scores).to(reward_dtype(samples))
 
@@ -100,7 +100,7 @@ def dtype_of(reward: str, dtype: str, batch_size: int) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def in_parts(prompts: Sequence[str], batch_size: int) -> list[tuple[int, list[str]]]:
+def in_parts_of(prompts: Sequence[str], batch_size: int) -> list[tuple[int, list[str]]]:
     """(first index, prompts) of each part of at most `batch_size`."""
     return [(i, list(prompts[i : i + batch_size])) for i in range(0, len(prompts), batch_size)]
 

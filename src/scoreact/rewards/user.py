@@ -7,19 +7,17 @@ module that was named is executed: the file's folder is not put on the import pa
 from __future__ import annotations
 
 import functools
-import hashlib
-import importlib
 import inspect
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ..support.errors import RewardError
+from ..support.loading import is_file, load_named, said_by
 from ..types import Condition
 from .base import Reward, is_differentiable, known, to_tensor
 
@@ -97,22 +95,11 @@ def adapt(function: Callable[..., Any], name: str, options: Mapping[str, Any] | 
 
 def from_spec(spec: str, options: Mapping[str, Any]) -> Reward:
     """The reward named by `path/to/file.py:name` or `module:name`. ValueError for whatever is not there."""
+    found = load_named(spec, "reward")
     place, _, attribute = spec.rpartition(":")
-    if not place or not attribute:
-        raise ValueError(f"reward {spec!r} lacks a half. Give 'file.py:name' or 'module:name'.")
-    is_file = place.endswith(".py") or "/" in place or "\\" in place
-    module = _run_file(place) if is_file else _import(place, spec)
-    try:
-        found = getattr(module, attribute)
-    except AttributeError:
-        callables = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-        own = [n for n in callables if getattr(vars(module)[n], "__module__", None) == module.__name__]
-        raise ValueError(
-            f"{place} has no {attribute!r}. {known('Its functions', attribute, own or callables)}"
-        ) from None
     if not callable(found):
-        raise ValueError(f"{attribute!r} in {place} is a {type(found).__name__}, no function. Name a function there.")
-    return adapt(found, f"{Path(place).name if is_file else place}:{attribute}", options)
+        raise RewardError(f"{attribute!r} in {place} is a {type(found).__name__}, no function. Name a function there.")
+    return adapt(found, f"{Path(place).name if is_file(place) else place}:{attribute}", options)
 
 
 def _shape(leading: list[inspect.Parameter], name: str) -> Shape:
@@ -139,64 +126,9 @@ def _built(cls: type, name: str, options: dict[str, Any]) -> Callable[..., Any]:
         built = cls(**options)
     except Exception as error:
         raise ValueError(
-            f"reward class {name} could not be built with the options {options} ({_said(error)}). "
+            f"reward class {name} could not be built with the options {options} ({said_by(error)}). "
             "Give the options that its __init__ takes."
         ) from error
     if not callable(built):
         raise ValueError(f"reward class {name} has no __call__. Add `def __call__(self, samples, condition)`.")
     return built
-
-
-def _run_file(place: str) -> ModuleType:
-    path = Path(place).expanduser()
-    if not path.is_file():
-        raise ValueError(f"reward file {place!r} does not exist (looked in {Path.cwd()}). Give the path of a .py file.")
-    full = str(path.resolve())
-    module = ModuleType(f"scoreact_user_{path.stem}_{hashlib.sha256(full.encode()).hexdigest()[:8]}")
-    module.__file__ = full
-    sys.modules[module.__name__] = module  # dataclasses and pickle look their module up
-    try:
-        exec(compile(path.read_bytes(), full, "exec", dont_inherit=True), module.__dict__)
-    except (Exception, SystemExit) as error:
-        del sys.modules[module.__name__]
-        raise ValueError(f"reward file {place} cannot be run: {_said(error, full)}. {_file_remedy(error)}") from error
-    return module
-
-
-def _import(place: str, spec: str) -> ModuleType:
-    try:
-        return importlib.import_module(place)
-    except ModuleNotFoundError as error:
-        if not (error.name and (place == error.name or place.startswith(error.name + "."))):
-            raise ValueError(
-                f"reward module {place} cannot be imported: {_said(error)}. {_file_remedy(error)}"
-            ) from error
-        beside = Path(*place.split(".")).with_suffix(".py")
-        hint = (
-            f"Did you mean '{beside}:{spec.rpartition(':')[2]}'?"
-            if beside.is_file()
-            else ("Install it, put its folder on PYTHONPATH, or give 'path/to/file.py:name'.")
-        )
-        raise ValueError(f"reward module {place!r} was not found. {hint}") from None
-    except (Exception, SystemExit) as error:
-        raise ValueError(f"reward module {place} cannot be imported: {_said(error)}. {_file_remedy(error)}") from error
-
-
-def _said(error: BaseException, file: str | None = None) -> str:
-    """`Type: message`, with the line of `file` where it happened."""
-    line = error.lineno if isinstance(error, SyntaxError) else None
-    trace = error.__traceback__
-    while file and trace:
-        if trace.tb_frame.f_code.co_filename == file:
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    where = f" (line {line})" if line else ""
-    return f"{type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}{where}"
-
-
-def _file_remedy(error: BaseException) -> str:
-    if isinstance(error, ImportError):
-        return "Install what it imports; files beside it are found through PYTHONPATH."
-    if isinstance(error, SystemExit):
-        return "Put the script's own part under `if __name__ == '__main__':`."
-    return "Correct that line."

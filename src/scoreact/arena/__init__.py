@@ -1,0 +1,1 @@
+"""Update rules on problems over seeds at equal budgets, measured by one referee."""

@@ -1,0 +1,161 @@
+"""The command line: `scoreact COMMAND ...`. Reads words, calls the library, turns every error into one sentence.
+
+A command is a function that adds its arguments to a parser and one that runs; both are in COMMANDS. torch and what
+needs it are imported inside commands, so that `scoreact --help` answers at once. Exit status: 0, 1 (the run failed, or
+a check found a problem), 2 (the input cannot be used), 130 (interrupted).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shlex
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ..support.names import known_name
+from . import bench as arena
+from . import look, server
+from .errors import Failed, sentence_of, warn
+from .parser import Parser
+from .train import ABOUT, resume, resume_arguments, train, train_arguments, train_help
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that wait actively halve a small machine
+
+
+def list_recipes(options: argparse.Namespace) -> int:
+    from ..recipes.base import recipes
+
+    found = recipes()
+    width = max(map(len, found))
+    for recipe in found.values():
+        print(f"{recipe.name:<{width}}  {recipe.summary}")
+    return 0
+
+
+PRETRAIN = {
+    "fashion-mnist": "scoreact.recipes.fashion_mnist.make_checkpoint",
+    "judge": "scoreact.recipes.fashion_mnist.classifiers",
+    "reference": "scoreact.recipes.fashion_mnist.make_reference",
+}
+
+
+def pretrain(words: Sequence[str]) -> int:
+    """Hand the words on to the module that makes what ships with the package."""
+    if not words or words[0] in ("-h", "--help"):
+        print(f"usage: scoreact pretrain {{{','.join(PRETRAIN)}}} ...\n\nEach has its own --help.")
+        return 0
+    kind = known_name(words[0], PRETRAIN, "unknown kind of pretraining")
+    importlib.import_module(PRETRAIN[kind]).main(list(words[1:]))
+    return 0
+
+
+@dataclass(frozen=True)
+class Command:
+    about: str
+    arguments: Callable[[Parser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+COMMANDS = {
+    "recipes": Command("List the ready-made runs.", lambda parser: None, list_recipes),
+    "train": Command(ABOUT, train_arguments, train),
+    "resume": Command("Continue an interrupted run exactly where it was saved.", resume_arguments, resume),
+    "sample": Command("Draw samples of a run or of a recipe's pretrained model.", look.sample_arguments, look.sample),
+    "evaluate": Command(
+        "Measure a run: held-out reward, KL, J, other solvers and steps.", look.evaluate_arguments, look.evaluate
+    ),
+    "report": Command("Write a run's report.html anew.", look.report_arguments, look.report),
+    "check": Command(
+        "Say in plain sentences what is wrong with a reward, a recipe or a run.", look.check_arguments, look.check
+    ),
+    "reward-server": Command(
+        "Serve a reward over HTTP to runs in other processes.", server.server_arguments, server.serve
+    ),
+    "bench": Command("Compare update rules at equal budgets, over seeds.", arena.bench_arguments, arena.bench),
+    "tune": Command("Search an update rule's settings, before `bench`.", arena.tune_arguments, arena.tune),
+    "pretrain": Command(
+        "Make what ships with the package: fashion-mnist, judge, reference.", lambda p: None, list_recipes
+    ),
+}
+
+
+def overview() -> str:
+    lines = [f"  {name:<13} {command.about}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: scoreact COMMAND ...",
+            "",
+            "Fine-tune diffusion and flow models to a reward by continuous-time RL: the score is the action.",
+            "",
+            *lines,
+            "",
+            "`scoreact COMMAND --help` says more. --version; --traceback shows where an error came from.",
+            "First steps: `scoreact train gaussian`, seconds on a laptop.",
+        ]
+    )
+
+
+def run(words: Sequence[str]) -> int:
+    """One command, errors as exceptions."""
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if words[0] == "--version":
+        from .. import __version__
+
+        print(f"scoreact {__version__}")
+        return 0
+    name, rest = known_name(words[0], COMMANDS, "unknown command"), list(words[1:])
+    if name == "pretrain":
+        return pretrain(rest)
+    command, parser = COMMANDS[name], Parser(name, COMMANDS[name].about)
+    command.arguments(parser)
+    if "-h" in rest or "--help" in rest:
+        others = [word for word in rest if word not in ("-h", "--help")]
+        print(train_help(others) if name == "train" else parser.format_help(), end="")
+        return 0
+    options = parser.parse(rest)
+    options.command = shlex.join(["scoreact", *words])
+    return command.run(options)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; every error is one sentence on stderr. Returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    show = "--traceback" in words
+    words = [word for word in words if word != "--traceback"]
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without ± gets a question mark, not an error
+    in_main = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler) if in_main else None
+    try:
+        return run(words)
+    except KeyboardInterrupt as error:
+        warn(f"interrupted. {error}".strip())
+        return 130
+    except BrokenPipeError:  # `scoreact recipes | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if show:
+            traceback.print_exc()
+        expected = isinstance(error, ValueError | OSError | Failed | RuntimeError | ImportError | ArithmeticError)
+        text = sentence_of(error)
+        if not expected:
+            text = f"unexpected {type(error).__name__}: {text} Repeat with --traceback to see where."
+        warn(text)
+        return 2 if isinstance(error, ValueError | FileExistsError) else 1
+    finally:
+        if in_main:
+            signal.signal(signal.SIGTERM, previous)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

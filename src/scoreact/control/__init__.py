@@ -1,0 +1,1 @@
+"""The controlled process: policy, paths, transitions, advantages and values."""

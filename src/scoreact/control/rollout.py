@@ -1,0 +1,106 @@
+"""Rollouts: paths of the controlled SDE with everything an update rule needs to replay them.
+
+The only place where gradients are off while the policy acts, and where the SDE's own noise is drawn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..dynamics.sde import SDE, noise_level
+from ..dynamics.solvers import Solver, _constant, step_of
+from ..types import Condition
+from .policy import Policy
+from .trajectory import Trajectory
+
+# exploration: (t [B], x, policy score, reference score, generator) -> the score acted with, [B, *D]
+Exploration = Callable[[Tensor, Tensor, Tensor, Tensor, torch.Generator], Tensor]
+
+
+@torch.no_grad()
+def rollout(
+    policy: Policy,
+    sde: SDE,
+    solver: Solver,
+    ts: Tensor,
+    condition: Condition,
+    generator: torch.Generator,
+    exploration: Exploration | None = None,
+    reference_only: bool = False,
+    stochastic: Tensor | None = None,
+    with_reference: bool = True,
+) -> Trajectory:
+    """Draw one path for each sample of the condition. ts [N+1] increasing; every random number is the generator's.
+
+    reference_only: act by the reference (half the network calls; controls are zero). stochastic [N] bool: in the other
+    steps the policy draws by its ODE; they are no actions, and no path KL counts them. with_reference False: do not ask
+    the reference where the policy draws; references and controls are nan there.
+    """
+    ode = SDE(sde.schedule, noise_level(0.0))
+    x = policy.reference.prior(condition, generator)
+    ts = ts.to(x.device)
+    batch = len(x)
+    acts: list[bool] = []
+    records: tuple[list[Tensor], ...] = ([x], [], [], [], [], [], [])  # in the order of the fields of Trajectory
+    for k, (t0, t1) in enumerate(zip(ts[:-1].tolist(), ts[1:].tolist(), strict=True)):
+        begin, end = x.new_full((batch,), t0), x.new_full((batch,), t1)
+        drawn_by_ode = stochastic is not None and not bool(stochastic[k])
+        kernel = ode if drawn_by_ode else sde
+        std = step_of(kernel, solver, x, begin, end, x).std  # the same for every score
+        noisy = float(std.max()) > 0
+        own = not reference_only and t0 < policy.act_until and (noisy or drawn_by_ode)
+        acts.append(noisy and t0 < policy.act_until)
+        if own and not with_reference:
+            reference = torch.full_like(x, math.nan)
+        else:
+            reference = policy.reference_score(begin, x, condition)
+        base = solver(kernel, _constant(reference), begin, end, x)
+        if own:
+            action = policy.score(begin, x, condition)
+            if exploration is not None and noisy:
+                action = exploration(begin, x, action, reference, generator)
+            step = solver(kernel, _constant(action), begin, end, x)
+        else:
+            action, step = reference, base
+        noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        if not noisy:
+            noise = torch.zeros_like(noise)
+        x = step.sample(noise)
+        for record, value in zip(
+            records,
+            (x, action, reference, step.mean, step.shift(base), noise, step.std[0]),
+            strict=True,
+        ):
+            record.append(value)
+    xs, actions, references, means, controls, noises, std = (torch.stack(record) for record in records)
+    acting = torch.tensor(acts, device=x.device)
+    return Trajectory(ts, xs, actions, references, means, controls, noises, std, acting, condition)
+
+
+# --- exploration beyond the SDE's own noise ----------------------------------------------------------------------------
+
+
+def gaussian_actions(scale: Callable[[Tensor], Tensor]) -> Exploration:
+    """a = score + scale(t) xi with xi standard normal (Zhao et al. 2025, section 4)."""
+
+    def explore(t: Tensor, x: Tensor, score: Tensor, reference: Tensor, generator: torch.Generator) -> Tensor:
+        xi = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        return score + scale(t).reshape(-1, *[1] * (x.ndim - 1)) * xi
+
+    return explore
+
+
+def epsilon_greedy(epsilon: float) -> Exploration:
+    """With probability epsilon a sample's step acts by the reference instead of the policy."""
+    if not 0 <= epsilon <= 1:
+        raise ValueError(f"epsilon must lie in [0, 1], got {epsilon}.")
+
+    def explore(t: Tensor, x: Tensor, score: Tensor, reference: Tensor, generator: torch.Generator) -> Tensor:
+        coin = torch.rand(len(x), generator=generator, device=x.device) < epsilon
+        return torch.where(coin.reshape(-1, *[1] * (x.ndim - 1)), reference, score)
+
+    return explore

@@ -1,0 +1,67 @@
+"""Time grids: N + 1 increasing times from t_min to t_max of a schedule.
+
+Sources: Karras et al. 2022 (arXiv 2206.00364, eq. 5).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .schedule import Schedule, log_snr, time_at_log_snr
+
+Grid = Callable[[Schedule, int, torch.Generator | None], Tensor]  # (schedule, steps, generator) -> [steps + 1], on CPU
+
+
+def uniform(schedule: Schedule, steps: int, generator: torch.Generator | None = None) -> Tensor:
+    """Equal steps in t."""
+    return torch.linspace(schedule.t_min, schedule.t_max, steps + 1)
+
+
+def _log_snr_ends(schedule: Schedule) -> tuple[float, float, bool]:
+    """log-SNR at the two ends; where the path ends without noise, at sigma/alpha = 1/100 instead (third value True)."""
+    ends = torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64)
+    first, last = log_snr(schedule, ends).tolist()
+    return (first, last, False) if math.isfinite(last) else (first, 2 * math.log(100.0), True)
+
+
+def _grid_from_log_snr(schedule: Schedule, knots: Tensor, to_zero_noise: bool) -> Tensor:
+    ts = time_at_log_snr(schedule, knots)
+    ts[0] = schedule.t_min
+    if to_zero_noise:
+        ts = torch.cat([ts, ts.new_tensor([schedule.t_max])])
+    else:
+        ts[-1] = schedule.t_max
+    return ts.float()
+
+
+def uniform_log_snr(schedule: Schedule, steps: int, generator: torch.Generator | None = None) -> Tensor:
+    """Equal steps in log(alpha^2 / sigma^2); one of them goes to zero noise where the path ends there."""
+    first, last, to_zero = _log_snr_ends(schedule)
+    return _grid_from_log_snr(
+        schedule, torch.linspace(first, last, steps + (not to_zero), dtype=torch.float64), to_zero
+    )
+
+
+def karras(schedule: Schedule, steps: int, generator: torch.Generator | None = None, rho: float = 7.0) -> Tensor:
+    """Equal steps in (sigma / alpha)^(1 / rho) (Karras et al. 2022, eq. 5)."""
+    first, last, to_zero = _log_snr_ends(schedule)
+    roots = torch.linspace(
+        math.exp(-first / 2 / rho), math.exp(-last / 2 / rho), steps + (not to_zero), dtype=torch.float64
+    )
+    return _grid_from_log_snr(schedule, -2 * rho * roots.log(), to_zero)
+
+
+def random(schedule: Schedule, steps: int, generator: torch.Generator | None = None) -> Tensor:
+    """Uniform steps with each inner time moved by less than half a step: a new grid every rollout, the ends fixed."""
+    ts = uniform(schedule, steps)
+    jitter = torch.rand(steps - 1, generator=generator, device=generator.device if generator else "cpu").cpu() - 0.5
+    # 0.99: two neighbours that meet by rounding would make a step of length 0
+    ts[1:-1] += 0.99 * jitter * (ts[1] - ts[0])
+    return ts
+
+
+GRIDS: dict[str, Grid] = {"uniform": uniform, "log_snr": uniform_log_snr, "karras": karras, "random": random}

@@ -1,0 +1,1 @@
+"""How good a policy is, and the optimum that it is measured against."""

@@ -1,0 +1,118 @@
+"""How good a policy is: held-out reward, path KL, J and its optimum, diversity, transfer to other steps and solvers.
+
+Knows policies and rewards; does not know how the policy was trained. Every draw is seeded, so two policies are compared
+on the same noise. The optimum J* = beta log E_ref exp(R / beta) needs samples of the reference only (design, section 2).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..control.policy import Policy
+from ..control.rollout import rollout
+from ..dynamics.grids import GRIDS
+from ..dynamics.samplers import sampler_by_name
+from ..dynamics.sde import SDE, Noise
+from ..dynamics.solvers import Solver
+from ..rewards.base import Reward
+from ..rewards.check import Checked, checked
+from ..rewards.remote.overlap import Scores
+from ..sampling.draw import balanced, draw
+from ..types import Condition, Metrics, groups
+from .metrics import mean_pairwise_distance
+from .optimum import mean_and_error
+
+Judge = Callable[[Tensor, Condition], Metrics]
+Features = Callable[[Tensor], Tensor]
+
+SAMPLES_AT_ONCE = 256  # samples at a time
+
+
+@torch.no_grad()
+def evaluate(
+    policy: Policy,
+    sde: SDE,
+    solver: Solver,
+    ts: Tensor,
+    reward: Reward,
+    prompts: Sequence[str],
+    kl_weight: float,
+    samples: int,
+    seed: int,
+    judge: Judge | None = None,
+    features: Features | None = None,
+    device: torch.device | None = None,
+) -> Metrics:
+    """Metrics of `samples` fresh paths: held-out reward, path KL and J with standard errors, diversity, the judge's."""
+    generator = torch.Generator(device=device or torch.device("cpu")).manual_seed(seed)
+    names = balanced(prompts, samples, generator)
+    decoded, kls, scores = [], [], Scores(reward if isinstance(reward, Checked) else checked(reward))
+    for start in range(0, samples, SAMPLES_AT_ONCE):
+        condition = policy.model.condition(names[start : start + SAMPLES_AT_ONCE])
+        trajectory = rollout(policy, sde, solver, ts, condition, generator)
+        decoded.append(policy.model.decode(trajectory.xs[-1]))
+        scores.add(decoded[-1], condition)
+        kls.append(trajectory.path_kl().cpu())
+    everything, condition = torch.cat(decoded), policy.model.condition(names)
+    r, kl = scores.result().cpu(), torch.cat(kls)
+    metrics: Metrics = {}
+    for name, values in (("reward/heldout", r), ("policy/kl", kl), ("objective/J", r - kl_weight * kl)):
+        metrics[name], metrics[f"{name}_se"] = mean_and_error(values)
+    metrics["sample/diversity"] = diversity(everything, condition, features)
+    if judge is not None:
+        metrics |= judge(everything, condition)
+    return metrics
+
+
+def diversity(decoded: Tensor, condition: Condition, features: Features | None = None) -> float:
+    """Mean distance of two samples of the same prompt, averaged over prompts with at least two samples."""
+    points = features(decoded) if features is not None else decoded.flatten(1)
+    distances = [
+        float(mean_pairwise_distance(points[rows.to(points.device)]))
+        for rows in groups(condition).values()
+        if len(rows) > 1
+    ]
+    return sum(distances) / len(distances) if distances else math.nan
+
+
+TRANSFER = (("ddim", 5), ("ddim", 10), ("ddim", 20), ("ddim", 50), ("ode", 10), ("ode", 50), ("dpm_solver_pp_2m", 10))
+
+
+def transfer_table(
+    policy: Policy,
+    reward: Reward,
+    prompts: Sequence[str],
+    samples: int = 200,
+    seed: int = 1,
+    grid: str = "uniform",
+    rows: Sequence[tuple[str, int]] = TRANSFER,
+    device: torch.device | None = None,
+    noise: Noise | None = None,
+) -> list[dict[str, float | str]]:
+    """Reward of the tuned and of the reference model for other solvers and step counts, same noise for both.
+
+    Rows: solver, steps, reward, reward_se, reference_reward, reference_reward_se, gain, gain_se; the gain's error is
+    that of the paired differences, which the shared noise makes smaller.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    names = balanced(prompts, samples, generator)
+    parts = [names[i : i + SAMPLES_AT_ONCE] for i in range(0, samples, SAMPLES_AT_ONCE)]
+    table: list[dict[str, float | str]] = []
+    for solver, steps in rows:
+        row: dict[str, float | str] = {"solver": solver, "steps": steps}
+        ts = GRIDS["uniform" if grid == "random" else grid](policy.model.schedule, steps, None)
+        found = {}
+        for prefix, model in (("", policy), ("reference_", policy.reference)):
+            rewards = []
+            for number, part in enumerate(parts):
+                _, decoded = draw(model, part, sampler_by_name(solver), ts, seed + number, device, noise)
+                rewards.append(reward(decoded, model.condition(part)).cpu())
+            found[prefix] = torch.cat(rewards)
+            row[f"{prefix}reward"], row[f"{prefix}reward_se"] = mean_and_error(found[prefix])
+        row["gain"], row["gain_se"] = mean_and_error(found[""] - found["reference_"])
+        table.append(row)
+    return table

@@ -1,0 +1,493 @@
+"""What differs between pipelines: Stable Diffusion 1, 2, XL, 3 and 3.5, Flux, Wan (video), unconditional UNets.
+
+Knows their networks, prompts and decoders. `timestep` is the network's own time, T - 1 at noise and 0 at the data.
+Guidance: Ho & Salimans 2022.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import itertools
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...dynamics.schedule import ShiftedFlow
+from ...types import Condition
+from .features import reading
+from .scheduler import read_scheduler
+
+
+class Family:
+    """What every view of one pipeline shares: frozen networks, encoded prompts, the clock. A subclass a pipeline class.
+
+    A subclass says which component is the denoiser, the latents' shape, how one prompt is encoded, and how the denoiser is
+    called. Prompts are encoded once each; a Condition holds row numbers of the table, so it costs nothing to repeat.
+    """
+
+    component: ClassVar[str] = "unet"
+    targets: ClassVar[Sequence[str]] = ("to_q", "to_k", "to_v", "to_out.0")
+    default_guidance: ClassVar[float | None] = None  # None: the pipeline's own
+    video: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        pipeline: Any,
+        guidance_scale: float | None,
+        negative_prompt: str,
+        size: tuple[int | None, int | None, int | None],
+        max_sequence_length: int | None,
+        rows_per_call: int | None,
+    ) -> None:
+        self.pipeline = pipeline
+        self.denoiser: Any = getattr(pipeline, self.component)
+        for module in self.modules():
+            module.requires_grad_(False).eval()
+        self.dtype: torch.dtype = self.denoiser.dtype
+        self.autocast = False
+        self.twice_differentiable = False
+        self.keeps_features = False  # of every state that a reference is asked about, for a value network
+        if guidance_scale is None:
+            guidance_scale = self.default_guidance
+        if guidance_scale is None:
+            guidance_scale = inspect.signature(type(pipeline).__call__).parameters["guidance_scale"].default
+        self.guidance_scale = float(guidance_scale)
+        self.negative_prompt = negative_prompt
+        self.max_sequence_length = max_sequence_length
+        self.rows_per_call = rows_per_call
+        if size[2] is not None and not self.video:
+            raise ValueError(f"frames is {size[2]}, but {type(pipeline).__name__} makes pictures; leave it out.")
+        self.height, self.width, self.frames = self.size(*size)
+        self.shape = self.latent_shape()
+        self.schedule, self.prediction = read_scheduler(pipeline.scheduler, self.tokens())
+        self.steps = int(pipeline.scheduler.config.num_train_timesteps)
+        self.rows: dict[str, int] = {}
+        self.metadata: Mapping[str, Mapping[str, Any]] = {}  # of prompts that have any, for the reward
+        self.table: dict[str, Tensor] = {}  # [P, ...] of every encoded prompt
+        self.negative: dict[str, Tensor] = {}  # [1, ...]
+        self.layers: list[Any] = []  # peft's, where an adapter can act
+        self.adapter_config: Any = None
+        self.base_adapters: list[str] = []  # that the pipeline came with: part of the pretrained model
+        self._adapter_numbers = itertools.count()
+
+    def modules(self) -> list[Any]:
+        """The pipeline's networks that are used here."""
+        names = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", self.component)
+        found = [getattr(self.pipeline, name, None) for name in names]
+        return [module for module in found if module is not None]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+    # of a family
+
+    def size(self, height: int | None, width: int | None, frames: int | None) -> tuple[int, int, int]:
+        """Pixels and frames, the pipeline's own by default."""
+        own, factor = self.denoiser.config.sample_size, self.pipeline.vae_scale_factor
+        own_height, own_width = (own, own) if isinstance(own, int) else own
+        return height or own_height * factor, width or own_width * factor, 1
+
+    def latent_shape(self) -> tuple[int, ...]:
+        factor = self.pipeline.vae_scale_factor
+        return (self.denoiser.config.in_channels, _part(self.height, factor), _part(self.width, factor))
+
+    def tokens(self) -> int:
+        return 0
+
+    def encode(self, prompt: str, negative: bool) -> dict[str, Tensor]:
+        """One prompt, or the negative prompt: each tensor without a batch dimension."""
+        raise NotImplementedError
+
+    def call(self, network: Any, timestep: Tensor, x: Tensor, prompt: dict[str, Tensor]) -> Tensor:
+        """The network's output, [B, *D]. timestep [B] float32, x in the network's dtype."""
+        raise NotImplementedError
+
+    # of all
+
+    def attention(self) -> contextlib.AbstractContextManager[None]:
+        """Fused attention has no second derivative; the plain formula has."""
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        return sdpa_kernel(SDPBackend.MATH) if self.twice_differentiable else contextlib.nullcontext()
+
+    def timestep(self, t: Tensor) -> Tensor:
+        """The network's time at t, float32; at a knot of the table the very integer it was trained with."""
+        if isinstance(self.schedule, ShiftedFlow):
+            return self.schedule.sigma(t) * self.steps
+        index = ((1 - t) * self.steps - 1).clamp(0, self.steps - 1)
+        nearest = index.round()
+        return torch.where((index - nearest).abs() < 1e-3, nearest, index)  # 1e-3: t is a float32
+
+    @property
+    def guides(self) -> bool:
+        return self.guidance_scale != 1.0
+
+    @torch.no_grad()
+    def remember(self, prompts: Sequence[str]) -> None:
+        """Encode what the table lacks, one prompt at a time: an embedding must not depend on its neighbours."""
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in self.rows:
+                for name, row in self._encoded(prompt).items():
+                    self.table[name] = torch.cat([self.table[name], row]) if name in self.table else row
+                self.rows[prompt] = len(self.rows)
+
+    def _encoded(self, prompt: str, negative: bool = False) -> dict[str, Tensor]:
+        return {
+            name: row[None].to(self.device, self.dtype) for name, row in self.encode(prompt, negative).items()
+        }  # fmt: skip
+
+    def condition(self, prompts: Sequence[str]) -> Condition:
+        for prompt in prompts:
+            if not isinstance(prompt, str):
+                raise ValueError(f"prompt {prompt!r} is {type(prompt).__name__}; a pipeline's prompts are strings.")
+        self.remember(list(prompts))
+        rows = torch.tensor([self.rows[prompt] for prompt in prompts], device=self.device)
+        return Condition(list(prompts), rows, [self.metadata.get(p, {}) for p in prompts] if self.metadata else ())
+
+    def predict(self, network: nn.Module, t: Tensor, x: Tensor, condition: Condition) -> Tensor:
+        """The guided prediction at (t [B], x [B, *D]), float32.
+
+        With rows_per_call the network always sees that many rows (the last call is filled up with repeats), so that a
+        sample's prediction has the same bits in every batch.
+        """
+        rows = self._rows(condition)
+        parts = [self._predict(network, t[i], x[i], rows[i])[:count] for i, count in self._calls(x)]
+        return torch.cat(parts)
+
+    def _rows(self, condition: Condition) -> Tensor:
+        """Of the table, [B]."""
+        assert condition.embedding is not None  # every family's `condition` gives one
+        return condition.embedding
+
+    def _calls(self, x: Tensor) -> Iterator[tuple[Tensor, int]]:
+        """The rows of each call of the network, and how many of them are not there to fill it up."""
+        size = self.rows_per_call or len(x)
+        for start in range(0, len(x), size):
+            yield torch.arange(start, start + size, device=x.device).clamp(max=len(x) - 1), len(x) - start
+
+    def features(self, network: nn.Module, t: Tensor, x: Tensor, condition: Condition) -> Tensor:
+        """What the network makes of (t [B], x [B, *D]) inside, under the prompt alone: [B, feature_width], float32.
+
+        Its mid-block's output (UNet) or what leaves the last block (transformer), mean over positions. The pass ends there.
+        """
+        parts, rows = [], self._rows(condition)
+        for index, count in self._calls(x):
+            with reading(network, stop=True) as found:
+                self._predict(network, t[index], x[index], rows[index], guided=False)
+            parts.append(found[0][:count])
+        return torch.cat(parts)
+
+    def predict_and_features(
+        self, network: nn.Module, t: Tensor, x: Tensor, condition: Condition
+    ) -> tuple[Tensor, Tensor]:
+        """Both by the same pass."""
+        with reading(network) as found:
+            output = self.predict(network, t, x, condition)
+        size = self.rows_per_call or len(x)
+        return output, torch.cat([part[-size:] for part in found])[: len(x)]  # guided: the prompt's half is the second
+
+    @property
+    def feature_width(self) -> int:
+        """Of `features`."""
+        config = self.denoiser.config
+        if self.component == "unet":
+            if self.denoiser.mid_block is None:
+                raise ValueError("this UNet has no mid-block whose features a value could read; use the encoder.")
+            return int(config.block_out_channels[-1])
+        return int(config.num_attention_heads * config.attention_head_dim)
+
+    def _predict(self, network: nn.Module, t: Tensor, x: Tensor, rows: Tensor, guided: bool = True) -> Tensor:
+        timestep, state = self.timestep(t.float()), x.to(self.dtype)
+        prompt = {name: table[rows] for name, table in self.table.items()}
+        guided = guided and self.guides and bool(prompt)
+        if guided:
+            with torch.no_grad():
+                self.negative = self.negative or self._encoded("", negative=True)
+            timestep, state = torch.cat([timestep, timestep]), torch.cat([state, state])
+            prompt = {name: torch.cat([self.negative[name].expand_as(p), p]) for name, p in prompt.items()}
+        with torch.autocast(x.device.type, self.dtype, enabled=self.autocast), self.attention():
+            output = self.call(network, timestep, state, prompt).float()
+        output = output[:, : x.shape[1]]  # some networks also predict a variance
+        if guided:
+            negative, positive = output.chunk(2)
+            output = negative + self.guidance_scale * (positive - negative)
+        return output
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Latents to pictures in [0, 1], float32 and differentiable."""
+        vae = self.pipeline.vae
+        config, dtype = vae.config, next(vae.parameters()).dtype
+
+        def constant(name: str, default: float) -> Tensor:  # a number, or one a channel
+            value = config.get(name)
+            value = torch.tensor(default if value is None else value, device=x.device, dtype=x.dtype)
+            return value if value.ndim == 0 else value.reshape(-1, *[1] * (x.ndim - 2))
+
+        latents = x * constant("latents_std", 1.0) / constant("scaling_factor", 1.0)
+        latents = latents + constant("latents_mean", 0.0) + constant("shift_factor", 0.0)
+        picture: Tensor = vae.decode(latents.to(dtype), return_dict=False)[0]
+        return (picture.float() / 2 + 0.5).clamp(0, 1)
+
+    # adapters: several on the same frozen weights; which one acts is a list of names in each of peft's layers
+
+    def add_adapter(self, config: Any = None, like: str | None = None) -> str:
+        """A new adapter's name; its output is zero, or that of another one."""
+        from peft import inject_adapter_in_model
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        if config is not None:
+            self.adapter_config = config
+            found = [m for m in self.denoiser.modules() if isinstance(m, BaseTunerLayer)]
+            self.base_adapters = list(found[0].active_adapters) if found else []
+        name = f"scoreact_{next(self._adapter_numbers)}"
+        before = self.active
+        flags = {p: p.requires_grad for p in self.denoiser.parameters()}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
+            inject_adapter_in_model(copy.deepcopy(self.adapter_config), self.denoiser, name)
+        self.layers = [m for m in self.denoiser.modules() if isinstance(m, BaseTunerLayer)]
+        for p in self.denoiser.parameters():
+            p.requires_grad_(flags.get(p, True))  # older versions of peft freeze the other adapters
+        for p in self.adapter(name).values():
+            p.data = p.data.float()  # beside a bfloat16 network too: Adam's steps would round to nothing
+        if like is not None:
+            source = self.adapter(like)
+            for key, p in self.adapter(name).items():
+                p.data.copy_(source[key].data)
+        self.active = before if like is not None else [*self.base_adapters, name]
+        return name
+
+    def drop_adapter(self, name: str) -> None:
+        if name in self.active:
+            self.active = self.base_adapters
+        for layer in self.layers:
+            layer.delete_adapter(name)
+        self.denoiser.peft_config.pop(name, None)
+
+    def adapter(self, name: str) -> dict[str, nn.Parameter]:
+        """An adapter's parameters under the names that diffusers stores them with."""
+        found = ((key, p) for key, p in self.denoiser.named_parameters() if f".{name}." in key)
+        return {key.replace(f".{name}.", "."): p for key, p in found}
+
+    @property
+    def active(self) -> list[str]:
+        """The adapters that act now."""
+        return list(self.layers[0].active_adapters) if self.layers else []
+
+    @active.setter
+    def active(self, names: Sequence[str]) -> None:
+        for layer in self.layers:
+            layer._active_adapter = list(names)  # peft's set_adapter would also thaw and freeze weights
+
+    @contextlib.contextmanager
+    def acting(self, names: Sequence[str]) -> Iterator[None]:
+        """With these adapters; afterwards with those before."""
+        before = self.active
+        if before == list(names):
+            yield
+            return
+        self.active = list(names)
+        try:
+            yield
+        finally:
+            self.active = before
+
+    def enable_checkpointing(self) -> None:
+        """Keep fewer activations. Recomputing happens in the backward pass, when another adapter may act: it is put back."""
+        from torch.utils.checkpoint import checkpoint
+
+        def recompute_with_its_adapter(module: nn.Module, *inputs: Any) -> Any:
+            names = self.active
+
+            def run(*inputs: Any) -> Any:
+                with self.acting(names), self.attention():
+                    return module(*inputs)
+
+            return checkpoint(run, *inputs, use_reentrant=False)
+
+        self.denoiser.enable_gradient_checkpointing(recompute_with_its_adapter)
+
+
+def _part(size: int, factor: int) -> int:
+    if size % factor:
+        raise ValueError(f"a side of {size} pixels is no multiple of {factor}; take {max(1, size // factor) * factor}.")
+    return size // factor
+
+
+class StableDiffusion(Family):
+    """Versions 1 and 2: one text encoder."""
+
+    def encode(self, prompt: str, negative: bool) -> dict[str, Tensor]:
+        text = self.pipeline.encode_prompt(
+            prompt, self.device, 1, negative, negative_prompt=self.negative_prompt or None
+        )
+        return {"text": text[negative][0]}
+
+    def call(self, network: Any, timestep: Tensor, x: Tensor, prompt: dict[str, Tensor]) -> Tensor:
+        return network(x, timestep, encoder_hidden_states=prompt["text"], return_dict=False)[0]
+
+
+class StableDiffusionXL(Family):
+    """Two text encoders, and the picture's size as a condition: that of a picture never cropped nor scaled."""
+
+    def encode(self, prompt: str, negative: bool) -> dict[str, Tensor]:
+        found = self.pipeline.encode_prompt(
+            prompt,
+            device=self.device,
+            do_classifier_free_guidance=negative,
+            negative_prompt=self.negative_prompt or None,
+        )
+        return {"text": found[negative][0], "pooled": found[2 + negative][0]}
+
+    def call(self, network: Any, timestep: Tensor, x: Tensor, prompt: dict[str, Tensor]) -> Tensor:
+        size = (self.height, self.width)
+        ids = torch.tensor([*size, 0, 0, *size], device=x.device, dtype=x.dtype).expand(len(x), -1)
+        added = {"text_embeds": prompt["pooled"], "time_ids": ids}
+        return network(
+            x, timestep, encoder_hidden_states=prompt["text"], added_cond_kwargs=added, return_dict=False
+        )[0]  # fmt: skip
+
+
+class StableDiffusion3(Family):
+    """Versions 3 and 3.5: a flow, three text encoders of which the third may be left out."""
+
+    component = "transformer"
+    targets = (*Family.targets, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
+    def tokens(self) -> int:
+        return math.prod(self.shape[1:]) // self.denoiser.config.patch_size**2
+
+    def encode(self, prompt: str, negative: bool) -> dict[str, Tensor]:
+        length = {} if self.max_sequence_length is None else {"max_sequence_length": self.max_sequence_length}
+        found = self.pipeline.encode_prompt(
+            prompt, None, None, device=self.device, do_classifier_free_guidance=negative,
+            negative_prompt=self.negative_prompt or None, **length,
+        )  # fmt: skip
+        return {"text": found[negative][0], "pooled": found[2 + negative][0]}
+
+    def call(self, network: Any, timestep: Tensor, x: Tensor, prompt: dict[str, Tensor]) -> Tensor:
+        return network(
+            hidden_states=x, timestep=timestep, encoder_hidden_states=prompt["text"],
+            pooled_projections=prompt["pooled"], return_dict=False,
+        )[0]  # fmt: skip
+
+
+class Flux(Family):
+    """A flow on 2 x 2 patches of latents. guidance_scale is an input of the distilled network; there is no negative prompt."""
+
+    component = "transformer"
+    targets = StableDiffusion3.targets
+
+    def size(self, height: int | None, width: int | None, frames: int | None) -> tuple[int, int, int]:
+        own = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
+        return height or own, width or own, 1
+
+    def latent_shape(self) -> tuple[int, ...]:
+        factor = 2 * self.pipeline.vae_scale_factor
+        return (self.denoiser.config.in_channels // 4, 2 * _part(self.height, factor), 2 * _part(self.width, factor))
+
+    def tokens(self) -> int:
+        return math.prod(self.shape[1:]) // 4
+
+    @property
+    def guides(self) -> bool:
+        return False
+
+    def encode(self, prompt: str, negative: bool) -> dict[str, Tensor]:
+        length = {} if self.max_sequence_length is None else {"max_sequence_length": self.max_sequence_length}
+        text, pooled, _ = self.pipeline.encode_prompt(prompt, None, device=self.device, **length)
+        return {"text": text[0], "pooled": pooled[0]}
+
+    def call(self, network: Any, timestep: Tensor, x: Tensor, prompt: dict[str, Tensor]) -> Tensor:
+        batch, channels, high, wide = x.shape
+        patches = x.reshape(batch, channels, high // 2, 2, wide // 2, 2).permute(0, 2, 4, 1, 3, 5)
+        places = torch.zeros(high // 2, wide // 2, 3, device=x.device, dtype=x.dtype)
+        places[..., 1] = torch.arange(high // 2, device=x.device)[:, None]
+        places[..., 2] = torch.arange(wide // 2, device=x.device)
+        guidance = None
+        if network.config.guidance_embeds:
+            guidance = torch.full((batch,), self.guidance_scale, device=x.device)
+        output: Tensor = network(
+            hidden_states=patches.reshape(batch, -1, 4 * channels), timestep=timestep / 1000, guidance=guidance,
+            pooled_projections=prompt["pooled"], encoder_hidden_states=prompt["text"],
+            txt_ids=places.new_zeros(prompt["text"].shape[1], 3), img_ids=places.flatten(0, 1), return_dict=False,
+        )[0]  # fmt: skip
+        output = output.reshape(batch, high // 2, wide // 2, channels, 2, 2)
+        return output.permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
+
+
+class Wan(Family):
+    """Video: a flow on [channels, frames, height, width]. One denoiser for all times (Wan 2.1, not the pair of 2.2)."""
+
+    component = "transformer"
+    video = True
+
+    def size(self, height: int | None, width: int | None, frames: int | None) -> tuple[int, int, int]:
+        own = inspect.signature(type(self.pipeline).__call__).parameters
+        return height or own["height"].default, width or own["width"].default, frames or own["num_frames"].default
+
+    def latent_shape(self) -> tuple[int, ...]:
+        pipeline = self.pipeline
+        if pipeline.config.get("boundary_ratio") is not None or pipeline.config.get("expand_timesteps"):
+            raise ValueError("this Wan pipeline has two denoisers or one time a token, which are not supported yet.")
+        _, patch_height, patch_width = self.denoiser.config.patch_size
+        factor, every = pipeline.vae_scale_factor_spatial, pipeline.vae_scale_factor_temporal
+        if (self.frames - 1) % every:
+            raise ValueError(f"frames is {self.frames}; Wan makes 1 + a multiple of {every} of them.")
+        high = patch_height * _part(self.height, factor * patch_height)
+        wide = patch_width * _part(self.width, factor * patch_width)
+        return (self.denoiser.config.in_channels, 1 + (self.frames - 1) // every, high, wide)
+
+    def encode(self, prompt: str, negative: bool) -> dict[str, Tensor]:
+        text = self.pipeline.encode_prompt(
+            prompt, self.negative_prompt or None, do_classifier_free_guidance=negative,
+            max_sequence_length=self.max_sequence_length or 512, device=self.device,
+        )  # fmt: skip
+        return {"text": text[negative][0]}
+
+    def call(self, network: Any, timestep: Tensor, x: Tensor, prompt: dict[str, Tensor]) -> Tensor:
+        return network(
+            hidden_states=x, timestep=timestep, encoder_hidden_states=prompt["text"], return_dict=False
+        )[0]  # fmt: skip
+
+
+class Unconditional(Family):
+    """A UNet on pixels, no prompt: every prompt means the same."""
+
+    targets = (*Family.targets, "conv1", "conv2")  # small ones have no attention
+    default_guidance = 1.0
+
+    def size(self, height: int | None, width: int | None, frames: int | None) -> tuple[int, int, int]:
+        own = self.denoiser.config.sample_size
+        own_height, own_width = (own, own) if isinstance(own, int) else own
+        return height or own_height, width or own_width, 1
+
+    def latent_shape(self) -> tuple[int, ...]:
+        return (self.denoiser.config.in_channels, self.height, self.width)
+
+    def remember(self, prompts: Sequence[str]) -> None:
+        self.rows.update(dict.fromkeys(prompts, 0))
+
+    def call(self, network: Any, timestep: Tensor, x: Tensor, prompt: dict[str, Tensor]) -> Tensor:
+        return network(x, timestep, return_dict=False)[0]
+
+    def decode(self, x: Tensor) -> Tensor:
+        return (x / 2 + 0.5).clamp(0, 1)
+
+
+FAMILIES: dict[str, type[Family]] = {
+    "StableDiffusionPipeline": StableDiffusion,
+    "StableDiffusionXLPipeline": StableDiffusionXL,
+    "StableDiffusion3Pipeline": StableDiffusion3,
+    "FluxPipeline": Flux,
+    "WanPipeline": Wan,
+    "DDPMPipeline": Unconditional,
+    "DDIMPipeline": Unconditional,
+}

@@ -1,0 +1,268 @@
+"""A pipeline with weights to train as a `ScoreModel`."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...dynamics import prediction as kinds
+from ...dynamics.schedule import Schedule, ShiftedFlow
+from ...types import Condition
+from ..feature_memory import FeatureMemory
+from ..value_networks import FeatureValue
+from .families import Family
+
+
+class PipelineModel(nn.Module):
+    """One set of trainable weights on a pipeline, as a `ScoreModel`: an adapter, a whole denoiser, or nothing at all.
+
+    Its parameters are what training changes, and no others. A (deep) copy has weights of its own and shares the rest: a
+    second adapter on the same frozen network, or a second denoiser. `reference()` is the pretrained model without a copy.
+    """
+
+    def __init__(self, family: Family, adapter: str | None = None, network: nn.Module | None = None) -> None:
+        super().__init__()
+        self.family = family
+        self.adapter_name = adapter
+        self.network = network
+        self.adapter = _tree({} if adapter is None else family.adapter(adapter))
+        self.memory: FeatureMemory | None = None  # of a reference
+        self._end = weakref.finalize(self, _forget, family, adapter)
+        self._end.atexit = False
+        self.eval()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PipelineModel:
+        if self.adapter_name is not None:
+            new = PipelineModel(self.family, self.family.add_adapter(like=self.adapter_name))
+        else:
+            new = PipelineModel(self.family, network=copy.deepcopy(self.network, memo))
+        for mine, theirs in zip(self.parameters(), new.parameters(), strict=True):
+            theirs.requires_grad_(mine.requires_grad)
+        memo[id(self)] = new
+        return new
+
+    def __copy__(self) -> PipelineModel:
+        return copy.deepcopy(self)  # two views of one adapter: the first to die would take it along
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PipelineModel:
+        """Move the shared networks and the prompts along (`to`, `cuda`)."""
+        super()._apply(fn, recurse)
+        for module in self.family.modules():
+            module._apply(fn)
+        for table in (self.family.table, self.family.negative):
+            table.update({name: fn(rows) for name, rows in table.items()})
+        return self
+
+    # the five members of a ScoreModel
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.family.schedule
+
+    def prior(self, condition: Condition, generator: torch.Generator) -> Tensor:
+        """Normal noise of the variance that data of unit variance have at t_min, [B, *D]."""
+        family, t = self.family, torch.tensor(self.schedule.t_min, dtype=torch.float64)
+        noise = torch.randn(len(condition), *family.shape, generator=generator, device=family.device)
+        return noise * float((self.schedule.alpha(t) ** 2 + self.schedule.sigma(t) ** 2).sqrt())
+
+    def condition(self, prompts: Sequence[str]) -> Condition:
+        """Any strings; each is encoded once and its embedding kept."""
+        return self.family.condition(prompts)
+
+    def score(self, t: Tensor, x: Tensor, condition: Condition) -> Tensor:
+        family = self.family
+        with self._acting():
+            if family.keeps_features and self.memory is not None:
+                output, features = family.predict_and_features(self._denoiser, t, x, condition)
+                self.memory.add(t, x, condition, features)
+            else:
+                output = family.predict(self._denoiser, t, x, condition)
+        return kinds.convert(family.prediction, kinds.score, self.schedule, t, x, output)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] or videos [B, 3, F, H, W] in [0, 1]."""
+        return self.family.decode(x)
+
+    # beyond them
+
+    def features(self, t: Tensor, x: Tensor, condition: Condition) -> tuple[Tensor, int]:
+        """The denoiser's own at (t [B], x [B, *D]), [B, F] float32, and for how many states a pass had to be made.
+
+        A reference remembers those of the states whose score it was asked for; a gradient always takes a pass. See
+        Family.features.
+        """
+        if x.requires_grad or self.memory is None:
+            return self._features(t, x, condition), len(x)
+        return self.memory.recall(t, x, condition, self._features)
+
+    def _features(self, t: Tensor, x: Tensor, condition: Condition) -> Tensor:
+        with self._acting():
+            return self.family.features(self._denoiser, t, x, condition)
+
+    def keep_features(self) -> None:
+        """A reference remembers from now on the features of every state whose score it is asked for."""
+        _ = self.family.feature_width  # says where there are none
+        self.family.keeps_features = True
+
+    def feature_value(self) -> FeatureValue:
+        """A new value network on the reference's features: `finetune(..., value_network=model.feature_value)`."""
+        self.keep_features()
+        return FeatureValue(self.family.feature_width)
+
+    @property
+    def _denoiser(self) -> Any:
+        return self.family.denoiser if self.network is None else self.network
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the denoiser computes in less than float32, which has a price of its own: see `rounding`."""
+        return self.family.dtype != torch.float32
+
+    @property
+    def rows_per_call(self) -> int | None:
+        """Of the denoiser; who keeps a graph through it had better ask for no more at a time."""
+        return self.family.rows_per_call
+
+    @property
+    def device(self) -> torch.device:
+        return self.family.device
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one state: (channels, height, width) or (channels, frames, height, width)."""
+        return self.family.shape
+
+    def _adapters(self) -> list[str]:
+        return [*self.family.base_adapters, *([] if self.adapter_name is None else [self.adapter_name])]
+
+    def _acting(self) -> contextlib.AbstractContextManager[None]:
+        return self.family.acting(self._adapters())
+
+    @property
+    def guidance_scale(self) -> float:
+        """1 is the conditional model. Policy, reference and average share it: a ratio compares like with like."""
+        return self.family.guidance_scale
+
+    @guidance_scale.setter
+    def guidance_scale(self, scale: float) -> None:
+        self.family.guidance_scale = scale
+
+    @property
+    def use_bfloat16(self) -> bool:
+        """Whether a sample's score may have other last bits in another batch; the trainer then asks for no ratio of exactly 1.
+
+        In float32 too: guidance and 1 / alpha near the noise turn a rounding of 1e-7 into log-ratios of 1e-3.
+        """
+        return self.family.rows_per_call is None
+
+    @property
+    def pipeline(self) -> Any:
+        """The diffusers pipeline, with these weights in place until another view's are asked for."""
+        family = self.family
+        self._end.detach()  # the pipeline may outlive this view, and needs its adapter then
+        if self.network is not None:
+            setattr(family.pipeline, family.component, self.network)
+        else:
+            family.active = self._adapters()
+        return family.pipeline
+
+    def reference(self) -> PipelineModel:
+        """The pretrained model for `Policy(reference=...)`: the same weights with the adapter off, bit for bit.
+
+        After full fine-tuning there is no way back, so there it is a frozen copy of the denoiser as it is now.
+        """
+        view = PipelineModel(self.family) if self.network is None else copy.deepcopy(self).requires_grad_(False)
+        view.memory = FeatureMemory()
+        return view
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """What training changes, by the names that diffusers stores it with: all that an average has to copy."""
+        if self.adapter_name is not None:
+            return {name: p.detach() for name, p in self.adapter.named_parameters()}
+        return {} if self.network is None else {name: p.detach() for name, p in self.network.named_parameters()}
+
+    def scheduler_times(self, steps: int) -> Tensor:
+        """The times [N + 1] at which the pipeline's own scheduler would step, ready to be a grid; N is about `steps`."""
+        family = self.family
+        scheduler = copy.deepcopy(family.pipeline.scheduler)  # set_timesteps changes it
+        dynamic = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}
+        if isinstance(family.schedule, ShiftedFlow):
+            if dynamic:  # mu only names the shift, which the schedule has already
+                dynamic["mu"] = math.log(family.schedule.shift)
+                if scheduler.config.get("time_shift_type", "exponential") != "exponential":
+                    dynamic["mu"] = family.schedule.shift
+                scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist(), **dynamic)
+            else:
+                scheduler.set_timesteps(steps)
+            ts = family.schedule.time_at_sigma(scheduler.sigmas.double())
+        else:
+            scheduler.set_timesteps(steps)
+            ts = 1 - (scheduler.timesteps.double() + 1) / family.steps
+        ends = torch.tensor([self.schedule.t_min, self.schedule.t_max], dtype=torch.float64)
+        ts = torch.cat([ts.cpu().clamp(ends[0], ends[1]), ends[1:]])
+        return ts.unique().float()
+
+    def save(self, folder: str | Path, merged: bool = False) -> None:
+        """For plain diffusers: an adapter for `load_lora_weights(folder)`; a whole pipeline folder after full fine-tuning.
+
+        merged: the whole pipeline, with the adapter added into the weights; so too where diffusers cannot load adapters.
+        """
+        family, folder = self.family, str(folder)
+        if self.adapter_name is not None and not merged and hasattr(family.pipeline, "save_lora_weights"):
+            weights = {name: p.contiguous() for name, p in self.trainable_state().items()}
+            family.pipeline.save_lora_weights(folder, **{f"{family.component}_lora_layers": weights})
+            return
+        own = getattr(family.pipeline, family.component)
+        setattr(family.pipeline, family.component, self._plain_network())
+        try:
+            family.pipeline.save_pretrained(folder)
+        finally:
+            setattr(family.pipeline, family.component, own)
+
+    def export(self, folder: Path) -> None:
+        """What a run leaves: an adapter for `load_lora_weights(folder)`, or else a pipeline in `folder / "pipeline"`."""
+        adapter = self.adapter_name is not None and hasattr(self.family.pipeline, "save_lora_weights")
+        self.save(folder if adapter else folder / "pipeline")
+
+    @torch.no_grad()
+    def _plain_network(self) -> nn.Module:
+        """The denoiser without peft's layers. Saved with them its weights have names under which nothing is found again."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        if self.network is not None:
+            return self.network
+        plain: nn.Module = copy.deepcopy(self.family.denoiser)
+        tuned: list[tuple[str, Any]] = [(name, m) for name, m in plain.named_modules() if isinstance(m, BaseTunerLayer)]
+        for name, layer in tuned:
+            layer.merge(adapter_names=[a for a in self._adapters() if a in layer.lora_A])
+            parent, _, child = name.rpartition(".")
+            setattr(plain.get_submodule(parent), child, layer.get_base_layer())
+        plain.__dict__.pop("peft_config", None)
+        return plain
+
+
+def _forget(family: Family, adapter: str | None) -> None:
+    if adapter is not None:
+        family.drop_adapter(adapter)
+
+
+def _tree(parameters: Mapping[str, nn.Parameter]) -> nn.Module:
+    """Parameters with dotted names as a module that has them under these names."""
+    root = nn.Module()
+    for name, parameter in parameters.items():
+        *path, last = name.split(".")
+        node = root
+        for part in path:
+            if part not in node._modules:
+                node.add_module(part, nn.Module())
+            node = node.get_submodule(part)
+        node.register_parameter(last, parameter)
+    return root

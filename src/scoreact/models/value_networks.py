@@ -1,0 +1,98 @@
+"""A value network on the denoiser's own features: no second large network.
+
+The denoiser has learned what matters in a noised picture under its prompt; a small MLP reads the value off the mean of its
+mid-block (UNet) or last block (transformer). Knows features and time; where they come from is the model's business.
+After Explicit Critic Guidance (arXiv 2605.27736), without its own pretraining: the first fit, on the reference's paths, is it.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..support import distributed
+from ..types import Condition
+from .layers import ResBlock, fold, fourier_features
+from .mlp import MLP
+
+
+class FeatureValue(nn.Module):
+    """F: features [B, F] of the pretrained network at (t, x), t [B] -> [B]; zero at first.
+
+    The features know the prompt, so prompts never seen before need no row of their own. Each is standardised by its mean and
+    spread in the first batch seen: a denoiser's channels differ by orders of magnitude, and most of each is a constant.
+    """
+
+    inputs: ClassVar[str] = "features"  # what `ValueNetwork` then asks the reference for
+    mean: Tensor
+    std: Tensor
+    seen: Tensor
+
+    def __init__(self, features: int, width: int = 128) -> None:
+        super().__init__()
+        self.net = MLP(features, 1, width, 2, zero_last=True)
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("std", torch.ones(features))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.bool))
+
+    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        if not bool(self.seen) and len(x) > 1:
+            with torch.no_grad():
+                self.mean.copy_(x.mean(0))
+                self.std.copy_(x.std(0) + 1e-6)
+                distributed.average([self.mean, self.std])
+                self.seen.fill_(True)
+        value: Tensor = self.net((x - self.mean) / self.std, t)[:, 0]
+        return value
+
+
+class VectorValue(nn.Module):
+    """F for points: an MLP on the inputs and t; zero at first."""
+
+    def __init__(self, inputs: int, width: int = 128) -> None:
+        super().__init__()
+        self.net = MLP(inputs, 1, width, 2, zero_last=True)
+
+    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        value: Tensor = self.net(x, t)[:, 0]
+        return value
+
+
+class Encoder(nn.Module):
+    """A small convolutional value network F: pictures [B, C, H, W], t [B], class in `condition.embedding` -> [B].
+
+    A class has its own offset. The picture's part starts at zero and is gated by t / sqrt(t^2 + (1 - t)^2): a state of pure
+    noise says nothing about the sample, and what a denoiser makes of it there is error, which its gradient would amplify.
+    """
+
+    def __init__(self, channels: int = 1, widths: tuple[int, ...] = (16, 32, 64), classes: int = 10) -> None:
+        super().__init__()
+        embedding = 4 * widths[0]
+        self.multiple = 2 ** len(widths)
+        self.time = nn.Linear(64, embedding)
+        self.label = nn.Embedding(classes + 1, embedding)
+        self.stem = nn.Conv2d(4 * channels, widths[0], 3, padding=1)
+        self.blocks = nn.ModuleList(
+            ResBlock(inputs, outputs, embedding)
+            for inputs, outputs in zip((widths[0], *widths[:-1]), widths, strict=True)
+        )
+        self.norm = nn.GroupNorm(8, widths[-1])
+        self.head = nn.Linear(widths[-1], 1)
+        self.offset = nn.Embedding(classes + 1, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        nn.init.zeros_(self.offset.weight)
+
+    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        assert condition.embedding is not None
+        embedding = F.silu(self.time(fourier_features(t, 64)) + self.label(condition.embedding))
+        h = self.stem(fold(x, self.multiple)[0])
+        for level, block in enumerate(self.blocks):
+            h = block(F.avg_pool2d(h, 2) if level else h, embedding)
+        h = F.silu(self.norm(h)).mean((2, 3))
+        gate = t / (t**2 + (1 - t) ** 2).sqrt()
+        value: Tensor = gate * self.head(h)[:, 0] + self.offset(condition.embedding)[:, 0]
+        return value

@@ -1,0 +1,60 @@
+"""Ready-made runs. A recipe is one small file with a `RECIPE`: how to build its problem, and the settings that suit it."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..models.base import ScoreModel
+from ..rewards.base import Reward
+from ..training.config import Config
+from ..types import Condition, Metrics
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model, what is wanted of it, and how to look at the outcome.
+
+    model: also an nn.Module. value_network: makes F of (input, t, condition) -> [B]. judge: (decoded samples, condition)
+    -> metrics that the reward does not know (distance to real pictures, errors of a held-out classifier, diversity).
+    features: (decoded samples [B, ...]) -> [B, F] in which diversity is measured; flattened samples if None.
+    optimum: kl_weight -> J* in closed form, where there is one. labels: one line of context for the report.
+    """
+
+    model: ScoreModel
+    reward: Reward
+    prompts: Sequence[str]
+    value_network: Callable[[], nn.Module]
+    judge: Callable[[Tensor, Condition], Metrics] | None = None
+    features: Callable[[Tensor], Tensor] | None = None
+    optimum: Callable[[float], float] | None = None
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """name, one-line summary, `build(**options) -> Problem`, and default settings."""
+
+    name: str
+    summary: str
+    build: Callable[..., Problem]
+    config: Config
+    options: dict[str, Any] = field(default_factory=dict)  # of `build`, with their defaults
+    needs_reward: bool = False  # has none of its own
+
+
+def recipes() -> dict[str, Recipe]:
+    """Every recipe by name: the `RECIPES` of each module in this package."""
+    found: dict[str, Recipe] = {}
+    package = importlib.import_module(__package__)
+    for module in pkgutil.iter_modules(package.__path__):
+        for recipe in getattr(
+            importlib.import_module(f"{__package__}.{module.name}"), "RECIPES", ()
+        ):  # helpers have none
+            found[recipe.name] = recipe
+    return found

@@ -1,0 +1,37 @@
+"""Numbers as a reader wants them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+
+def number(x: object) -> str:
+    """Three significant digits, thousands separated; n/a for what was not measured."""
+    if not isinstance(x, int | float) or (isinstance(x, float) and math.isnan(x)):
+        return "n/a"
+    if isinstance(x, int) or not math.isfinite(x):
+        return f"{x:,}"
+    if x != 0 and not 1e-4 <= abs(x) < 1e12:
+        return f"{x:.2e}"
+    return f"{x:,.{max(0, 2 - math.floor(math.log10(abs(x)))) if x else 2}f}"
+
+
+def aligned(values: Sequence[float]) -> list[str]:
+    """One number of decimals for a column: what three significant digits of its largest number need."""
+    largest = max((abs(x) for x in values if math.isfinite(x)), default=0.0)
+    decimals = max(0, 2 - math.floor(math.log10(largest))) if largest else 2
+    return [f"{x:,.{decimals}f}" if math.isfinite(x) else "n/a" for x in values]
+
+
+def duration(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "n/a"
+    minutes, rest = divmod(round(seconds), 60)
+    return (
+        f"{minutes // 60} h {minutes % 60} min"
+        if minutes >= 60
+        else f"{minutes} min {rest} s"
+        if minutes
+        else f"{rest} s"
+    )

@@ -1,0 +1,1 @@
+"""A run as a folder: written, read, opened again."""

@@ -1,0 +1,94 @@
+"""A run folder read with patience: what it holds as far as it has come, torn or damaged files named."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..training.config import Config, updated
+from .checkpoint import read_run
+
+Row = dict[str, Any]  # a metrics line
+
+
+def value(row: Row, key: str) -> float:
+    """A metric of a line, NaN where it is missing or was not finite."""
+    found = row.get(key)
+    return float(found) if isinstance(found, int | float) else math.nan
+
+
+def column(rows: Sequence[Row], key: str) -> tuple[list[float], list[float]]:
+    """Iterations and values, where both are finite."""
+    points = [(value(row, "iteration"), value(row, key)) for row in rows]
+    kept = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+    return [x for x, _ in kept], [y for _, y in kept]
+
+
+@dataclass(frozen=True)
+class Lines:
+    """What the curves are drawn from: the lines of metrics.jsonl."""
+
+    iterations: list[Row]
+    evaluations: list[Row]
+    reference: Row
+
+
+# --- the folder ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Record(Lines):
+    """What a run folder holds, as far as it has come; {} for files that do not exist yet."""
+
+    path: Path
+    description: Row
+    config: Row
+    versions: Row
+    result: Row
+    problems: list[str]  # what could not be read
+    guard: list[Row]  # what the guard said
+
+    @property
+    def settings(self) -> Config:
+        return updated(Config(), self.config, str(self.path / "config.json"))
+
+
+def read_record(path: Path) -> Record:
+    """The folder's files. Raises ValueError where there is no run; torn or damaged later files become `problems`."""
+    start = read_run(path)
+    problems: list[str] = []
+    result = read_json(path / "result.json", problems)
+    rows: list[Row] = []
+    metrics = path / "metrics.jsonl"
+    text = metrics.read_text(encoding="utf-8", errors="replace") if metrics.is_file() else ""
+    for count, line in enumerate(text.splitlines(), start=1):
+        try:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            problems.append(f"Line {count} of metrics.jsonl cannot be read and is left out ({error}).")
+    reference = [row for row in rows if row.get("reference")]
+    return Record(
+        iterations=[row for row in rows if not any(row.get(kind) for kind in ("reference", "evaluation", "guard"))],
+        evaluations=[row for row in rows if row.get("evaluation")],
+        reference=reference[-1] if reference else {},
+        guard=[row for row in rows if row.get("guard")],
+        path=path,
+        description=start.get("description") or {},
+        config=start["config"],
+        versions=start.get("versions") or {},
+        result=result,
+        problems=problems,
+    )
+
+
+def read_json(path: Path, problems: list[str]) -> Row:
+    """The mapping in a JSON file; {} if there is none, and a problem if it is damaged."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    except (ValueError, TypeError) as error:
+        problems.append(f"{path.name} cannot be read ({error}).")
+        return {}

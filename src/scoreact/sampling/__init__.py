@@ -1,0 +1,1 @@
+"""Drawing samples, and steering them without training."""

@@ -1,0 +1,1 @@
+"""What every wing uses and nothing of which knows diffusion: names, settings, files, loading, devices, processes."""

@@ -1,0 +1,36 @@
+"""Where to compute: the device that a setting names, the one a model is on, and what this processor does fast."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def choose_device(name: str) -> torch.device:
+    """auto: CUDA, else MPS, else CPU. Raises ValueError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device is {name!r}; known: auto, cpu, cuda, cuda:N, mps.") from None
+    if (device.type == "cuda" and not torch.cuda.is_available()) or (
+        device.type == "mps" and not torch.backends.mps.is_available()
+    ):
+        raise ValueError(f"device {name!r} is not available on this machine; use device auto or cpu.")
+    return device
+
+
+def device_of(model: object) -> torch.device:
+    """Where a model computes: its `device` if it says so, else that of its first parameter, else the CPU."""
+    own = getattr(model, "device", None)
+    if isinstance(own, torch.device):
+        return own
+    parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
+    return next((p.device for p in parameters), torch.device("cpu"))
+
+
+def bfloat16_pays() -> bool:
+    """Whether this CPU has instructions for bfloat16 (AMX or AVX512-BF16), where it is the faster type."""
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names)

@@ -1,0 +1,1 @@
+"""A run's settings, what it is made of, and its loop."""

@@ -1,0 +1,158 @@
+"""What a run is made of, built from its settings: device, value, rule, minimiser, exploration; and what is checked first.
+
+Knows settings and every part; does not know the loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..algorithms.base import Rule
+from ..algorithms.registry import find_rule
+from ..control.linear_value import LinearHead, RidgeFit
+from ..control.policy import Policy
+from ..control.rollout import Exploration, epsilon_greedy, gaussian_actions
+from ..control.transitions import Batch, Rows
+from ..control.value import ResidualValue, Surrogate, ValueNetwork
+from ..control.value_fit import ValueFit
+from ..dynamics import girsanov
+from ..dynamics.sde import SDE
+from ..dynamics.solvers import SOLVERS
+from ..models.base import ScoreModel
+from ..rewards.check import Checked, checked
+from ..support.devices import device_of
+from ..support.errors import Diverged
+from ..types import Condition
+from .config import Config
+from .optim import AdamSteps, NaturalGradient
+
+
+def exploration_of(config: Config, sde: SDE) -> Exploration | None:
+    if config.exploration == "gaussian":
+        return gaussian_actions(lambda t: config.exploration_scale * sde.schedule.sigma(t))
+    if config.exploration == "epsilon_greedy":
+        return epsilon_greedy(config.exploration_scale)
+    return None
+
+
+def _default_value_network(model: ScoreModel, inputs: str) -> nn.Module:
+    """An MLP on flattened states: right for points and short series; pictures deserve a convolutional one."""
+    from ..models.value_networks import VectorValue
+
+    probe = model.prior(model.condition(list(getattr(model, "classes", [""]))[:1]), torch.Generator().manual_seed(0))
+    return VectorValue(probe[0].numel() * (2 if inputs == "both" else 1))
+
+
+def build_value(
+    config: Config,
+    policy: Policy,
+    sde: SDE,
+    make: Callable[[], nn.Module] | None,
+    reward_of_state: Callable[[Tensor, Condition], Tensor],
+) -> ValueNetwork:
+    """The value network that the settings describe, untrained; reward_of_state: of x_data_hat, for value "residual"."""
+    link = config.kl_weight if config.value_loss == "log_probability" else None
+    if config.value == "linear":
+        keep = getattr(policy.reference, "keep_features", None)
+        if keep is None:
+            raise ValueError(
+                f"value is 'linear', but {type(policy.reference).__name__} has no features of its own to read; "
+                "use value network."
+            )
+        keep()
+        return ValueNetwork(LinearHead(sde.schedule), sde, policy, log_sigmoid=link)
+    inputs = config.value_inputs if config.value == "network" else "x_data_hat"
+    network = make() if make is not None else _default_value_network(policy.model, inputs)
+    if config.value == "network":
+        return ValueNetwork(network, sde, policy, config.value_inputs, link)
+    terminal: Any = Surrogate(make()) if config.value == "surrogate" and make is not None else reward_of_state
+    return ResidualValue(network, sde, policy, terminal)
+
+
+def check_value(value: ValueNetwork, model: ScoreModel, prompts: Sequence[str]) -> None:
+    """The value network takes what value_inputs gives it. Raises ValueError before anything is spent."""
+    if value.inputs == "features":
+        return
+    condition, device = model.condition(prompts[:1]), device_of(model)
+    x = model.prior(condition, torch.Generator(device).manual_seed(0))
+    seen = torch.cat([x, x], dim=1) if value.inputs == "both" else x
+    try:
+        with torch.no_grad():
+            value.calls += len(x)
+            value.network(seen, torch.full((len(x),), 0.5, device=device), condition)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the value network cannot take value_inputs {value.inputs!r}, here of shape {tuple(seen.shape[1:])} "
+            f"({' '.join(str(error).split())[:160]}). Use another value_inputs, or a network made for this one."
+        ) from error
+
+
+def value_fit(config: Config, value: ValueNetwork) -> ValueFit:
+    """How the settings fit it."""
+    c = config
+    if c.value == "linear":
+        return RidgeFit(value, c.kl_weight, c.value_loss, replay=c.value_replay)
+    return ValueFit(
+        value, c.kl_weight, c.value_loss, c.value_learning_rate, c.value_steps, c.value_first_steps, c.value_batch_size,
+        c.value_replay, weight_decay=c.value_weight_decay,
+    )  # fmt: skip
+
+
+def build_rule(
+    config: Config, policy: Policy, sde: SDE, value: ValueFit, reward: Checked, prompts: Sequence[str]
+) -> Rule:
+    """The update rule that the settings name. Raises ValueError when it needs the reward's gradient and there is none."""
+    kind = find_rule(config.algorithm)
+    if kind.differentiates_reward:
+        check_differentiable(config.algorithm, policy.model, reward, prompts)
+    critic = value if kind.critic else None
+    return kind(policy, sde, SOLVERS[config.solver], critic, config.kl_weight, reward, **config.rule)
+
+
+def build_minimiser(config: Config, rule: Rule) -> AdamSteps | NaturalGradient:
+    """What turns the rule's loss into a step."""
+    c, parameters = config, rule.policy.trainable()
+    if rule.minimiser == "natural_gradient":
+        return NaturalGradient(parameters, c.kl_weight, c.max_kl, c.rule["damping"], c.rule["cg_steps"])
+    return AdamSteps(
+        parameters, c.learning_rate, c.epochs, c.minibatch_size, c.accumulate, c.max_kl, c.max_gradient_norm,
+        kl_states=c.kl_states,
+    )  # fmt: skip
+
+
+def check_differentiable(algorithm: str, model: ScoreModel, reward: Checked, prompts: Sequence[str]) -> None:
+    """Rules that follow the reward's gradient need one; marks the reward when it is there."""
+    condition = model.condition(prompts[:1])
+    device = device_of(model)
+    x = model.prior(condition, torch.Generator(device).manual_seed(0)).requires_grad_(True)
+    probe = checked(reward.reward)
+    probe.differentiable = True  # makes it look for the gradient
+    try:
+        with torch.enable_grad():
+            probe(model.decode(x), condition)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{algorithm} follows the reward's gradient, but reward {reward.name} has none "
+            f"({' '.join(str(error).split())[:160]}). Make it differentiable, or use a rule that needs its values only: "
+            "ctrl, ctrl_pathwise, q_learning."
+        ) from error
+    reward.differentiable = True
+
+
+def check_ratio(rule: Rule, rows: Rows) -> None:
+    """Before the first update the policy is its own behaviour: every ratio must be 1. Raises Diverged if not."""
+    if not isinstance(rows, Batch):
+        return
+    part = rows[torch.arange(min(len(rows), 256), device=rows.t0.device)]
+    with torch.no_grad():
+        worst = float(girsanov.log_ratio(rule.shift(part), part.noise).abs().max())
+    limit = 1e-5 * max(1.0, part.x[0].numel() ** 0.5)
+    if not worst <= limit and not getattr(rule.policy.model, "use_bfloat16", False):
+        raise Diverged(
+            f"before the first update log-ratios reach {worst:.2g} instead of 0: the model's score depends on the batch "
+            "or is random. Put the model in eval mode and remove dropout, or compute it in float32."
+        )

@@ -1,0 +1,351 @@
+"""Training: rollout, reward, prepare, minimise, and a held-out look. The loop's body is `Trainer.iterate`.
+
+Devices live here. Knows nothing of files: what surrounds the iterations of a run is in `run`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..control.policy import Policy
+from ..control.rollout import rollout
+from ..control.trajectory import Trajectory
+from ..control.transitions import acting_steps, states
+from ..control.value_fit import Sample
+from ..dynamics.grids import GRIDS
+from ..dynamics.sde import NOISES, SDE
+from ..dynamics.solvers import SOLVERS
+from ..evaluation.evaluate import Features, Judge, evaluate
+from ..evaluation.optimum import estimate_optimum, optimal_kl, recovered
+from ..models.base import ScoreModel
+from ..models.weights import load_parameters
+from ..rewards.base import Reward
+from ..rewards.check import Checked, checked
+from ..rewards.remote.overlap import Scores, one_ahead, ready
+from ..sampling.draw import balanced
+from ..support import distributed
+from ..support.devices import choose_device
+from ..types import Condition, Metrics
+from .assembly import build_minimiser, build_rule, build_value, check_ratio, check_value, exploration_of, value_fit
+from .config import Config
+from .guard import Guard
+from .kl_price import KLPrice, reprice, sees_kl
+from .optim import AdamSteps, Average
+from .rounding import rounding_kl
+
+EVALUATION_SEED = 1_000_003  # held-out noise: never a training seed's stream
+
+
+class Trainer:
+    """One run. Every random number comes from `self.generator` (training) or a fixed evaluation seed."""
+
+    def __init__(
+        self,
+        model: ScoreModel,
+        reward: Reward,
+        prompts: Sequence[str],
+        value_network: Callable[[], nn.Module] | None,
+        config: Config,
+        judge: Judge | None = None,
+        features: Features | None = None,
+        optimum: Callable[[float], float] | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is {type(model).__name__}; training needs an nn.Module with parameters to train.")
+        if not prompts:
+            raise ValueError("prompts is empty; give at least one (use [''] for an unconditional model).")
+        self.config = config
+        distributed.start()
+        if config.batch_size % distributed.world():
+            raise ValueError(
+                f"batch_size is {config.batch_size}, which {distributed.world()} processes cannot share; take a multiple."
+            )
+        self.device = choose_device(config.device)
+        model.to(self.device).eval()
+        self.policy = Policy(model, act_until=config.act_until)
+        if not self.policy.trainable():
+            raise ValueError(f"{type(model).__name__} has no parameter with requires_grad; nothing could be trained.")
+        distributed.same(self.policy.trainable())
+        self.prompts = list(prompts)
+        self.reward: Checked = checked(reward)
+        ready(self.reward)  # one elsewhere that is not there is said now
+        self.heldout_reward: Checked = checked(reward)  # counted apart: the cost of looking, not of learning
+        self.features, self.optimum = features, optimum
+        self.guard = Guard(
+            config.kl_weight, config.guard, config.target_kl, config.least_diversity, config.patience, features, judge
+        )
+        self.price = KLPrice(config.target_kl)  # used with target_kl > 0 only
+        self.sde = SDE(model.schedule, NOISES[config.noise](config.noise_scale))
+        self.solver = SOLVERS[config.solver]
+        self.exploration = exploration_of(config, self.sde)
+        self.generator = torch.Generator(device=self.device).manual_seed(self.process_seed())
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)  # initial weights of the value network: a seed gives the same run
+            value = build_value(config, self.policy, self.sde, value_network, self._reward_of_state)
+            self.value = value_fit(config, value.to(self.device))
+            self.algorithm = build_rule(config, self.policy, self.sde, self.value, self.reward, self.prompts)
+        if self.algorithm.critic:
+            check_value(value, model, self.prompts)
+        self.average = Average(model, config.average)
+        self.minimise = build_minimiser(config, self.algorithm)
+        if distributed.world() > 1 and not isinstance(self.minimise, AdamSteps):
+            raise ValueError(
+                f"{config.algorithm} takes natural gradients, which one process makes alone; start one only."
+            )
+        self.iteration = 0
+        self.reference: Metrics = {}
+        self.start: Metrics = {}  # held-out J before the first update
+        self.saved: list[tuple[Trajectory, Tensor]] = []  # the reference's paths that the first iterations learn from
+
+    # --- the loop -----------------------------------------------------------------------------------------------
+
+    def iterate(self) -> Metrics:
+        """One iteration: rollout, reward, prepare, minimise, average."""
+        rate = self.rate()
+        drawn: Metrics = {}
+        reused = bool(self.saved)
+        if self.algorithm.own_rows:
+            batch = self.algorithm.rows_for(self._batch_of_prompts(), self.grid(), self.generator)
+        else:
+            trajectory, rewards = self.saved.pop() if self.saved else self.rollout()
+            batch = self.algorithm.prepare(trajectory, rewards, self.generator, rate)
+            drawn = {name: distributed.mean(value) for name, value in self._drawn(trajectory, rewards).items()}
+        if self.iteration == 0 and self.exploration is None:
+            check_ratio(self.algorithm, batch)
+        metrics = self.minimise(self.algorithm, batch, self.generator, rate)
+        self.average.update(self.policy.model)  # type: ignore[arg-type]
+        self.algorithm.moved()
+        self.iteration += 1
+        if not reused and sees_kl(self.algorithm) and "policy/kl" in drawn:
+            self.steer_kl(drawn["policy/kl"], 1)
+        if self.config.target_kl > 0:
+            drawn["policy/kl_weight"] = self.algorithm.kl_weight
+        return {
+            **drawn,
+            # the same in every process: a limit on one of them ends all or none
+            **{name: distributed.mean(value) for name, value in self.algorithm.metrics.items()},
+            **metrics,
+            "learning_rate": self.config.learning_rate * rate,
+            "cost/network_calls": distributed.world() * self.policy.network_calls,
+            "cost/value_calls": distributed.world() * self.value.value.calls,
+            "cost/reward_calls": distributed.world() * self.reward.calls,
+        }
+
+    def process_seed(self) -> int:
+        """Of this process' random numbers: no process draws what another does, and one alone draws as ever."""
+        return self.config.seed + 7_919_000 * distributed.rank()
+
+    def steer_kl(self, kl: float, iterations: int) -> None:
+        """Towards target_kl by another price of a nat in training; J and J* stay those of kl_weight."""
+        if self.config.target_kl > 0:
+            price = self.config.kl_weight * self.price.update(kl, iterations)
+            reprice(price, self.algorithm, self.value, self.minimise)
+
+    def _drawn(self, trajectory: Trajectory, rewards: Tensor) -> Metrics:
+        """What a rollout says of the policy that drew it."""
+        metrics = {"reward/mean": float(rewards.mean()), "reward/std": float(rewards.std())}
+        if self.algorithm.reads_reference and bool(trajectory.acts.any()):  # otherwise nobody knows the path KL
+            kl = trajectory.path_kl()
+            metrics["policy/kl"] = float(kl.mean())
+            metrics["objective/J_training"] = float((rewards - self.config.kl_weight * kl).mean())
+        return metrics
+
+    def grid(self) -> Tensor:
+        """The times of a path, [steps + 1]; another draw each time where the grid is random."""
+        return GRIDS[self.config.grid](self.policy.model.schedule, self.config.steps, self.generator)
+
+    def _batch_of_prompts(self) -> list[str]:
+        """Prompts of this process' part of a batch."""
+        return balanced(self.prompts, self.config.batch_size // distributed.world(), self.generator)
+
+    def _reward_of_state(self, x_data: Tensor, condition: Condition) -> Tensor:
+        return self.reward(self.policy.model.decode(x_data), condition)
+
+    def rollout(self) -> tuple[Trajectory, Tensor]:
+        """Paths of a batch of prompts, and their rewards [B]."""
+        trajectory, scores = self.draw()
+        return trajectory, scores.result()
+
+    def draw(self, reference_only: bool = False) -> tuple[Trajectory, Scores]:
+        """Paths of a batch of prompts; a reward elsewhere scores a part of them while the next is drawn."""
+        names, ts = self._batch_of_prompts(), self.grid()
+        behaviour = self.policy if reference_only else self.algorithm.behaviour()
+        stochastic = None if reference_only else self.algorithm.stochastic_steps(self.config.steps, self.generator)
+        paths, scores = [], Scores(self.reward)
+        for part in scores.parts(names):
+            trajectory = rollout(
+                behaviour, self.sde, self.solver, ts, self.policy.model.condition(part), self.generator,
+                self.exploration, reference_only, stochastic, self.algorithm.reads_reference,
+            )  # fmt: skip
+            scores.add(self.policy.model.decode(trajectory.xs[-1]), trajectory.condition)
+            paths.append(trajectory)
+        if behaviour is not self.policy:  # one place counts the calls
+            self.policy.network_calls += behaviour.network_calls
+            behaviour.network_calls = 0
+        whole = paths[0] if len(paths) == 1 else Trajectory.join(paths, self.policy.model.condition(names))
+        return whole, scores
+
+    def rate(self) -> float:
+        """The learning rates' factor: a linear warm-up, a plateau, a linear fall to the run's end."""
+        c = self.config
+        left = (c.iterations - self.iteration) / max(1.0, c.iterations * (1 - c.decay_from))
+        return min(1.0, (self.iteration + 1) / (c.warmup + 1), left)
+
+    def look_at_reference(self) -> Metrics:
+        """J_ref and J* from the reference's paths; a critic learns from them too, for other rules they only measure."""
+        rewards, prompts = [], []
+        spent = self.policy.network_calls, self.reward.calls
+        for trajectory, r in one_ahead(self.draw(True) for _ in range(self.config.reference_batches)):
+            if self.config.value_loss == "log_probability" and float(r.max()) > 0:
+                raise ValueError(
+                    f"reward {self.reward.name} reached {float(r.max()):.3g}, so it is no log-probability; use value_loss soft."
+                )
+            rewards.append(r)
+            prompts += list(trajectory.condition.prompts)
+            self.guard.remember(self.policy.model.decode, trajectory.xs[-1], self.config.heldout_samples)
+            if self.algorithm.critic:
+                self._remember(trajectory, r)
+            if len(self.saved) < self.config.rule.get("reuse_reference", 0):
+                self.saved.append((trajectory, r))
+        if not self.algorithm.critic:
+            self.policy.network_calls, self.reward.calls = spent
+        beta, found = self.config.kl_weight, distributed.gathered(torch.cat(rewards))
+        rows = distributed.gathered(torch.tensor([self.prompts.index(prompt) for prompt in prompts]))
+        prompts = [self.prompts[row] for row in rows.tolist()]
+        metrics = estimate_optimum(found, Condition(prompts), beta) | optimal_kl(found, Condition(prompts), beta)
+        if self.optimum is not None:
+            metrics["objective/J_star_exact"] = self.optimum(beta)
+            # KL* = -dJ* / dbeta
+            below, above = self.optimum(0.999 * beta), self.optimum(1.001 * beta)
+            metrics["objective/KL_star_exact"] = (below - above) / (0.002 * beta)
+        return metrics
+
+    @torch.no_grad()
+    def _remember(self, trajectory: Trajectory, rewards: Tensor) -> None:
+        keep = acting_steps(trajectory)
+        if len(keep) == 0:
+            raise ValueError(
+                "no step of the path has noise, so there is no action to learn; raise noise_scale or steps."
+            )
+        seen = torch.unique(torch.cat([keep, keep + 1]))  # where steps start, and where they lead
+        seen = seen[seen < len(trajectory.references)]
+        t, x, condition = states(trajectory, seen)
+        features = self.value.value.features(t, x, condition, trajectory.references[seen].flatten(0, 1))
+        self.value.add(Sample(t, features, rewards.repeat(len(seen)), condition))
+
+    def evaluate(self) -> Metrics:
+        """The averaged policy on held-out noise, against J_ref and J*."""
+        c = self.config
+        ts = GRIDS[c.grid](
+            self.policy.model.schedule, c.steps, torch.Generator(self.device).manual_seed(EVALUATION_SEED)
+        )
+        metrics = evaluate(
+            self.averaged(), self.sde, self.solver, ts, self.heldout_reward, self.prompts, c.kl_weight,
+            c.heldout_samples, EVALUATION_SEED, self._look_at_samples, self.features, self.device,
+        )  # fmt: skip
+        start = self.start.setdefault("objective/J", metrics["objective/J"])  # same noise: errors cancel
+        metrics["objective/recovered"] = recovered(metrics["objective/J"] - start, self.reference)
+        return metrics
+
+    def rounding(self) -> Metrics:
+        """The path KL that rounding alone costs, where the model's network has less than float32; else {}."""
+        c, model = self.config, self.policy.model
+        if not getattr(model, "rounds", False):
+            return {}
+        generator = torch.Generator(self.device).manual_seed(EVALUATION_SEED)
+        ts = GRIDS[c.grid](model.schedule, c.steps, generator)
+        condition = model.condition(balanced(self.prompts, min(8, c.heldout_samples), generator))
+        found = rounding_kl(self.policy, self.sde, self.solver, ts, condition, generator, c.learning_rate)
+        return {"policy/kl_rounding": found}
+
+    def _look_at_samples(self, samples: Tensor, condition: Condition) -> Metrics:
+        return self.guard.look_at_samples(samples, condition, first=self.iteration == 0)
+
+    # --- what it is made of ------------------------------------------------------------------------------------
+
+    def averaged(self) -> Policy:
+        """The averaged weights beside the same reference: what is evaluated and returned."""
+        return Policy(self.average.model, self.policy.reference, self.config.act_until)  # type: ignore[arg-type]
+
+    def weights(self) -> dict[str, Tensor]:
+        trained = {name for name, p in self.policy.model.named_parameters() if p.requires_grad}  # type: ignore[attr-defined]
+        return {name: p for name, p in self.average.model.named_parameters() if name in trained}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that an exact continuation needs, as nested tensors and plain values."""
+        return {
+            "policy": {n: p for n, p in self.policy.model.named_parameters() if p.requires_grad},  # type: ignore[attr-defined]
+            "average": self.weights(),
+            "average_updates": self.average.updates,
+            "minimiser": self.minimise.state_dict(),
+            "rule": self.algorithm.state_dict(),
+            "value": self.value.value.state_dict(),
+            "value_fit": self.value.state_dict(),
+            "memory": [
+                {
+                    "t": s.t,
+                    "features": s.features,
+                    "target": s.target,
+                    "later_costs": s.later_costs,
+                    "prompts": list(s.condition.prompts),
+                }
+                for s in self.value.memory
+            ],
+            "saved": [
+                {"rewards": r, "prompts": list(path.condition.prompts), **path.tensors()} for path, r in self.saved
+            ],
+            "generator": self.generator.get_state(),
+            "network_calls": self.policy.network_calls,
+            "value_calls": self.value.value.calls,
+            "reward_calls": self.reward.calls,
+            "reference": self.reference,
+            "start": self.start,
+            "guard": self.guard.state_dict(),
+            "price": [self.price.log_factor, self.price.error, self.algorithm.kl_weight],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what `state_dict` took. Raises ValueError when the checkpoint is another model's."""
+        load_parameters(self.policy.model, state["policy"])  # type: ignore[arg-type]
+        load_parameters(self.average.model, state["average"])
+        self.average.updates = state["average_updates"]
+        self.minimise.load_state_dict(_optimizer_state(state["minimiser"]))
+        self.algorithm.load_state_dict(state["rule"])
+        try:
+            self.value.value.load_state_dict(state["value"])
+        except RuntimeError as error:
+            raise ValueError(f"the checkpoint's value network is another one: {' '.join(str(error).split())}") from None
+        fit = state["value_fit"]
+        if "optimizer" in fit:
+            fit = {**fit, "optimizer": _optimizer_state(fit["optimizer"])}
+        self.value.load_state_dict(fit)
+        self.value.memory = [
+            Sample(s["t"], s["features"], s["target"], self.policy.model.condition(s["prompts"]), s["later_costs"])
+            for s in state["memory"]
+        ]
+        self.saved = [
+            (Trajectory.of(entry, self.policy.model.condition(entry["prompts"])), entry["rewards"])
+            for entry in state["saved"]
+        ]
+        self.generator.set_state(state["generator"].cpu())
+        self.policy.network_calls, self.reward.calls = state["network_calls"], state["reward_calls"]
+        self.value.value.calls = state["value_calls"]
+        self.reference, self.start = state["reference"], state["start"]
+        self.guard.load_state_dict(state["guard"])
+        self.price.log_factor, self.price.error, price = state["price"]
+        if price != self.algorithm.kl_weight:
+            # what the value remembers was stored at that price already
+            memory, self.value.memory = self.value.memory, []
+            reprice(price, self.algorithm, self.value, self.minimise)
+            self.value.memory = memory
+
+
+def _optimizer_state(state: Any) -> Any:
+    """JSON made the parameter numbers strings; torch wants integers."""
+    if not state:
+        return state
+    return {**state, "state": {int(k): v for k, v in state["state"].items()}}

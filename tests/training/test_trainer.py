@@ -1,0 +1,351 @@
+"""Runs: same seed same weights, kill and resume, refusals, bad rewards, divergence, interruption, early stop."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from scoreact.models.gaussian_mixture import GaussianMixture
+from scoreact.models.mlp import ResidualModel
+from scoreact.models.value_networks import VectorValue
+from scoreact.models.weights import load_weights
+from scoreact.recipes.gaussian import build, linear_reward, mixture
+from scoreact.runs import checkpoint
+from scoreact.runs.checkpoint import load_checkpoint, read_run
+from scoreact.runs.run import Result, finetune
+from scoreact.support.files import read_lines
+from scoreact.training.config import Config
+from scoreact.training.optim import Diverged
+from scoreact.training.trainer import Trainer
+from scoreact.types import Condition, Metrics
+
+SMALL: dict[str, Any] = {
+    "iterations": 6, "batch_size": 32, "steps": 4, "solver": "euler_maruyama", "kl_weight": 0.5, "value_steps": 3,
+    "value_first_steps": 5, "value_batch_size": 32, "reference_batches": 2, "heldout_samples": 32, "minibatch_size": 64,
+    "evaluate_every": 2, "checkpoint_every": 2, "device": "cpu",
+}  # fmt: skip
+
+
+def model(seed: int = 0) -> ResidualModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return ResidualModel(mixture(2, 3, 0), 2, width=16)
+
+
+def train(out: Path | None = None, *, tuned: ResidualModel | None = None, **settings: Any) -> Result:
+    run = {k: settings.pop(k) for k in ("resume", "on_event", "judge", "description") if k in settings}
+    reward = settings.pop("reward", linear_reward(2, 0))
+    inputs = 2 if settings.get("value") == "residual" else 4
+    return finetune(
+        tuned or model(),
+        reward,
+        [""],
+        value_network=lambda: VectorValue(inputs, 16),
+        out=out,
+        **run,
+        **{**SMALL, **settings},
+    )
+
+
+def weights(result: Result) -> Tensor:
+    parameters = list(result.policy.model.parameters())  # type: ignore[attr-defined]
+    return torch.cat([p.detach().flatten() for p in parameters])
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """The metrics without the clock's."""
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in read_lines(folder / "metrics.jsonl")]
+
+
+RULES = [
+    {"algorithm": "ctrl"},
+    {"algorithm": "ctrl", "gradient_at": "next", "exploration": "gaussian"},
+    {"algorithm": "ctrl_pathwise", "value_loss": "soft", "value_replay": 3, "reuse_reference": 2, "grid": "random"},
+    {"algorithm": "ctrl_trpo", "value": "residual", "value_inputs": "x_data_hat"},
+    {"algorithm": "ctrl_trpo", "reuse_reference": 1},
+]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_same_seed_same_weights(rule: dict[str, Any]) -> None:
+    torch.manual_seed(1)
+    first = train(**rule)
+    torch.manual_seed(2)  # nobody's business
+    again, other = train(**rule), train(seed=1, **rule)
+    assert torch.equal(weights(first), weights(again))
+    assert not torch.equal(weights(first), weights(other))
+
+
+@pytest.mark.parametrize(("reused", "drawn"), [(0, 6), (1, 5), (2, 4), (9, 4)])
+@pytest.mark.parametrize("rule", [{"algorithm": "ctrl_pathwise", "value_loss": "soft"}, {"algorithm": "ctrl"}])
+def test_the_first_iterations_draw_nothing_where_they_reuse_the_references_paths(
+    reused: int, drawn: int, rule: dict[str, Any]
+) -> None:
+    result = train(reuse_reference=reused, **rule)
+    spent = [line["cost/reward_calls"] for line in result.history if "cost/reward_calls" in line]
+    assert spent[-1] == 32 * (SMALL["reference_batches"] + drawn)
+
+
+def test_an_iteration_of_the_pathwise_rule_costs_what_it_says() -> None:
+    """Ten calls of either network a path and step would be too many to lose without notice."""
+    settings = {"algorithm": "ctrl_pathwise", "value_loss": "soft", "gradient_at": "next", "epochs": 1, "kl_states": 0}
+    history = [
+        line for line in train(**settings, transitions=10, batch_size=128).history if "cost/network_calls" in line
+    ]
+    spent = [{name: b[name] - a[name] for name in ("cost/network_calls", "cost/value_calls")}
+             for a, b in itertools.pairwise(history)]  # fmt: skip
+    paths, steps, chosen = 128, SMALL["steps"], 10
+    # both networks along the paths, the reference at their ends and behind the value's gradient, the policy in the loss
+    network = 2 * paths * steps + paths + chosen + chosen
+    # the fit, a look at how good it is, the gradient
+    value = SMALL["value_steps"] * SMALL["value_batch_size"] + 256 + chosen
+    assert spent == [{"cost/network_calls": network, "cost/value_calls": value}] * 5
+
+
+def test_a_value_network_that_cannot_take_its_inputs_is_told_before_anything_is_spent() -> None:
+    with pytest.raises(
+        ValueError, match=r"cannot take value_inputs 'x', here of shape \(2,\).*Use another value_inputs"
+    ):
+        train(value_inputs="x")
+
+
+def test_files_and_result(tmp_path: Path) -> None:
+    events: list[str] = []
+    tuned = model()
+    result = train(
+        tmp_path / "run", tuned=tuned, on_event=lambda kind, _: events.append(kind), description={"why": "test"},
+        judge=lambda samples, condition: {"judge/mean": float(samples.mean())},
+    )  # fmt: skip
+    assert {
+        "model.safetensors",
+        "value.safetensors",
+        "result.json",
+        "config.json",
+        "metrics.jsonl",
+        "best",
+        "checkpoints",
+    } == {p.name for p in (tmp_path / "run").iterdir()}
+    assert events[:3] == ["reference", "evaluation", "iteration"]
+    assert events[-1] == "finished"
+    assert events.count("iteration") == 6
+    assert events.count("checkpoint") == 3
+    record = read_run(tmp_path / "run")
+    assert record["description"] == {"why": "test"}
+    assert record["config"]["iterations"] == 6
+    stored = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert stored["final"] == result.final
+    assert "judge/mean" in result.final
+    assert stored["reference"].keys() == result.reference.keys()
+    other = model(1)
+    load_weights(other, tmp_path / "run" / "model.safetensors")
+    assert torch.equal(weights(result), torch.cat([p.flatten() for p in other.parameters()]).detach())
+    iterations = [line for line in lines(tmp_path / "run") if "reward/mean" in line]
+    assert iterations[-1]["cost/reward_calls"] == 32 * (2 + 6)
+    assert iterations[-1]["iteration"] == 6
+
+
+def killed_at(out: Path, when: Callable[[str, Metrics], bool], rule: dict[str, Any], in_write: bool = False) -> None:
+    """Run in a fork that kills itself, with SIGKILL, at the first event for which `when` holds."""
+    child = os.fork()
+    if child == 0:
+        try:
+
+            def die(kind: str, metrics: Metrics) -> None:
+                if when(kind, metrics):
+                    if not in_write:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    # the next checkpoint dies after its tensors, before its record
+                    checkpoint.write_json = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+            train(out, on_event=die, **rule)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("in_write", [False, True])
+def test_kill_and_resume_equals_uninterrupted(tmp_path: Path, rule: dict[str, Any], in_write: bool) -> None:
+    whole = train(tmp_path / "whole", **rule)
+    killed_at(tmp_path / "cut", lambda kind, m: kind == "iteration" and m["iteration"] == 3, rule, in_write)
+    assert not (tmp_path / "cut" / "model.safetensors").exists()
+    assert load_checkpoint(tmp_path / "cut" / "checkpoints")[0] == 2
+    assert max(line["iteration"] for line in lines(tmp_path / "cut")) > 2  # to be dropped
+    resumed = train(tmp_path / "cut", tuned=model(7), resume=True, **rule)  # other initial weights: all are loaded
+    assert torch.equal(weights(whole), weights(resumed))
+    assert whole.final == resumed.final
+    assert lines(tmp_path / "whole") == lines(tmp_path / "cut")
+    for name in ("model.safetensors", "best/model.safetensors"):
+        one, other = load_file(tmp_path / "whole" / name), load_file(tmp_path / "cut" / name)
+        assert all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_resume_of_a_finished_run_changes_nothing(tmp_path: Path) -> None:
+    first = train(tmp_path / "run")
+    again = train(tmp_path / "run", tuned=model(3), resume=True)
+    assert torch.equal(weights(first), weights(again))
+    assert first.final == again.final
+
+
+def test_resume_refuses_other_settings_and_models(tmp_path: Path) -> None:
+    train(tmp_path / "run")
+    with pytest.raises(
+        ValueError, match=r"started with other settings: batch_size 32 -> 64; Resume|batch_size 32 -> 64"
+    ):
+        train(tmp_path / "run", resume=True, batch_size=64)
+    with pytest.raises(ValueError, match="the stored weights do not fit this model"):
+        train(tmp_path / "run", resume=True, tuned=ResidualModel(mixture(2, 3, 0), 2, width=24))
+    with pytest.raises(FileExistsError, match="is not empty; give a new folder"):
+        train(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"is no run folder: it has no config.json"):
+        train(tmp_path / "nowhere", resume=True)
+    (tmp_path / "run" / "config.json").write_text('{"config": 3}')
+    with pytest.raises(ValueError, match=r"config.json is damaged"):
+        train(tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (lambda x, c: x[:, :1], r"shape \(32, 1\)"),
+        (lambda x, c: x[:, 0].sum(), r"shape \(\)"),
+        (lambda x, c: torch.where(torch.arange(len(x)) == 3, torch.nan, x[:, 0]), "NaN"),
+        (lambda x, c: x[:, 0] / 0, "inf"),
+        (lambda x, c: None, "NoneType"),
+    ],
+)
+def test_bad_rewards_are_told_in_a_sentence(reward: Callable[[Tensor, Condition], Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        train(reward=reward)
+    assert len(str(caught.value).split()) > 8
+
+
+def test_divergence_is_told_and_the_best_weights_stay(tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match=r"over kl_limit 1e-06, at iteration 2; lower learning_rate"):
+        train(tmp_path / "run", kl_limit=1e-6, learning_rate=0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_writes_a_checkpoint_and_resumes(tmp_path: Path, number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    whole = train(tmp_path / "whole", checkpoint_every=100)
+    events: list[str] = []
+
+    def interrupt(kind: str, metrics: Metrics) -> None:
+        events.append(kind)
+        if kind == "iteration" and metrics["iteration"] == 3:
+            signal.raise_signal(number)
+
+    with pytest.raises(KeyboardInterrupt, match="stopped after iteration 3"):
+        train(tmp_path / "run", on_event=interrupt, checkpoint_every=100)
+    assert events[-3:] == ["iteration", "interrupted", "checkpoint"]
+    assert signal.getsignal(number) == before
+    assert load_checkpoint(tmp_path / "run" / "checkpoints")[0] == 3
+    resumed = train(tmp_path / "run", resume=True, checkpoint_every=100)
+    assert torch.equal(weights(whole), weights(resumed))
+
+
+def test_a_second_interrupt_acts_at_once(tmp_path: Path) -> None:
+    def interrupt(kind: str, metrics: Metrics) -> None:
+        if kind in ("iteration", "interrupted") and metrics.get("iteration", 3) == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        train(tmp_path / "run", on_event=interrupt, checkpoint_every=100)
+    assert str(caught.value) == ""
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_overoptimisation_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training reward rising, held-out J falling beyond its noise, `patience` times in a row."""
+    calls = iter(range(100))
+
+    def worse(trainer: Trainer) -> Metrics:
+        return {"objective/J": -float(next(calls)), "objective/J_se": 0.01, "objective/recovered": 0.0}
+
+    rewards = iter(range(100))
+    iterate = Trainer.iterate
+    monkeypatch.setattr(Trainer, "evaluate", worse)
+    monkeypatch.setattr(Trainer, "iterate", lambda self: {**iterate(self), "reward/mean": float(next(rewards))})
+    result = train(tmp_path / "run", patience=2, evaluate_every=1)
+    assert result.stopped is not None
+    assert "held-out J fell 2 evaluations in a row" in result.stopped
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["stopped"] == result.stopped
+    assert max(line["iteration"] for line in lines(tmp_path / "run")) == 3  # the first has no reward to compare with
+
+
+def test_rates_rise_stay_and_fall() -> None:
+    trainer = Trainer(
+        model(), linear_reward(2, 0), [""], lambda: VectorValue(4, 16),
+        Config(**{**SMALL, "iterations": 20, "warmup": 3, "decay_from": 0.5}),
+    )  # fmt: skip
+    found = []
+    for trainer.iteration in range(20):
+        found.append(trainer.rate())
+    assert found[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert found[4:11] == [1.0] * 7
+    assert found[11:] == pytest.approx([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
+
+
+def test_what_cannot_be_trained_is_refused() -> None:
+    fixed = mixture(2, 3, 0)
+    with pytest.raises(ValueError, match="GaussianMixture has no parameter with requires_grad"):
+        finetune(fixed, linear_reward(2, 0), [""])
+    with pytest.raises(TypeError, match=r"model is str; training needs an nn\.Module"):
+        finetune("model", linear_reward(2, 0), [""])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="prompts is empty"):
+        finetune(model(), linear_reward(2, 0), [])
+    with pytest.raises(ValueError, match=r"unknown key 'learning_rat'; did you mean 'learning_rate'"):
+        train(learning_rat=1.0)
+    with pytest.raises(ValueError, match="device is 'gpu'; known: auto, cpu"):
+        train(device="gpu")
+
+
+def test_a_random_model_is_caught_before_the_first_update() -> None:
+    class Noisy(ResidualModel):
+        def score(self, t: Tensor, x: Tensor, condition: Condition) -> Tensor:
+            return super().score(t, x, condition) + 0.1 * torch.rand_like(x)
+
+    base: GaussianMixture = mixture(2, 3, 0)
+    with pytest.raises(Diverged, match="before the first update log-ratios reach"):
+        train(tuned=Noisy(base, 2, width=16))
+
+
+def test_the_recipe_knows_its_optimum() -> None:
+    problem = build()
+    result = finetune(
+        problem.model, problem.reward, problem.prompts, value_network=problem.value_network, optimum=problem.optimum,
+        **{**SMALL, "iterations": 1, "reference_batches": 8, "batch_size": 256},
+    )  # fmt: skip
+    assert problem.optimum is not None
+    exact = problem.optimum(0.5)
+    assert result.reference["objective/J_star_exact"] == exact
+    # the same noise before and after: the first evaluation is the reference's
+    first = next(line for line in result.history if "evaluation" in line)
+    gain = result.final["objective/J"] - first["objective/J"]
+    assert result.final["objective/recovered"] == pytest.approx(gain / (exact - result.reference["objective/J_ref"]))
+
+
+def test_tensorboard_shows_what_the_metrics_say(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    finetune(model(), linear_reward(2, 0), [""], out=tmp_path / "run", tensorboard=True, **{**SMALL, "iterations": 3})
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    for name in ("reward/mean", "reward/heldout", "objective/J", "cost/network_calls"):
+        written = [(line["iteration"], line[name]) for line in lines(tmp_path / "run") if name in line]
+        assert len(written) >= 2
+        assert [(e.step, pytest.approx(e.value, rel=1e-5)) for e in events.Scalars(name)] == written
