@@ -25,9 +25,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from torch import Tensor
 
+from scoreact.api.start import finetune
 from scoreact.recipes.base import Problem, recipes
 from scoreact.rewards.base import FunctionReward
-from scoreact.runs.run import finetune
 from scoreact.training.config import updated
 from scoreact.types import Condition
 

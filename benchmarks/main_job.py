@@ -23,6 +23,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
+from scoreact.api.start import finetune
 from scoreact.control.policy import Policy
 from scoreact.control.rollout import rollout
 from scoreact.dynamics.grids import GRIDS
@@ -32,7 +33,6 @@ from scoreact.evaluation.evaluate import diversity, evaluate
 from scoreact.evaluation.metrics import confidence_interval
 from scoreact.evaluation.optimum import recovered
 from scoreact.recipes.base import recipes
-from scoreact.runs.run import finetune
 from scoreact.sampling.draw import balanced
 from scoreact.training.config import updated
 from scoreact.types import Condition, groups

@@ -34,6 +34,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from torch import Tensor, nn
 
+from scoreact.api.start import finetune
 from scoreact.control.policy import Policy
 from scoreact.control.rollout import rollout
 from scoreact.dynamics.grids import uniform
@@ -46,7 +47,6 @@ from scoreact.models.mlp import ResidualModel
 from scoreact.models.value_networks import VectorValue
 from scoreact.recipes.gaussian import linear_reward, mixture, quadratic_reward
 from scoreact.rewards import Quadratic
-from scoreact.runs.run import finetune
 from scoreact.support.files import append_line, resume_lines
 from scoreact.support.workers import Workers
 from scoreact.training.config import Config, updated

@@ -21,16 +21,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
+from scoreact.api.start import train_source
 from scoreact.control.policy import Policy
 from scoreact.dynamics.grids import GRIDS
 from scoreact.dynamics.sde import NOISES, SDE
 from scoreact.dynamics.solvers import SOLVERS
 from scoreact.evaluation.evaluate import evaluate
 from scoreact.evaluation.optimum import mean_and_error
-from scoreact.recipes.base import Problem, recipes
+from scoreact.recipes.base import recipes
 from scoreact.rewards import checked
-from scoreact.runs.run import finetune
-from scoreact.runs.source import load_policy, load_value, open_run
+from scoreact.runs.source import Source, build_policy, load_value, source_of_run
 from scoreact.sampling.draw import balanced
 from scoreact.sampling.particles import best_of_kl
 from scoreact.sampling.steering import Steering
@@ -44,19 +44,14 @@ PARTICLES = (2, 4, 8, 16, 32)
 def train(name: str, folder: Path, settings: dict[str, Any]) -> None:
     """The recipe's run, as `scoreact train` would leave it."""
     recipe = recipes()[name]
-    problem: Problem = recipe.build(**recipe.options)
-    description = {"recipe": name, "options": recipe.options}
-    finetune(
-        problem.model, problem.reward, problem.prompts, value_network=problem.value_network,
-        config=updated(recipe.config, settings), out=folder, judge=problem.judge, features=problem.features,
-        optimum=problem.optimum, description=description,
-    )  # fmt: skip
+    source = Source(recipe, dict(recipe.options), updated(recipe.config, settings), folder=folder)
+    train_source(source, f"python benchmarks/steering.py --recipe {name}")
 
 
 def rows(folder: Path, samples: int, seed: int, particles: list[int], chunk: int) -> list[list[str]]:
-    source = open_run(folder)
+    source = source_of_run(folder)
     config = source.config
-    policy, problem, weights = load_policy(source, "final")
+    policy, problem, weights = build_policy(source, "final")
     reward = checked(problem.reward)
     path = folder / ("best" if weights == "best" else "") / "value.safetensors"
     value, kl_weight = load_value(path, problem.value_network, config, policy, reward)

@@ -23,6 +23,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
+from scoreact.api.start import finetune
 from scoreact.control.policy import Policy
 from scoreact.control.rollout import rollout
 from scoreact.dynamics.grids import uniform
@@ -33,7 +34,6 @@ from scoreact.evaluation.metrics import confidence_interval
 from scoreact.evaluation.optimum import estimate_optimum, recovered
 from scoreact.recipes.base import Problem, recipes
 from scoreact.recipes.gaussian import mixture, quadratic_reward
-from scoreact.runs.run import finetune
 from scoreact.support.files import append_line, resume_lines
 from scoreact.support.workers import Workers
 from scoreact.training.config import Config, updated

@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from scoreact.api.result import Result
+from scoreact.api.start import finetune
 from scoreact.dynamics import schedule as schedules
 from scoreact.dynamics.schedule import Schedule
 from scoreact.recipes.gaussian import build
-from scoreact.runs.run import Result, finetune
 from scoreact.training.config import Config, updated
 from scoreact.types import ScoreFn, expand
 

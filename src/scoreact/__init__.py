@@ -2,25 +2,85 @@
 
     import scoreact as sa
     result = sa.finetune(model, reward, prompts, iterations=40, out="runs/mine")
+    run = sa.open_run("runs/mine")
 
-The equation and the objects are in the modules' own words: sde, solvers, policy, rollout, value, algorithms, trainer, run.
+The equation and the objects are in the modules' own words: dynamics, models, control, algorithms, training, runs.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
+from .support.errors import (
+    Diverged as Diverged,
+)
+from .support.errors import (
+    LoadError as LoadError,
+)
+from .support.errors import (
+    ModelError as ModelError,
+)
+from .support.errors import (
+    RewardError as RewardError,
+)
+from .support.errors import (
+    RunError as RunError,
+)
+from .support.errors import (
+    RunExists as RunExists,
+)
+from .support.errors import (
+    ScoreactError as ScoreactError,
+)
+from .support.errors import (
+    SettingError as SettingError,
+)
 from .training.config import Config as Config
 
 if TYPE_CHECKING:
-    from .runs.run import Result as Result
-    from .runs.run import finetune as finetune
+    from .api.result import Result as Result
+    from .api.saved_run import SavedRun as SavedRun
+    from .api.saved_run import open_run as open_run
+    from .api.start import finetune as finetune
+    from .models.base import ScoreModel as ScoreModel
+    from .models.network import NetworkModel as NetworkModel
+    from .recipes.base import Problem as Problem
+    from .rewards.registry import load as load_reward  # noqa: F401  for the type checker
+    from .training.loop import Hook as Hook
+    from .training.loop import Stop as Stop
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+
+# on first use: torch takes seconds to import, and `scoreact --help` needs none of it
+_LATER = {
+    "Hook": ("training.loop", "Hook"),
+    "NetworkModel": ("models.network", "NetworkModel"),
+    "Problem": ("recipes.base", "Problem"),
+    "Result": ("api.result", "Result"),
+    "SavedRun": ("api.saved_run", "SavedRun"),
+    "ScoreModel": ("models.base", "ScoreModel"),
+    "Stop": ("training.loop", "Stop"),
+    "finetune": ("api.start", "finetune"),
+    "load_reward": ("rewards.registry", "load"),
+    "open_run": ("api.saved_run", "open_run"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    """`finetune` and `Result` on first use: torch takes seconds to import, and `scoreact --help` needs none of it."""
-    if name in ("Result", "finetune"):
-        from .runs import run
-
-        return getattr(run, name)
+    if name in _LATER:
+        module, attribute = _LATER[name]
+        return getattr(importlib.import_module(f".{module}", __name__), attribute)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    errors = [
+        "Diverged",
+        "LoadError",
+        "ModelError",
+        "RewardError",
+        "RunError",
+        "RunExists",
+        "ScoreactError",
+        "SettingError",
+    ]
+    return sorted(["Config", "__version__", *errors, *_LATER])

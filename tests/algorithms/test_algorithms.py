@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from scoreact.algorithms.ctrl import CTRL, fit_value, fitted_value, gradients, pathwise_force
 from scoreact.algorithms.ctrl_pathwise import CTRLPathwise
 from scoreact.algorithms.ctrl_trpo import CTRLTrustRegion
+from scoreact.api.result import Result
 from scoreact.control.policy import Policy
 from scoreact.control.rollout import rollout
 from scoreact.control.trajectory import Trajectory
@@ -26,7 +27,6 @@ from scoreact.dynamics.solvers import SOLVERS, Solver, ddim, euler_maruyama, ste
 from scoreact.models.mlp import ResidualModel
 from scoreact.models.value_networks import VectorValue
 from scoreact.recipes.gaussian import linear_reward, mixture
-from scoreact.runs.run import Result
 from scoreact.types import Condition
 
 BETA, STEPS, DIM = 0.6, 4, 2

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from scoreact.algorithms.adjoint_matching import AdjointMatching
 from scoreact.algorithms.draft import DRaFT
 from scoreact.algorithms.q_learning import QLearning
+from scoreact.api.result import Result
 from scoreact.control import transitions
 from scoreact.control.policy import Policy
 from scoreact.control.rollout import gaussian_actions, rollout
@@ -29,7 +30,6 @@ from scoreact.models.mlp import ResidualModel
 from scoreact.recipes.gaussian import mixture
 from scoreact.rewards import Quadratic, checked
 from scoreact.rewards.base import FunctionReward
-from scoreact.runs.run import Result
 from scoreact.types import Condition, expand
 
 BETA, STEPS, DIM = 0.7, 4, 2

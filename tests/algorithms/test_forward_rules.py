@@ -19,6 +19,8 @@ from scoreact.algorithms.diffusion_nft import DiffusionNFT, graded
 from scoreact.algorithms.dpo import DPO, paired, read_pairs, write_pairs
 from scoreact.algorithms.forward import ForwardRule
 from scoreact.algorithms.rwr import RWR, normalised_weights
+from scoreact.api.result import Result
+from scoreact.api.start import finetune
 from scoreact.control.policy import Policy
 from scoreact.control.rollout import rollout
 from scoreact.control.trajectory import Trajectory
@@ -29,7 +31,6 @@ from scoreact.dynamics.solvers import euler_maruyama
 from scoreact.models.gaussian_mixture import GaussianMixture
 from scoreact.models.mlp import ResidualModel
 from scoreact.recipes.gaussian import linear_reward, mixture, quadratic_reward
-from scoreact.runs.run import Result, finetune
 from scoreact.training.config import Config, updated
 from scoreact.types import Condition, Metrics, expand
 

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from scoreact.algorithms.registry import rules
+from scoreact.api.result import Result
+from scoreact.api.start import finetune
 from scoreact.control.transitions import Batch
 from scoreact.dynamics import girsanov, prediction
 from scoreact.dynamics.schedule import Cosine, RectifiedFlow
 from scoreact.models.network import NetworkModel
 from scoreact.models.value_networks import VectorValue
 from scoreact.rewards.base import FunctionReward
-from scoreact.runs.run import Result, finetune
 from scoreact.training.config import Config, updated
 from scoreact.training.trainer import Trainer
 from scoreact.types import Condition, Metrics

@@ -20,12 +20,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, rand, tensor
 
+from scoreact import __version__
 from scoreact.algorithms.registry import rules
 from scoreact.cli import main as cli
-from scoreact.cli import screen as cli_output
 from scoreact.cli import train
 from scoreact.evaluation.optimum import estimate_optimum
-from scoreact.runs import run
+from scoreact.report.numbers import elapsed, rounded, share
+from scoreact.report.progress import reference_lines
+from scoreact.runs import session as run
+from scoreact.runs.samples import write_samples
 from scoreact.support.settings import fields_of
 from scoreact.training.config import Config, rule_fields
 from scoreact.types import Condition
@@ -131,7 +134,7 @@ def test_every_command_has_help(say: Callable[..., Said], command: str) -> None:
 
 
 def test_version(say: Callable[..., Said]) -> None:
-    assert say("--version") == (0, "scoreact 0.1.0\n", "")
+    assert say("--version") == (0, f"scoreact {__version__}\n", "")
 
 
 def test_recipes_are_listed_with_their_summaries(say: Callable[..., Said]) -> None:
@@ -457,10 +460,22 @@ def test_a_file_where_the_folder_should_be(say: Callable[..., Said]) -> None:
 # --- resume and damage -----------------------------------------------------------------------------------------------
 
 
-def test_a_run_cannot_be_extended(say: Callable[..., Said], a_run: Path) -> None:
-    text = sentence(say("resume", str(a_run), "--iterations", "9"), 2)
-    assert text.startswith(f"{a_run} was planned for 2 iterations and its learning rate falls to 0 there")
-    assert text.endswith(f"`scoreact train gaussian --config {a_run / 'config.json'} --iterations 9`.")
+def test_a_finished_run_is_extended(say: Callable[..., Said], a_run: Path) -> None:
+    """Its rates go on from where the longer plan has them; the plan in config.json is the new one, and says so."""
+    status, out, _ = say("resume", str(a_run), "--iterations", "5")
+    assert status == 0
+    assert "Extended from 2 to 5 iterations: the learning rates go on at 0.75 of their full size" in " ".join(
+        out.split()
+    )
+    content = json.loads((a_run / "config.json").read_text())
+    assert content["config"]["iterations"] == 5
+    assert content["extended"] == [{"at": 2, "from": 2, "to": 5}]
+    assert json.loads((a_run / "result.json").read_text())["iterations"] == 5
+    page = (a_run / "report.html").read_text()
+    assert "Extended from 2 to 5 iterations" in page
+    text = sentence(say("resume", str(a_run), "--iterations", "3"), 2)
+    assert text == f"{a_run} has made 5 iterations already; give more than that to extend it, not 3."
+    assert json.loads((a_run / "config.json").read_text()) == content, "a refusal changes nothing"
 
 
 def test_a_finished_run_is_not_trained_again(say: Callable[..., Said], a_run: Path) -> None:
@@ -475,13 +490,18 @@ def test_a_run_that_stopped_itself_is_over(say: Callable[..., Said], a_run: Path
     result = json.loads((a_run / "result.json").read_text())
     (a_run / "result.json").write_text(json.dumps({**result, "stopped": "held-out J fell."}))
     text = sentence(say("resume", str(a_run)), 2)
-    assert text == f"{a_run} stopped by itself (held-out J fell), so there is nothing to resume."
+    assert text.startswith(
+        f"{a_run} stopped by itself (held-out J fell), so there is nothing to resume; `--iterations`"
+    )
+    assert say("resume", str(a_run), "--iterations", "3")[0] == 0
 
 
 def test_a_run_made_from_python_is_not_guessed_at(say: Callable[..., Said], a_run: Path) -> None:
     content = json.loads((a_run / "config.json").read_text())
     (a_run / "config.json").write_text(json.dumps({**content, "description": {}}))
-    assert sentence(say("resume", str(a_run)), 2).startswith(f"{a_run} was made from Python, not by a recipe")
+    assert sentence(say("resume", str(a_run)), 2).startswith(
+        f"{a_run} was made from Python, and only Python has its model"
+    )
 
 
 def _cut(path: Path) -> None:
@@ -501,7 +521,7 @@ def test_damaged_checkpoints_are_named(say: Callable[..., Said], a_run: Path, ha
     status, out, _ = say("check", "run", str(a_run))
     assert status == 1
     assert out.splitlines()[0].startswith(f"problem: {newest} cannot be read")
-    assert out.splitlines()[1] == "fine: the final weights fit recipe gaussian."
+    assert out.splitlines()[1] == "fine: the final weights fit the model."
 
 
 @pytest.mark.parametrize("harm", [_cut, _foreign], ids=["cut", "foreign"])
@@ -550,8 +570,8 @@ def test_no_weights_yet(say: Callable[..., Said], a_run: Path) -> None:
 def test_samples_of_points(say: Callable[..., Said], a_run: Path) -> None:
     status, out, _ = say("sample", str(a_run), "--count", "5", "--steps", "3", "--solver", "heun", "--out", "s")
     assert status == 0
-    array, rows = Path("s/final-heun-3-seed0.npy"), Path("s/final-heun-3-seed0.csv")
-    assert out.split() == [str(array), str(rows)]
+    array, rows = Path("s/samples.npy"), Path("s/samples.csv")
+    assert out == "5 samples in s: samples.npy, index.json\n"
     assert np.load(array).shape == (5, 2)
     assert rows.read_text().splitlines()[0] == "prompt,x0,x1"
     assert np.allclose(np.loadtxt(rows, delimiter=",", skiprows=1, usecols=(1, 2)), np.load(array), atol=1e-6)
@@ -560,29 +580,47 @@ def test_samples_of_points(say: Callable[..., Said], a_run: Path) -> None:
 def test_the_pretrained_model_gets_the_same_noise(say: Callable[..., Said], a_run: Path) -> None:
     words = ["--count", "4", "--steps", "3", "--out", "s"]
     assert say("sample", str(a_run), "--reference", *words)[0] == 0
-    from_run = np.load("s/pretrained-ddim-3-seed0.npy")
-    assert say("sample", str(a_run), *words)[0] == 0
-    assert say("sample", "gaussian", *words)[0] == 0
-    assert np.array_equal(from_run, np.load("s/pretrained-ddim-3-seed0.npy")), (
-        "the recipe's model is the run's reference"
-    )
-    change = np.abs(from_run - np.load("s/final-ddim-3-seed0.npy")).max()
+    from_run = np.load("s/samples.npy")
+    assert say("sample", str(a_run), *words)[0] == 2, "what is there is not overwritten"
+    assert say("sample", str(a_run), *words[:-1], "t")[0] == 0
+    assert say("sample", "gaussian", *words[:-1], "u")[0] == 0
+    assert np.array_equal(from_run, np.load("u/samples.npy")), "the recipe's model is the run's reference"
+    change = np.abs(from_run - np.load("t/samples.npy")).max()
     assert 0 < change < 1, "two iterations move samples a little: the noise is the same"
 
 
-def test_pictures_become_a_grid(tmp_path: Path) -> None:
+def test_samples_never_overwrite_others(say: Callable[..., Said], a_run: Path) -> None:
+    """Without --out each call has a folder of its own; the run's own steps and solver by default."""
+    for _ in range(2):
+        assert say("sample", str(a_run), "--count", "2")[0] == 0
+    steps = Config().steps
+    found = sorted(p.name for p in (a_run / "samples").iterdir())
+    assert found == [f"final-euler_maruyama-{steps}-seed0", f"final-euler_maruyama-{steps}-seed0-2"]
+    index = json.loads((a_run / "samples" / found[0] / "index.json").read_text())
+    assert [entry["prompt"] for entry in index["samples"]] == ["", ""]
+    assert (index["steps"], index["weights"], index["shape"]) == (steps, "final", [2, 2])
+
+
+def test_pictures_become_single_files_and_a_sheet(tmp_path: Path) -> None:
     images: Tensor = rand(6, 1, 28, 28)
-    (path,) = cli_output.write_samples(images, ["a"] * 6, 3, tmp_path / "new", "g")
+    path, *single, index = write_samples(images, ["a"] * 6, tmp_path / "new", 3, {"seed": 4})
     picture = np.asarray(Image.open(path))
     assert picture.shape == (2 * 112 + 2, 3 * 112 + 4), "two rows, four-fold, two pixels between"
-    assert np.array_equal(picture[:112:4, 114:226:4], (images[1, 0] * 255).round().byte().numpy())
-    colour = cli_output.write_samples(rand(2, 3, 200, 100), ["a"] * 2, 2, tmp_path, "c")[0]
+    pixels = (images[:, 0] * 255).round().byte().numpy()
+    assert np.array_equal(picture[:112:4, 114:226:4], pixels[1])
+    assert all(np.array_equal(np.asarray(Image.open(p)), pixels[i]) for i, p in enumerate(single))
+    said = json.loads(index.read_text())
+    assert said["seed"] == 4
+    assert [entry["file"] for entry in said["samples"]] == [p.name for p in single]
+    colour = write_samples(rand(2, 3, 200, 100), ["a"] * 2, tmp_path / "colour", 2, {})[0]
     assert np.asarray(Image.open(colour)).shape == (200, 202, 3)
+    with pytest.raises(FileExistsError, match="never overwrite"):
+        write_samples(images, ["a"] * 6, tmp_path / "new", 3, {})
 
 
 def test_series_become_an_array_alone(tmp_path: Path) -> None:
-    written = cli_output.write_samples(rand(3, 2, 7), ["a"] * 3, 3, tmp_path, "s")
-    assert [path.name for path in written] == ["s.npy"]
+    written = write_samples(rand(3, 2, 7), ["a"] * 3, tmp_path / "s", 3, {})
+    assert [path.name for path in written] == ["samples.npy", "index.json"]
 
 
 def test_evaluate_prints_and_writes(say: Callable[..., Said], a_run: Path) -> None:
@@ -622,7 +660,7 @@ def test_check_recipe_and_run(say: Callable[..., Said], a_run: Path) -> None:
     assert "16 samples of shape (3,)" in out
     assert say("check", "run", str(a_run)) == (
         0,
-        "fine: the checkpoint of iteration 2 of 2 can be read.\nfine: the final weights fit recipe gaussian.\n",
+        "fine: the checkpoint of iteration 2 of 2 can be read.\nfine: the final weights fit the model.\n",
         "",
     )
 
@@ -631,11 +669,11 @@ def test_check_recipe_and_run(say: Callable[..., Said], a_run: Path) -> None:
 
 
 def test_numbers_are_short_and_missing_ones_are_dashes() -> None:
-    assert cli_output.rounded(0.00123) == "0.001"
-    assert cli_output.rounded(-12.3456, 0.1234) == "-12.35 ± 0.12"
-    assert cli_output.rounded(None) == cli_output.rounded(float("nan")) == cli_output.share(float("nan")) == "-"
-    assert cli_output.share(0.614) == "61 %"
-    assert [cli_output.elapsed(s) for s in (1.26, 31.4, 600, 7200)] == ["1.3 s", "31 s", "10 min", "2.0 h"]
+    assert rounded(0.00123) == "0.001"
+    assert rounded(-12.3456, 0.1234) == "-12.35 ± 0.12"
+    assert rounded(None) == rounded(float("nan")) == share(float("nan")) == "-"
+    assert share(0.614) == "61 %"
+    assert [elapsed(s) for s in (1.26, 31.4, 600, 7200)] == ["1.3 s", "31 s", "10 min", "2.0 h"]
 
 
 @pytest.mark.parametrize(
@@ -651,12 +689,12 @@ def test_whether_the_optimum_can_be_trusted_is_said(effective: float, trusted: f
         "objective/J_ref": -1.0, "objective/J_ref_se": 0.1, "objective/J_star": 0.5, "objective/J_star_low": 0.4,
         "objective/J_star_high": 0.6, "objective/effective_samples": effective, "objective/trusted": trusted,
     }  # fmt: skip
-    lines = cli_output.reference_lines(m)
+    lines = reference_lines(m)
     assert lines[0] == "J_ref -1 ± 0.1, the pretrained model's mean reward."
     assert lines[1] == f"J*    0.500 (95 %: 0.400 to 0.600), estimated from the reference's samples, {said}"
 
 
 def test_an_optimum_that_a_single_sample_cannot_tell_is_called_unknown() -> None:
     found = estimate_optimum(tensor([0.1, 0.2, 0.4]), Condition(["a", "a", "b"]), 0.5)
-    *_, last = cli_output.reference_lines(found)
+    *_, last = reference_lines(found)
     assert last == "J*    unknown, a prompt with a single sample says nothing of it: raise reference_batches."

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from scoreact.api.result import Result
+from scoreact.api.start import finetune
 from scoreact.control.linear_value import FOLDS, LinearHead, RidgeFit
 from scoreact.control.policy import Policy
 from scoreact.control.rollout import rollout
@@ -25,7 +27,7 @@ from scoreact.dynamics.solvers import ddim
 from scoreact.models.gaussian_mixture import GaussianMixture
 from scoreact.models.network import NetworkModel
 from scoreact.models.unet import UNet
-from scoreact.runs.run import Event, Result, finetune
+from scoreact.runs.session import Event
 from scoreact.runs.source import load_value
 from scoreact.support.files import read_tensors, write_tensors
 from scoreact.training.assembly import build_value, value_fit

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from scoreact.api.start import finetune
 from scoreact.control.policy import Policy
 from scoreact.control.rollout import rollout
 from scoreact.dynamics.grids import uniform, uniform_log_snr
@@ -19,7 +20,6 @@ from scoreact.evaluation.evaluate import TRANSFER, diversity, evaluate, transfer
 from scoreact.evaluation.optimum import estimate_optimum, recovered
 from scoreact.models.gaussian_mixture import GaussianMixture
 from scoreact.recipes.gaussian import build, linear_reward, mixture, quadratic_reward
-from scoreact.runs.run import finetune
 from scoreact.sampling.draw import balanced, draw
 from scoreact.types import Condition, groups
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from scoreact.api.start import finetune
 from scoreact.control.policy import Policy
 from scoreact.dynamics.schedule import VP
 from scoreact.recipes import gaussian as gaussian_recipe
@@ -24,7 +25,6 @@ from scoreact.report import html as report
 from scoreact.report.figures import CURVES, cost_figure, curve_figure, gallery
 from scoreact.report.numbers import aligned, duration, number
 from scoreact.report.words import headline, warnings
-from scoreact.runs import run
 from scoreact.runs.record import Lines, read_record
 from scoreact.support import files as checkpoint
 from scoreact.training.config import Config
@@ -193,7 +193,7 @@ def test_the_page_is_self_contained_and_says_how_to_repeat_the_run(made: tuple[P
 
 def test_a_run_of_the_trainer_is_reported(tmp_path: Path) -> None:
     problem = gaussian()
-    result = run.finetune(
+    result = finetune(
         problem.model, problem.reward, problem.prompts, value_network=problem.value_network, config=CONFIG,
         out=tmp_path / "run", optimum=problem.optimum, device="cpu", iterations=2, batch_size=64, value_steps=2,
         value_first_steps=2, heldout_samples=64, evaluate_every=1, checkpoint_every=2,
@@ -312,7 +312,7 @@ def test_a_folder_that_has_only_begun_is_reported(tmp_path: Path) -> None:
     page = report.write(folder(tmp_path, [], finished=False), gaussian()).read_text(encoding="utf-8")
     assert "No result yet" in page
     assert "unfinished: 0 of 20" in page
-    assert "no weights are saved yet" in page
+    assert "holds no trained weights yet" in page
     assert page.count("not measured yet") == len(CURVES)
     assert "<img" not in page
 

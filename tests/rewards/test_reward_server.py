@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from scoreact.api.start import finetune
 from scoreact.cli import main as cli
 from scoreact.control.trajectory import Trajectory
 from scoreact.models.mlp import ResidualModel
@@ -37,7 +38,6 @@ from scoreact.rewards.remote import child, overlap
 from scoreact.rewards.remote import client as remote
 from scoreact.rewards.remote.client import Elsewhere, RemoteError, request
 from scoreact.rewards.remote.server import RewardServer
-from scoreact.runs import run
 from scoreact.training import trainer
 from scoreact.training.config import Config
 from scoreact.types import Condition
@@ -746,7 +746,7 @@ def test_a_batch_of_the_reference_is_scored_while_the_next_is_drawn(
 
 def outcome(reward: Reward, **settings: Any) -> tuple[Tensor, list[dict[str, Any]]]:
     """Weights, and metrics without the clock's."""
-    result = run.finetune(
+    result = finetune(
         Drawing(), reward, ["a", "b", "c"], value_network=lambda: VectorValue(4, 16), **{**SMALL, **settings}
     )
     parameters = list(result.policy.model.parameters())  # type: ignore[attr-defined]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from scoreact.api.start import finetune
 from scoreact.cli import main as cli
 from scoreact.control.policy import Policy
 from scoreact.control.rollout import rollout
@@ -25,7 +26,7 @@ from scoreact.models.mlp import ResidualModel
 from scoreact.models.value_networks import VectorValue
 from scoreact.recipes.gaussian import linear_reward, mixture, quadratic_reward
 from scoreact.rewards import Linear
-from scoreact.runs.run import Run, finetune
+from scoreact.runs.session import Session
 from scoreact.runs.source import load_value
 from scoreact.sampling.draw import draw
 from scoreact.sampling.guided import Guided, Interpolated, RewardOfEstimate
@@ -319,8 +320,8 @@ SMALL: dict[str, Any] = {
 @pytest.mark.parametrize("settings", [{}, {"value": "residual"}, {"target_kl": 0.1}])
 def test_a_run_leaves_its_value(tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[Trainer] = []
-    finish = Run._finish
-    monkeypatch.setattr(Run, "_finish", lambda self, stopped: kept.append(self.trainer) or finish(self, stopped))
+    finish = Session._finish
+    monkeypatch.setattr(Session, "_finish", lambda self, stopped: kept.append(self.trainer) or finish(self, stopped))
 
     def make() -> VectorValue:
         return VectorValue(2 if "value" in settings else 4, 16)
@@ -361,14 +362,17 @@ def test_the_command_line_steers(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ("value", ["--strength", "2"]), ("interpolate", ["--strength", "0"]), ("best_of", ["--particles", "16"]),
         ("smc", ["--particles", "16"]), ("smc", ["--particles", "16", "--reference"]),
     ):  # fmt: skip
-        assert cli.main(["sample", run, "--count", "30", "--steps", "6", "--steer", method, *more]) == 0
+        assert (
+            cli.main(["sample", run, "--count", "30", "--steps", "6", "--solver", "ddim", "--steer", method, *more])
+            == 0
+        )
         out = capsys.readouterr().out
         assert "network calls" in out
         drawn[method] = float(out.split("reward")[1].split()[0])
     assert drawn["best_of"] > drawn["interpolate"] + 0.3
-    assert {p.name for p in (tmp_path / "run" / "samples").glob("*.npy")} == {
-        "final-value-2-ddim-6-seed0.npy", "final-interpolate-0-ddim-6-seed0.npy", "final-best_of-16-ddim-6-seed0.npy",
-        "final-smc-16-ddim-6-seed0.npy", "pretrained-smc-16-ddim-6-seed0.npy",
+    assert {p.parent.name for p in (tmp_path / "run" / "samples").glob("*/samples.npy")} == {
+        "final-value-2-ddim-6-seed0", "final-interpolate-0-ddim-6-seed0", "final-best_of-16-ddim-6-seed0",
+        "final-smc-16-ddim-6-seed0", "pretrained-smc-16-ddim-6-seed0",
     }  # fmt: skip
     assert cli.main(["sample", run, "--steer", "smc", "--solver", "heun"]) == 2
     assert "smc weighs the steps of a path" in capsys.readouterr().err

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from scoreact.algorithms.registry import rules
+from scoreact.api.result import Result
+from scoreact.api.start import finetune
 from scoreact.control.policy import Policy
 from scoreact.control.value import ValueNetwork
 from scoreact.control.value_fit import Sample, ValueFit
@@ -25,7 +27,6 @@ from scoreact.report import html as report
 from scoreact.report.words import what_happened
 from scoreact.runs.checkpoint import load_checkpoint
 from scoreact.runs.record import read_record
-from scoreact.runs.run import Result, finetune
 from scoreact.support.files import read_lines
 from scoreact.training.config import Config, read, updated
 from scoreact.training.guard import Guard
@@ -411,10 +412,11 @@ def test_an_interrupted_run_with_a_target_goes_on_as_if_it_were_none(tmp_path: P
     assert load_checkpoint(tmp_path / "cut" / "checkpoints")[0] == 4
     resumed = train(tmp_path / "cut", seed_of_model=9, resume=True, **given)
     assert torch.equal(weights(whole), weights(resumed))
-    assert lines(tmp_path / "whole") == lines(tmp_path / "cut")
+    assert lines(tmp_path / "whole") == [line for line in lines(tmp_path / "cut") if line.get("guard") != "note"]
     prices = [line["policy/kl_weight"] for line in lines(tmp_path / "whole") if "policy/kl_weight" in line]
     assert len(set(prices)) > 2
-    assert what_happened(read_record(tmp_path / "whole")) == what_happened(read_record(tmp_path / "cut"))
+    said = [text for text in what_happened(read_record(tmp_path / "cut")) if "reference.safetensors" not in text]
+    assert what_happened(read_record(tmp_path / "whole")) == said
     for folder in ("", "best"):
         one, other = ((tmp_path / run / folder / "model.safetensors").read_bytes() for run in ("whole", "cut"))
         assert one == other

@@ -12,7 +12,7 @@ from scoreact.control.rollout import rollout
 from scoreact.control.trajectory import Trajectory
 from scoreact.dynamics.sde import SDE, noise_level
 from scoreact.dynamics.solvers import ddim
-from scoreact.runs.run import Run
+from scoreact.runs.session import Session
 from scoreact.training.config import Config
 from scoreact.training.rounding import rounding_kl
 from scoreact.training.trainer import Trainer
@@ -79,7 +79,7 @@ def test_a_run_measures_it_and_says_when_it_stops_all_learning(dtype: torch.dtyp
     )  # fmt: skip
     said: list[Any] = []
     trainer = Trainer(model_in(dtype), light, ["a cat"], None, config)
-    Run(trainer, lambda kind, line: said.append(line.get("text", ""))).train(None, False, {})
+    Session(trainer, on_event=lambda kind, line: said.append(line.get("text", ""))).run()
     refused = [text for text in said if "rounding alone costs" in str(text)]
     assert len(refused) == (dtype == torch.bfloat16)
     assert ("policy/kl_rounding" in trainer.reference) == (dtype == torch.bfloat16)

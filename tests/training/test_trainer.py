@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from scoreact.api.result import Result
+from scoreact.api.start import finetune
 from scoreact.models.gaussian_mixture import GaussianMixture
 from scoreact.models.mlp import ResidualModel
 from scoreact.models.value_networks import VectorValue
@@ -23,7 +25,7 @@ from scoreact.models.weights import load_weights
 from scoreact.recipes.gaussian import build, linear_reward, mixture
 from scoreact.runs import checkpoint
 from scoreact.runs.checkpoint import load_checkpoint, read_run
-from scoreact.runs.run import Result, finetune
+from scoreact.support.errors import SettingError
 from scoreact.support.files import read_lines
 from scoreact.training.config import Config
 from scoreact.training.optim import Diverged
@@ -44,7 +46,7 @@ def model(seed: int = 0) -> ResidualModel:
 
 
 def train(out: Path | None = None, *, tuned: ResidualModel | None = None, **settings: Any) -> Result:
-    run = {k: settings.pop(k) for k in ("resume", "on_event", "judge", "description") if k in settings}
+    run = {k: settings.pop(k) for k in ("resume", "on_event", "judge") if k in settings}
     reward = settings.pop("reward", linear_reward(2, 0))
     inputs = 2 if settings.get("value") == "residual" else 4
     return finetune(
@@ -124,7 +126,7 @@ def test_files_and_result(tmp_path: Path) -> None:
     events: list[str] = []
     tuned = model()
     result = train(
-        tmp_path / "run", tuned=tuned, on_event=lambda kind, _: events.append(kind), description={"why": "test"},
+        tmp_path / "run", tuned=tuned, on_event=lambda kind, _: events.append(kind),
         judge=lambda samples, condition: {"judge/mean": float(samples.mean())},
     )  # fmt: skip
     assert {
@@ -141,7 +143,7 @@ def test_files_and_result(tmp_path: Path) -> None:
     assert events.count("iteration") == 6
     assert events.count("checkpoint") == 3
     record = read_run(tmp_path / "run")
-    assert record["description"] == {"why": "test"}
+    assert record["description"] == {"made_by": "scoreact.finetune", "prompts": [""]}
     assert record["config"]["iterations"] == 6
     stored = json.loads((tmp_path / "run" / "result.json").read_text())
     assert stored["final"] == result.final
@@ -186,7 +188,9 @@ def test_kill_and_resume_equals_uninterrupted(tmp_path: Path, rule: dict[str, An
     resumed = train(tmp_path / "cut", tuned=model(7), resume=True, **rule)  # other initial weights: all are loaded
     assert torch.equal(weights(whole), weights(resumed))
     assert whole.final == resumed.final
-    assert lines(tmp_path / "whole") == lines(tmp_path / "cut")
+    said = [line for line in lines(tmp_path / "cut") if line.get("guard") == "note"]
+    assert ["its weights were taken from reference.safetensors" in line["text"] for line in said] == [True]
+    assert lines(tmp_path / "whole") == [line for line in lines(tmp_path / "cut") if line not in said]
     for name in ("model.safetensors", "best/model.safetensors"):
         one, other = load_file(tmp_path / "whole" / name), load_file(tmp_path / "cut" / name)
         assert all(torch.equal(one[k], other[k]) for k in one)
@@ -272,7 +276,7 @@ def test_overoptimisation_stops_the_run(tmp_path: Path, monkeypatch: pytest.Monk
     """Training reward rising, held-out J falling beyond its noise, `patience` times in a row."""
     calls = iter(range(100))
 
-    def worse(trainer: Trainer) -> Metrics:
+    def worse(trainer: Trainer, of_reference: bool = False) -> Metrics:
         return {"objective/J": -float(next(calls)), "objective/J_se": 0.01, "objective/recovered": 0.0}
 
     rewards = iter(range(100))
@@ -305,8 +309,10 @@ def test_what_cannot_be_trained_is_refused() -> None:
         finetune(fixed, linear_reward(2, 0), [""])
     with pytest.raises(TypeError, match=r"model is str; training needs an nn\.Module"):
         finetune("model", linear_reward(2, 0), [""])  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="prompts is empty"):
-        finetune(model(), linear_reward(2, 0), [])
+    with pytest.raises(SettingError, match=r"prompts is the text 'cat'; give a list of prompts, such as \['cat'\]"):
+        finetune(model(), linear_reward(2, 0), "cat")
+    with pytest.raises(SettingError, match="no reward is given"):
+        finetune(model())
     with pytest.raises(ValueError, match=r"unknown key 'learning_rat'; did you mean 'learning_rate'"):
         train(learning_rat=1.0)
     with pytest.raises(ValueError, match="device is 'gpu'; known: auto, cpu"):

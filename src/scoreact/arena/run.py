@@ -15,7 +15,7 @@ from ..evaluation.optimum import recovered
 from ..recipes.base import Problem
 from ..support.errors import SettingError
 from ..support.files import Line
-from ..training.loop import Hook, Stop, train
+from ..training.loop import Hook, Stop, training_loop
 from ..training.trainer import Trainer
 from ..types import Metrics
 from .budget import counts, planned_iterations, spent, take_back
@@ -119,7 +119,7 @@ def run_one(job: Job) -> Line:
     trainer.reference = hook.reference
     if trainer.algorithm.critic or config.rule.get("reuse_reference", 0):
         hook.look_at_reference(trainer)
-    stop = train(trainer, [hook])
+    stop = training_loop(trainer, [hook])
     stopped = stop.reason if stop is not None else None
     try:
         final = hook.look(trainer, judge=True)

@@ -6,29 +6,17 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..runs.source import Source, find_recipe, load_policy, open_run, open_source, recipe_options
+from ..runs.source import Source, find_recipe, open_source, recipe_options, short_name, source_of_run
+from ..support.errors import SettingError
 from ..support.names import known_name
 from .parser import Parser, assignments, whole
-from .screen import rounded, table, waiting, write_samples
+from .train import write_report
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..control.policy import Policy
     from ..recipes.base import Problem
 
 
 # --- looking at runs -------------------------------------------------------------------------------------------------
-
-
-def write_report(source: Source) -> int:
-    from ..report import html as report
-
-    assert source.folder is not None
-    with waiting("report"):
-        path = report.write(source.folder, source.build())
-    print(f"report     {path}")
-    return 0
 
 
 def report_arguments(parser: Parser) -> None:
@@ -36,22 +24,34 @@ def report_arguments(parser: Parser) -> None:
 
 
 def report(options: argparse.Namespace) -> int:
-    return write_report(open_run(options.run))
+    return write_report(source_of_run(options.run))
 
 
 def sample_arguments(parser: Parser) -> None:
-    parser.add_argument("source", metavar="RUN_DIR|RECIPE")
-    parser.add_argument("--prompts", nargs="+", metavar="TEXT", help="[default: all of the run's]")
+    parser.add_argument("source", metavar="RUN_DIR|RECIPE", help="a run, a recipe, a pipeline, or my_model.py:build")
+    parser.add_argument(
+        "--prompts",
+        nargs="+",
+        metavar="TEXT|FILE",
+        help="prompts, or text files with one a line [default: all of the run's]",
+    )
     parser.add_argument("--count", type=whole(1), default=8, metavar="INT", help="samples a prompt [default 8]")
-    parser.add_argument("--steps", type=whole(1), default=20, metavar="INT", help="steps of a path [default 20]")
-    parser.add_argument("--solver", default="ddim", metavar="NAME", help="known name or file.py:name [default ddim]")
+    parser.add_argument("--steps", type=whole(1), metavar="INT", help="steps of a path [default: the run's own]")
+    parser.add_argument("--solver", metavar="NAME", help="known name or file.py:name [default: the run's own]")
     parser.add_argument(
         "--noise-level", type=float, default=1.0, metavar="FLOAT", help="eta of a noisy solver [default 1]"
     )
+    parser.add_argument("--guidance-scale", type=float, metavar="FLOAT", help="[default: the model's own]")
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="of a pipeline [default: the model's own]")
     parser.add_argument("--seed", type=whole(0), default=0, metavar="INT", help="same seed, same noise [default 0]")
     parser.add_argument("--reference", action="store_true", help="the pretrained model, on the same noise")
     parser.add_argument("--weights", choices=["final", "best"], default="final", help="of the run [default final]")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="[default RUN_DIR/samples, or samples]")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="a new or empty folder [default: a new one in RUN_DIR/samples, or in samples]",
+    )
     steer = parser.add_argument_group("steering, without training; with --reference the pretrained model").add_argument
     steer(
         "--steer",
@@ -63,96 +63,71 @@ def sample_arguments(parser: Parser) -> None:
 
 
 def sample(options: argparse.Namespace) -> int:
-    import torch
-
-    from ..dynamics.grids import GRIDS
+    from ..api.result import guided
+    from ..api.saved_run import SavedRun, steered
     from ..dynamics.samplers import sampler_by_name
-    from ..dynamics.sde import noise_level
-    from ..sampling.draw import draw
-    from ..support.devices import device_of
+    from ..recipes.prompts import read_prompts
+    from ..report.progress import waiting
+    from ..runs.samples import free_folder, write_samples
 
-    sampler = sampler_by_name(options.solver)
+    if options.solver is not None:
+        sampler_by_name(options.solver)
+    if options.out is not None and options.out.exists() and any(options.out.iterdir()):
+        raise SettingError(f"{options.out} is not empty, and samples never overwrite others; give another --out.")
     source = open_source(options.source)
-    policy, problem, weights = load_policy(source, options.weights)
-    model = policy.reference if options.reference else policy
-    prompts = [p for p in options.prompts or problem.prompts for _ in range(options.count)]
-    model.condition(prompts[:: options.count])  # an unknown prompt is said before any work
-    grid = "uniform" if source.config.grid == "random" else source.config.grid
-    ts = GRIDS[grid](model.schedule, options.steps, None)
-    device = device_of(policy.model)
-    noise, parts = noise_level(options.noise_level), []
+    run = SavedRun(source)
+    policy, weights = run.policy(options.weights), run.which(options.weights)
+    named = None if options.prompts is None else [p for text in options.prompts for p in read_prompts(text)]
+    names = [p for p in (run.problem.prompts if named is None else named) for _ in range(options.count)]
+    run.problem.model.condition(names[:: options.count])  # an unknown prompt is said before any work
+    solver, steps = options.solver or source.config.solver, options.steps or source.config.steps
     kind = "pretrained" if options.reference else weights
+    with waiting("sampling"):
+        if options.steer:
+            kind += f"-{options.steer}-"
+            kind += f"{options.strength:g}" if options.steer in ("value", "interpolate") else f"{options.particles}"
+            steering = run.steering(
+                options.steer, strength=options.strength, particles=options.particles, reference=options.reference,
+                solver=solver, noise_scale=options.noise_level, weights=options.weights,
+            )  # fmt: skip
+            with guided(policy, options.guidance_scale, options.negative_prompt):
+                found = steered(steering, names, run.times(policy, steps), options.seed)
+            decoded = found.samples.cpu()
+        else:
+            decoded = run.sample(
+                named, options.count, steps, solver, options.seed, options.reference, options.weights,
+                noise_scale=options.noise_level, guidance_scale=options.guidance_scale,
+                negative_prompt=options.negative_prompt,
+            )  # fmt: skip
     if options.steer:
-        with waiting("sampling"):
-            decoded = _steered(options, source, policy, problem, weights, prompts, ts)
-        kind += f"-{options.steer}-" + (
-            f"{options.strength:g}" if options.steer in ("value", "interpolate") else f"{options.particles}"
-        )
-    else:
-        with waiting("sampling"):
-            for start in range(0, len(prompts), 256):
-                some = prompts[start : start + 256]
-                parts.append(draw(model, some, sampler, ts, options.seed + start, device, noise)[1].cpu())
-        decoded = torch.cat(parts)
-    name = f"{kind}-{options.solver.rpartition(':')[2]}-{options.steps}-seed{options.seed}"
-    columns = options.count if len(prompts) > options.count else max(1, round(options.count**0.5))
-    folder = options.out or (source.folder / "samples" if source.folder else Path("samples"))
-    for path in write_samples(decoded, prompts, columns, folder, name):
-        print(path)
+        _say_steered(options.steer, found, steering.value is not None)
+    name = f"{kind}-{solver.rpartition(':')[2]}-{steps}-seed{options.seed}"
+    parent = source.folder / "samples" if source.folder else Path("samples")
+    folder = options.out or free_folder(parent, name)
+    columns = options.count if len(names) > options.count else max(1, round(options.count**0.5))
+    about = {
+        "source": options.source, "weights": kind, "solver": solver, "steps": steps, "seed": options.seed,
+        "noise_level": options.noise_level, "guidance_scale": options.guidance_scale,
+        "negative_prompt": options.negative_prompt,
+    }  # fmt: skip
+    files = write_samples(decoded, names, folder, columns, about)
+    print(f"{len(names)} samples in {folder}: {files[0].name}, {files[-1].name}" + (
+        f" and {len(files) - 2} single files" if len(files) > 3 else ""
+    ))  # fmt: skip
     return 0
 
 
-def _steered(
-    options: argparse.Namespace,
-    source: Source,
-    policy: Policy,
-    problem: Problem,
-    weights: str,
-    prompts: list[str],
-    ts: Tensor,
-) -> Tensor:
-    """Decoded samples of a way of steering; says what it gave and what it cost."""
-    import torch
+def _say_steered(method: str, found: Any, by_value: bool) -> None:
+    """What steering gave and what it cost."""
+    from ..report.numbers import rounded
 
-    from ..dynamics.sde import NOISES, SDE, noise_level
-    from ..rewards.check import checked
-    from ..runs.source import load_value
-    from ..sampling.steering import Steering
-    from ..support.devices import device_of
-
-    config, method = source.config, options.steer
-    if method == "interpolate" and options.reference:
-        raise ValueError("interpolate is the pretrained model at --strength 0; leave out --reference.")
-    if method in ("value", "interpolate") and source.folder is None:
-        raise ValueError(f"--steer {method} needs a run, not a recipe; train one, or use best_of or smc.")
-    reward = checked(problem.reward)
-    value, kl_weight, until = None, config.kl_weight, config.act_until
-    path = (
-        None if source.folder is None else source.folder / ("best" if weights == "best" else "") / "value.safetensors"
-    )
-    if path is not None and (method == "value" or (method == "smc" and path.is_file())):
-        value, kl_weight = load_value(path, problem.value_network, config, policy, reward)
-    steering = Steering(
-        method, policy, reward, SDE(policy.schedule, noise_level(options.noise_level)), options.solver, kl_weight,
-        options.strength, options.particles, "reference" if options.reference else "policy", value,
-        SDE(policy.schedule, NOISES[config.noise](config.noise_scale)), until,
-    )  # fmt: skip
-    device = device_of(policy.model)
-    size = max(1, 256 // (options.particles if method in ("best_of", "smc") else 1))
-    found = [
-        steering(prompts[start : start + size], ts, torch.Generator(device).manual_seed(options.seed + start))
-        for start in range(0, len(prompts), size)
-    ]
-    rewards = torch.cat([part.rewards for part in found])
-    calls = [sum(getattr(part.calls, kind) for part in found) for kind in ("network", "value", "reward")]
+    rewards, calls = found.rewards, found.calls
     error = float(rewards.std()) / len(rewards) ** 0.5 if len(rewards) > 1 else None
     print(f"reward     {rounded(float(rewards.mean()), error)}")
-    print("cost       {:,} network calls, {:,} value calls, {:,} reward calls".format(*calls))
+    print(f"cost       {calls.network:,} network calls, {calls.value:,} value calls, {calls.reward:,} reward calls")
     if method == "smc":
-        least = sum(part.effective * len(part.rewards) for part in found) / len(rewards)
-        print(f"particles  {100 * least:.0f} % of them effective where fewest, steered by "
-              f"{'the value network' if value is not None else 'the reward of the estimated sample'}")  # fmt: skip
-    return torch.cat([part.samples for part in found]).cpu()
+        steered_by = "the value network" if by_value else "the reward of the estimated sample"
+        print(f"particles  {100 * found.effective:.0f} % of them effective where fewest, steered by {steered_by}")
 
 
 def evaluate_arguments(parser: Parser) -> None:
@@ -173,52 +148,29 @@ def evaluate_arguments(parser: Parser) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    from ..dynamics.grids import GRIDS
-    from ..dynamics.samplers import SAMPLERS, sampler_by_name
-    from ..dynamics.sde import NOISES, SDE
-    from ..dynamics.solvers import SOLVERS
-    from ..evaluation.evaluate import evaluate, transfer_table
-    from ..evaluation.optimum import recovered
-    from ..rewards.check import checked
-    from ..support.devices import device_of
-    from ..support.files import read_lines, write_json
+    from ..api.saved_run import SavedRun
+    from ..dynamics.samplers import sampler_by_name
+    from ..report.numbers import rounded, side_by_side
+    from ..report.progress import waiting
 
     for name in options.solver:
-        SAMPLERS.setdefault(name, sampler_by_name(name))  # a user's solver is known by its address from here on
-    source = open_run(options.run)
-    config = source.config
-    policy, problem, weights = load_policy(source, options.weights)
-    reward, device = checked(problem.reward), device_of(policy.model)
-    samples = options.samples or config.heldout_samples
-    noise = NOISES[config.noise](config.noise_scale)
-    schedule = policy.model.schedule
-    grid = "uniform" if config.grid == "random" else config.grid
+        sampler_by_name(name)
+    run = SavedRun(source_of_run(options.run))
+    run.policy(options.weights)
     with waiting("evaluation"):
-        heldout = evaluate(
-            policy, SDE(schedule, noise), SOLVERS[config.solver],
-            GRIDS[grid](schedule, config.steps, None), reward, problem.prompts, config.kl_weight,
-            samples, options.seed, problem.judge, problem.features, device,
-        )  # fmt: skip
-        rows = [(solver, steps) for solver in options.solver for steps in options.steps]
-        transfer = transfer_table(policy, reward, problem.prompts, samples, options.seed, grid, rows, device, noise)
-    for line in read_lines(options.run / "metrics.jsonl"):
-        if line.get("reference"):
-            heldout["objective/recovered"] = recovered(heldout["objective/J"], line)
-    write_json(
-        options.run / "evaluation.json",
-        {"weights": weights, "samples": samples, "seed": options.seed, "heldout": heldout, "transfer": transfer},
-    )
-    print(f"{weights} weights, {samples} samples, as trained ({config.solver}, {config.steps} steps):")
+        found = run.evaluate(options.samples, options.solver, options.steps, options.seed, options.weights)
+    c, heldout = run.config, found["heldout"]
+    print(f"{found['weights']} weights, {found['samples']} samples, as trained ({c.solver}, {c.steps} steps):")
     for name, value in heldout.items():
         if not name.endswith("_se"):
             print(f"  {name:<26} {rounded(value, heldout.get(f'{name}_se'))}")
     cells = [
         [f"{row['solver']}", f"{row['steps']}"]
         + [rounded(float(row[f"{who}reward"]), float(row[f"{who}reward_se"])) for who in ("reference_", "")]
-        for row in transfer
+        for row in found["transfer"]
     ]
     print("\nmean reward with other solvers and steps, same noise for both:")
-    print("\n".join(table(["solver", "steps", "pretrained", "tuned"], cells)))
+    print("\n".join(side_by_side(["solver", "steps", "pretrained", "tuned"], cells)))
     print(f"\n{options.run / 'evaluation.json'}")
     return 0
 
@@ -234,7 +186,9 @@ def check_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--samples", type=whole(1), default=16, metavar="INT", help="how many [default 16]")
     parser.add_argument("--gradient", action="store_true", help="the reward's gradient is needed")
-    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the reward or recipe")
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="of the reward, model or recipe"
+    )
 
 
 def check(options: argparse.Namespace) -> int:
@@ -251,16 +205,17 @@ def check_reward(options: argparse.Namespace) -> list[str]:
     recipe = find_recipe(options.recipe)
     problem = Source(recipe, dict(recipe.options), recipe.config).build()
     decoded, condition = _few_samples(problem, options.samples)
-    what = f"note: tried on {len(decoded)} samples of shape {tuple(decoded.shape[1:])} of recipe {recipe.name}."
+    shape = tuple(decoded.shape[1:])
+    what = f"note: tried on {len(decoded)} samples of shape {shape} of recipe {short_name(recipe)}."
     given = assignments(options.option, "--option")
     return [what, *explain(options.name, decoded, condition, options.gradient, **given)]
 
 
 def check_recipe(options: argparse.Namespace) -> list[str]:
+    from ..report.numbers import rounded
     from ..rewards.check import explain
 
-    recipe = find_recipe(options.name)
-    problem = Source(recipe, recipe_options(recipe, assignments(options.option, "--option")), recipe.config).build()
+    problem = _problem(options)
     decoded, condition = _few_samples(problem, options.samples)
     lines = explain(problem.reward, decoded, condition, options.gradient)
     if not bool(decoded.isfinite().all()):
@@ -272,24 +227,17 @@ def check_recipe(options: argparse.Namespace) -> list[str]:
 
 def check_run(options: argparse.Namespace) -> list[str]:
     """Whether a run can be read, continued and sampled from."""
-    from ..runs.checkpoint import load_checkpoint
+    from ..api.saved_run import SavedRun
 
-    folder = Path(options.name)
-    source = open_run(folder)
-    lines = []
-    try:
-        iteration, _ = load_checkpoint(folder / "checkpoints")
-        lines.append(f"fine: the checkpoint of iteration {iteration} of {source.config.iterations} can be read.")
-    except ValueError as error:
-        lines.append(f"problem: {error}")
-    try:
-        lines.append(f"fine: the {load_policy(source, 'final')[2]} weights fit recipe {source.recipe.name}.")
-    except ValueError as error:
-        lines.append(f"problem: {error}")
-    return lines
+    return SavedRun(source_of_run(Path(options.name))).check()
 
 
 CHECKS = {"reward": check_reward, "recipe": check_recipe, "run": check_run}
+
+
+def _problem(options: argparse.Namespace) -> Problem:
+    recipe = find_recipe(options.name)
+    return Source(recipe, recipe_options(recipe, assignments(options.option, "--option")), recipe.config).build()
 
 
 def _few_samples(problem: Problem, count: int) -> tuple[Any, Any]:

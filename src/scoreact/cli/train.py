@@ -11,16 +11,27 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..runs.source import Source, find_recipe, new_folder, open_run, recipe_options
+from ..runs.source import (
+    Source,
+    find_recipe,
+    need_reward,
+    new_folder,
+    recipe_options,
+    short_name,
+    source_of_run,
+    weights_file,
+)
+from ..support.errors import RewardError, RunError, SettingError
 from ..support.settings import fields_of
 from ..training.config import Config, read, rule_fields, updated
-from . import look
 from .errors import Failed, sentence_of
 from .parser import Parser, assignments, whole
-from .screen import Screen, summary
 from .settings_text import config_yaml, setting_help, setting_metavar
+
+if TYPE_CHECKING:
+    from ..recipes.base import Recipe
 
 ABOUT = "Fine-tune a recipe's model to its reward, or to yours."
 HEADINGS = {  # the first setting of each group of `train --help`
@@ -33,7 +44,10 @@ HEADINGS = {  # the first setting of each group of `train --help`
 
 
 def train_arguments(parser: Parser, config: Config | None = None) -> None:
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="`scoreact recipes` lists them")
+    parser.add_argument(
+        "recipe", nargs="?", metavar="RECIPE",
+        help="a name of `scoreact recipes`, a pipeline's folder, or your own model: my_model.py:build",
+    )  # fmt: skip
     add = parser.add_argument_group("what and where").add_argument
     add(
         "--config", metavar="FILE", help="settings as YAML or JSON, or a run's config.json; the command line goes first"
@@ -44,6 +58,11 @@ def train_arguments(parser: Parser, config: Config | None = None) -> None:
     add("--reward-option", action="append", default=[], metavar="NAME=VALUE", help="an option of that reward")
     add("--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the recipe [listed below]")
     add("--prompts", metavar="FILE", help="of a pipeline: a text file, one prompt a line; one prompt; file.py:function")
+    add(
+        "--from", dest="start", metavar="RUN", help="start from the tuned weights of another run, and with its settings"
+    )
+    add("--from-reference", choices=["first", "tuned"], default="first", help="the pretrained model that path KL is counted "
+        "from: that run's own, or its outcome [default first]")  # fmt: skip
     add("--tensorboard", action="store_true", help="write TensorBoard events too")
     add("--print-config", action="store_true", help="write the settings as YAML and train nothing")
 
@@ -88,7 +107,7 @@ def train_help(words: Sequence[str]) -> str:
         parser.usage = plain.usage
         return parser.format_help() + "\nDefaults differ by recipe: `scoreact train RECIPE --help` shows them.\n"
     recipe = find_recipe(known.recipe)
-    parser = Parser("train", f"{recipe.name}: {recipe.summary}")
+    parser = Parser("train", f"{short_name(recipe)}: {recipe.summary}")
     train_arguments(parser, updated(recipe.config, changes))
     parser.usage = f"scoreact train {recipe.name} [options]"
     options = [f"  --option {key}={value}" for key, value in recipe.options.items()]
@@ -98,8 +117,9 @@ def train_help(words: Sequence[str]) -> str:
 
 
 def train_source(options: argparse.Namespace) -> Source:
-    """Recipe defaults, then the file, then the command line."""
-    recipe = find_recipe(options.recipe)
+    """The recipe's defaults (or the settings of the run to start from), then the file, then the command line."""
+    base = _base(options)
+    recipe = base.recipe
     content = read(options.config) if options.config else {}
     if isinstance(content.get("config"), dict):  # a run's config.json: repeat that run
         described = content.get("description") or {}
@@ -108,17 +128,15 @@ def train_source(options: argparse.Namespace) -> Source:
             **content["config"],
             **({k: described.get(k) for k in ("reward", "reward_options", "options")} if own else {}),
         }
-    in_file, reward = content.pop("options", None) or {}, options.reward or content.get("reward")
-    reward_options = {} if options.reward else content.get("reward_options") or {}
+    in_file = content.pop("options", None) or {}
+    reward = options.reward or content.get("reward") or base.reward
+    reward_options = {} if options.reward else dict(content.get("reward_options") or base.reward_options)
     content = {key: value for key, value in content.items() if key not in ("reward", "reward_options")}
     if not isinstance(in_file, dict):
-        raise ValueError(f"config file {options.config!r}: options is {in_file!r}; expected `name: value` lines.")
-    build_options = recipe_options(recipe, {**in_file, **assignments(options.option, "--option")})
+        raise SettingError(f"config file {options.config!r}: options is {in_file!r}; expected `name: value` lines.")
+    build_options = recipe_options(recipe, {**base.options, **in_file, **assignments(options.option, "--option")})
     if options.prompts is not None:
-        if "prompts" not in recipe.options:
-            raise ValueError(f"recipe {recipe.name} has prompts of its own; --prompts is for pipelines.")
-        path = Path(options.prompts).expanduser()
-        build_options["prompts"] = str(path.resolve()) if path.is_file() else _portable(options.prompts)
+        build_options["prompts"] = _prompts(recipe, options.prompts)
     settings = {
         key.removeprefix("setting:"): _typed(key.removeprefix("setting:"), value)
         for key, value in vars(options).items()
@@ -126,21 +144,49 @@ def train_source(options: argparse.Namespace) -> Source:
     }
     if ":" in str(settings.get("algorithm", "")):
         settings["algorithm"] = _portable(settings["algorithm"])
-    config = updated(recipe.config, {**content, **settings}, f"config file {options.config!r}")
+    config = updated(base.config, {**content, **settings}, f"config file {options.config!r}")
     for key, value in assignments(options.reward_option, "--reward-option").items():
         file = Path(value).expanduser() if isinstance(value, str) else None  # by its full path, as the reward itself
         reward_options[key] = str(file.resolve()) if file is not None and file.exists() else value
     if reward_options and reward is None:
-        raise ValueError("--reward-option needs --reward; options of the recipe are given with --option.")
+        raise SettingError("--reward-option needs --reward; options of the recipe are given with --option.")
     if reward is None and recipe.needs_reward:
-        raise ValueError(
+        raise RewardError(
             f"recipe {recipe.name} has no reward of its own; give --reward file.py:function or a known name."
         )
     if reward is not None:
         reward = _portable(reward)
         if config.value_loss == "log_probability" and "value_loss" not in {**content, **settings}:
             config = updated(config, {"value_loss": "soft"})  # another reward need not be a log-probability
-    return Source(recipe, build_options, config, reward, reward_options)
+    return Source(recipe, build_options, config, reward, reward_options, None, base.start)
+
+
+def _base(options: argparse.Namespace) -> Source:
+    """What the command line changes: a recipe with its defaults, or a run that this one starts from."""
+    if options.start is None:
+        if options.from_reference != "first":
+            raise SettingError("--from-reference belongs to --from RUN.")
+        recipe = find_recipe(options.recipe)
+        return Source(recipe, dict(recipe.options), recipe.config)
+    run = source_of_run(Path(options.start))
+    weights_file(Path(options.start))  # that there are none yet is said now
+    if options.recipe is not None and find_recipe(options.recipe).name != run.recipe.name:
+        raise SettingError(
+            f"{options.start} is a run of {run.recipe.name}, and its weights fit no other model; leave {options.recipe!r} out."
+        )
+    start = {"run": str(Path(options.start).resolve()), "reference": options.from_reference}
+    return dataclasses.replace(run, folder=None, start=start)
+
+
+def _prompts(recipe: Recipe, given: str) -> str:
+    """The prompts of a pipeline, or of a model of the user's whose function has a parameter `prompts`."""
+    if "prompts" not in recipe.options:
+        raise SettingError(
+            f"recipe {short_name(recipe)} has prompts of its own; --prompts is for pipelines, and for functions of "
+            "your own that have a parameter `prompts`."
+        )
+    path = Path(given).expanduser()
+    return str(path.resolve()) if path.is_file() else _portable(given)
 
 
 def _typed(name: str, text: str) -> Any:
@@ -166,39 +212,45 @@ def train(options: argparse.Namespace) -> int:
         print(config_yaml(source.config, source.recipe.name, source.options, source.reward))
         return 0
     if options.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise ValueError(
+        raise SettingError(
             "tensorboard is needed for --tensorboard; `pip install 'scoreact[tensorboard]'`, or leave it out."
         )
-    out = Path(options.out) if options.out else new_folder(source.recipe.name)
-    return run_training(dataclasses.replace(source, folder=out), options.command, False, options.tensorboard)
+    out = Path(options.out) if options.out else new_folder(source.recipe)
+    return run_training(dataclasses.replace(source, folder=out), options.command, tensorboard=options.tensorboard)
 
 
 def resume_arguments(parser: Parser) -> None:
     parser.add_argument("run", metavar="RUN_DIR", type=Path)
-    parser.add_argument("--iterations", metavar="INT", type=whole(1), help="only the run's own number is accepted")
+    parser.add_argument(
+        "--iterations", metavar="INT", type=whole(1), help="extend the run to so many; rates go on and fall to 0 there"
+    )
     parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard events too")
 
 
 def resume(options: argparse.Namespace) -> int:
-    source = open_run(options.run)
-    config, out = source.config, options.run
-    if options.iterations not in (None, config.iterations):
-        raise ValueError(
-            f"{out} was planned for {config.iterations} iterations and its learning rate falls to 0 there; a resumed "
-            f"run cannot be changed to {options.iterations}. Start a new one: "
-            f"`scoreact train {source.recipe.name} --config {out / 'config.json'} --iterations {options.iterations}`."
-        )
-    if (out / "result.json").is_file():
+    source, out = source_of_run(options.run), options.run
+    planned = source.config.iterations
+    extend = options.iterations not in (None, planned)
+    if extend:
+        source = dataclasses.replace(source, config=updated(source.config, {"iterations": options.iterations}))
+    elif (out / "result.json").is_file():
         stopped = json.loads((out / "result.json").read_text(encoding="utf-8")).get("stopped")
         if stopped:
-            raise ValueError(f"{out} stopped by itself ({stopped.rstrip('.')}), so there is nothing to resume.")
-        print(f"{out} has finished its {config.iterations} iterations; only its summary and report are made anew.")
-    return run_training(source, options.command, True, options.tensorboard)
+            raise RunError(
+                f"{out} stopped by itself ({stopped.rstrip('.')}), so there is nothing to resume; `--iterations` with more "
+                f"than {planned} goes on all the same."
+            )
+        print(f"{out} has finished its {planned} iterations; only its summary and report are made anew. "
+              "`--iterations` with more of them extends it.")  # fmt: skip
+    return run_training(source, options.command, resuming=True, extend=extend, tensorboard=options.tensorboard)
 
 
-def run_training(source: Source, command: str, resuming: bool, tensorboard: bool) -> int:
+def run_training(
+    source: Source, command: str, *, resuming: bool = False, extend: bool = False, tensorboard: bool = False
+) -> int:
     """Train, show, report."""
-    from ..runs.run import finetune
+    from ..api.start import train_source as start
+    from ..report.progress import Progress, summary_lines
     from ..support.files import read_lines
 
     out = source.folder
@@ -206,28 +258,21 @@ def run_training(source: Source, command: str, resuming: bool, tensorboard: bool
     if os.environ.get("RANK", "0") != "0":  # of several processes the first speaks
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until this process ends
     problem = source.build()
+    need_reward(source, problem)
     context = problem.labels.get("problem", source.recipe.summary)
-    print(f"{source.recipe.name}: {context}\nrun folder {out}\n", flush=True)
-    with Screen(source.config.iterations) as screen:
+    print(f"{short_name(source.recipe)}: {context}\nrun folder {out}\n", flush=True)
+    with Progress(source.config.iterations) as screen:
         try:
             if resuming:
-                for line in read_lines(out / "metrics.jsonl"):
-                    if line.get("reference"):
-                        screen.reference(line)
-            result = finetune(
-                problem.model,
-                problem.reward,
-                problem.prompts,
-                value_network=problem.value_network,
-                config=source.config,
-                out=out,
+                screen.resumed(read_lines(out / "metrics.jsonl"))
+            result = start(
+                source,
+                command,
                 resume=resuming,
-                judge=problem.judge,
-                features=problem.features,
-                optimum=problem.optimum,
+                extend=extend,
                 on_event=screen,
-                description=source.description(command),
                 tensorboard=tensorboard,
+                problem=problem,
             )
         except KeyboardInterrupt:
             raise KeyboardInterrupt(how_to_resume(out)) from None
@@ -236,11 +281,23 @@ def run_training(source: Source, command: str, resuming: bool, tensorboard: bool
                 raise
             # the input was good enough for an iteration: what fails now is the run
             raise Failed(f"{sentence_of(error)} {how_to_resume(out)}") from error
-    print("\n" + "\n".join(summary(result)))
+    print("\n" + "\n".join(summary_lines(result.history, result.final)))
     if result.stopped:
         print(f"stopped early: {result.stopped}")
     print(f"weights    {out / 'model.safetensors'}")
-    return look.write_report(dataclasses.replace(source, folder=out)) if os.environ.get("RANK", "0") == "0" else 0
+    return write_report(source) if os.environ.get("RANK", "0") == "0" else 0
+
+
+def write_report(source: Source) -> int:
+    """Write report.html of the run anew, with a model freshly built, and say where it is."""
+    from ..report import html
+    from ..report.progress import waiting
+
+    assert source.folder is not None
+    with waiting("report"):
+        path = html.write(source.folder, source.build())
+    print(f"report     {path}")
+    return 0
 
 
 def how_to_resume(out: Path) -> str:

@@ -37,3 +37,10 @@ class ScoreModel(Protocol):
     def decode(self, x: Tensor) -> Tensor:
         """Final states to what a reward sees (pictures in [0, 1], series, points): [B, *D] -> [B, ...]."""
         ...
+
+
+@runtime_checkable
+class HasReference(Protocol):
+    """A model that gives its own pretrained self without a copy, such as an adapter that is switched off."""
+
+    def reference(self) -> ScoreModel: ...

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..models.base import ScoreModel
-from ..rewards.base import Reward
+from ..rewards.base import NO_REWARD, Reward
 from ..training.config import Config
 from ..types import Condition, Metrics
 
@@ -20,20 +20,29 @@ from ..types import Condition, Metrics
 class Problem:
     """A model, what is wanted of it, and how to look at the outcome.
 
-    model: also an nn.Module. value_network: makes F of (input, t, condition) -> [B]. judge: (decoded samples, condition)
-    -> metrics that the reward does not know (distance to real pictures, errors of a held-out classifier, diversity).
-    features: (decoded samples [B, ...]) -> [B, F] in which diversity is measured; flattened samples if None.
-    optimum: kl_weight -> J* in closed form, where there is one. labels: one line of context for the report.
+    Args:
+        model: An nn.Module with the members of `ScoreModel`.
+        reward: (decoded samples [B, ...], condition of B) -> [B], larger is better; left out where it is given elsewhere.
+        prompts: What samples are drawn for. Left out: the model's own `classes`, or [""] for a model without any.
+        value_network: Makes the value's network (input, t [B], condition) -> [B]. None: an MLP on flattened states.
+        judge: (decoded samples, condition) -> metrics that the reward does not know, such as the distance to real data.
+        features: (decoded samples [B, ...]) -> [B, F], the space in which diversity is measured. None: the samples themselves.
+        optimum: kl_weight -> J* in closed form, where there is one.
+        labels: Lines of context for the report.
     """
 
     model: ScoreModel
-    reward: Reward
-    prompts: Sequence[str]
-    value_network: Callable[[], nn.Module]
+    reward: Reward = NO_REWARD
+    prompts: Sequence[str] = ()
+    value_network: Callable[[], nn.Module] | None = None
     judge: Callable[[Tensor, Condition], Metrics] | None = None
     features: Callable[[Tensor], Tensor] | None = None
     optimum: Callable[[float], float] | None = None
     labels: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            object.__setattr__(self, "prompts", list(getattr(self.model, "classes", None) or [""]))
 
 
 @dataclass(frozen=True)

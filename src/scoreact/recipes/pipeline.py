@@ -10,9 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..models.value_networks import Encoder, VectorValue
-from ..rewards.base import FunctionReward, Reward
 from ..training.config import Config
-from ..types import Condition
 from .base import Problem, Recipe
 from .prompts import drawn_prompts, prompt_function, read_prompts
 
@@ -23,10 +21,6 @@ HUB = {  # short names
     "flux": "black-forest-labs/FLUX.1-dev",
     "ddpm-cifar10": "google/ddpm-cifar10-32",
 }
-
-
-def no_reward(samples: Any, condition: Condition) -> Any:
-    raise ValueError("a pipeline has no reward of its own; give --reward file.py:function or a known name.")
 
 
 def build(
@@ -87,9 +81,8 @@ def build(
             return Encoder(channels=shape[0], classes=len(names))
         return VectorValue(torch.Size(shape).numel())  # a video
 
-    reward: Reward = FunctionReward(no_reward, "none")
     labels = {"problem": f"{type(model.pipeline).__name__} {path}, {len(names)} prompts"}
-    return Problem(model, reward, names, make_value_network, labels=labels)
+    return Problem(model, prompts=names, value_network=make_value_network, labels=labels)
 
 
 SETTINGS = Config(

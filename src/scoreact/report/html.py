@@ -1,6 +1,6 @@
 """A run folder as one HTML file: the result first, then samples, curves, tables, and how to repeat it.
 
-The words are in summary.py, the drawing in figures.py, the measuring in evaluation.py. Text is escaped, pictures
+The words are in words.py, the drawing in figures.py and pictures.py, the measuring in evaluation. Text is escaped, pictures
 are embedded, no outside address, no script. A piece that cannot be made becomes a note that says why.
 """
 
@@ -10,10 +10,10 @@ import base64
 import contextlib
 import hashlib
 import html
+import io
 import json
 import math
 import shlex
-import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -21,30 +21,27 @@ from string import Template
 from typing import Any
 
 import matplotlib
-import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import nn
 
 from ..control.policy import Policy
-from ..dynamics.grids import GRIDS
-from ..dynamics.samplers import SAMPLERS
 from ..dynamics.sde import NOISES
 from ..evaluation.evaluate import TRANSFER, transfer_table
-from ..models.base import ScoreModel
 from ..models.weights import load_weights
 from ..recipes.base import Problem
 from ..runs.record import Record, Row, read_json, read_record, value
-from ..sampling.draw import balanced, draw
+from ..runs.source import weights_file
 from ..support.devices import choose_device, device_of
+from ..support.errors import ModelError
 from ..support.files import write_json
 from ..support.settings import fields_of
 from ..training.config import Config, rule_fields
 from . import figures
 from .figures import CURVES, Curve
 from .numbers import aligned, duration, number
+from .pictures import before_and_after
 from .words import before_training, headline, warnings, what_happened
 
-PROMPTS, COLUMNS, FRAMES, POINTS, SERIES = 10, 5, 8, 800, 6  # how much is drawn
 # what reading a folder, sampling, drawing and a user's reward may raise; anything else is a mistake in this file
 EXPECTED = (OSError, ValueError, RuntimeError, LookupError, ArithmeticError)
 
@@ -87,8 +84,8 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterab
     return f'<div class="table"><table>{head}<tbody>\n{body}</tbody></table></div>\n'
 
 
-def _cards(run: Record) -> str:
-    """The main numbers, large."""
+def _numbers(run: Record) -> list[tuple[str, str]]:
+    """The main numbers by name."""
     first, last = (run.evaluations or [{}])[0], (run.evaluations or [{}])[-1]
     done = (run.iterations or [{}])[-1]
     best = "objective/J_star_exact" if "objective/J_star_exact" in run.reference else "objective/J_star"
@@ -96,7 +93,7 @@ def _cards(run: Record) -> str:
     def change(before: float, after: float) -> str:
         return f"{number(before)} → {number(after)}"
 
-    cards = (
+    return [
         ("held-out reward", change(before_training(run, "reward/heldout")[0], value(last, "reward/heldout"))),
         ("objective J", change(before_training(run, "objective/J")[0], value(last, "objective/J"))),
         ("possible: J_ref → J*", change(value(run.reference, "objective/J_ref"), value(run.reference, best))),
@@ -105,8 +102,14 @@ def _cards(run: Record) -> str:
         ("reward calls", number(done.get("cost/reward_calls"))),
         ("training time", duration(value(run.result or done, "seconds"))),
         ("iterations", f"{done.get('iteration', 0)} of {run.config.get('iterations', '?')}"),
+    ]
+
+
+def _cards(run: Record) -> str:
+    """The main numbers, large."""
+    inside = "".join(
+        f"<div><span>{html.escape(name)}</span><b>{html.escape(text)}</b></div>" for name, text in _numbers(run)
     )
-    inside = "".join(f"<div><span>{html.escape(name)}</span><b>{html.escape(text)}</b></div>" for name, text in cards)
     return f'<div class="cards">{inside}</div>\n'
 
 
@@ -130,24 +133,11 @@ def _costs(run: Record) -> str:
 
 def _load_policy(run: Record, problem: Problem) -> Policy:
     """The policy with the folder's final weights, or the best ones of an unfinished run. Raises ValueError without."""
-    found = [path for path in (run.path / "model.safetensors", run.path / "best/model.safetensors") if path.is_file()]
-    if not found:
-        raise ValueError("no weights are saved yet; they come with the first evaluation.")
     if not isinstance(problem.model, nn.Module):
-        raise ValueError(f"{type(problem.model).__name__} is no nn.Module, so saved weights cannot be put into it.")
+        raise ModelError(f"{type(problem.model).__name__} is no nn.Module, so saved weights cannot be put into it.")
     policy = Policy(problem.model.to(choose_device("auto")).eval(), act_until=run.settings.act_until)
-    load_weights(problem.model, found[0])
+    load_weights(problem.model, weights_file(run.path)[0])
     return policy
-
-
-def _draw(run: Record, model: ScoreModel, names: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
-    """Times, states and decoded samples with training's solver and steps; the same noise for every model."""
-    config = run.settings
-    ts = GRIDS[_grid(config)](model.schedule, config.steps, None)
-    noise = NOISES[config.noise](config.noise_scale)
-    device = device_of(model)
-    xs, decoded = draw(model, names, SAMPLERS[config.solver], ts, config.seed + 1, device, noise)
-    return ts, xs, decoded
 
 
 def _grid(config: Config) -> str:
@@ -156,50 +146,10 @@ def _grid(config: Config) -> str:
 
 
 def _samples(run: Record, problem: Problem, policy: Policy) -> str:
-    """Before and after from the same noise, in the form that suits the samples' shape."""
-    shown = list(problem.prompts[:PROMPTS])
-    shape = _draw(run, policy.reference, shown[:1])[2].shape[1:]
-    if shape == (2,):
-        return _points(run, problem, policy)
-    names = [name for name in shown for _ in range(COLUMNS)]
-    ts, paths, before = _draw(run, policy.reference, names)
-    _, tuned_paths, after = _draw(run, policy, names)
-    alt = "Samples before and after training, from the same noise"
-    if len(shape) != 3 or shape[0] not in (1, 3):
-        caption = f"{min(len(before), SERIES)} samples; a colour is the same noise on both sides."
-        return _figure(run, figures.series(before[:SERIES], after[:SERIES]), "samples", alt, caption, "wide")
-    caption = "A row a prompt. Each picture on the right starts from the same noise as its partner on the left."
-    if len(problem.prompts) > len(shown):
-        caption += f" The first {len(shown)} of {len(problem.prompts)} prompts."
-    frames = torch.linspace(0, len(ts) - 1, min(FRAMES, len(ts))).round().long()
-    pairs = ((policy.reference, paths), (policy.model, tuned_paths))
-    strips = torch.stack([model.decode(xs[frames.to(xs.device), 0]) for model, xs in pairs])
-    film = f"One denoising of “{textwrap.shorten(shown[0], 60)}”, from noise (t = 0) to picture (t = 1)."
-    return _figure(run, figures.gallery(shown, before, after), "samples", alt, caption, "wide") + _figure(
-        run, figures.film_strip(ts[frames].tolist(), strips), "filmstrip", "One denoising, before and after", film
-    )
-
-
-def _points(run: Record, problem: Problem, policy: Policy) -> str:
-    """2-D samples before and after, and of the optimum p_ref exp(R / beta) / Z where the problem knows it."""
-    config, generator = run.settings, torch.Generator().manual_seed(run.settings.seed + 1)
-    names = balanced(problem.prompts, POINTS, generator)
-    pairs = (("before", policy.reference), ("after", policy.model))
-    clouds = [(title, _draw(run, model, names)[2].cpu()) for title, model in pairs]
-    tilted = getattr(getattr(problem.model, "base", None), "tilted", None)
-    parts = [getattr(problem.reward, name, None) for name in ("linear", "quadratic")]
-    memoryless = (config.noise, config.noise_scale) == ("noise_level", 1.0)  # with other noise the optimum is another
-    if memoryless and tilted is not None and all(part is not None for part in parts):
-        clouds.append(("optimum, closed form", tilted(*parts, config.kl_weight)[0].cpu().sample(POINTS, generator)))
-
-    def reward(points: Tensor) -> Tensor:
-        with torch.no_grad():
-            return problem.reward(points, problem.model.condition([problem.prompts[0]] * len(points)))
-
-    caption = f"{POINTS} samples each, before and after from the same noise. Lines: equal reward."
-    return _figure(
-        run, figures.scatter(clouds, reward), "samples", "Samples before and after training", caption, "wide"
-    )
+    """Before and after from the same noise."""
+    found = before_and_after(policy, problem, run.settings)
+    kinds = ["wide", *["plot"] * (len(found) - 1)]
+    return "".join(_figure(run, p.figure, p.name, p.alt, p.caption, kind) for p, kind in zip(found, kinds, strict=True))
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -275,6 +225,22 @@ def _origin(run: Record) -> str:
     rows = [(str(k), v if isinstance(v, str) else json.dumps(v)) for k, v in run.description.items() if k != "command"]
     rows += [("seed", str(run.config.get("seed", "n/a"))), *((str(k), str(v)) for k, v in run.versions.items())]
     return f"<pre>{html.escape(text)}</pre>\n" + _table((), rows)
+
+
+# --- in a notebook --------------------------------------------------------------------------------------------------
+
+
+def snippet(run: Record, figure: Figure) -> str:
+    """The outcome of a run as a piece of HTML for a notebook: a sentence, the numbers, what the guard said, a picture."""
+    with io.BytesIO() as file:
+        figure.savefig(file, format="png", dpi=80)
+        data = base64.b64encode(file.getvalue()).decode("ascii")
+    rows = [(name, text) for name, text in _numbers(run)]
+    said = [f"<p>{html.escape(text)}</p>" for text in what_happened(run)]
+    return (
+        f"<div><p><b>{html.escape(headline(run))}</b></p>{_table((), rows)}{''.join(said)}"
+        f'<img src="data:image/png;base64,{data}" alt="Samples before and after training"></div>'
+    )
 
 
 # --- the report ------------------------------------------------------------------------------------------------------

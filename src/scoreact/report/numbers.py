@@ -35,3 +35,30 @@ def duration(seconds: float) -> str:
         if minutes
         else f"{rest} s"
     )
+
+
+def rounded(value: float | None, error: float | None = None) -> str:
+    """Four significant digits, `± standard error` behind; a dash for what is not there."""
+    if value is None or math.isnan(value):
+        return "-"
+    text = f"{value:.4g}" if abs(value) >= 1 or value == 0 else f"{value:.3f}"
+    return text if error is None or math.isnan(error) else f"{text} ± {error:.2g}"
+
+
+def share(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{100 * value:.0f} %"
+
+
+def elapsed(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def side_by_side(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns side by side: the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in [header, *rows]
+    ]

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..support.errors import RewardError
 from ..support.names import did_you_mean
 from ..types import Condition
 
@@ -32,6 +33,16 @@ class FunctionReward:
 
     def __call__(self, samples: Tensor, condition: Condition) -> Tensor:
         return self.function(samples, condition)
+
+
+def _none(samples: Tensor, condition: Condition) -> Tensor:
+    raise RewardError(
+        "there is no reward; give one: --reward file.py:function or a known name, or finetune(model, reward)."
+    )
+
+
+NO_REWARD = FunctionReward(_none, "none")
+"""In the place of a reward that has to be given elsewhere."""
 
 
 def is_differentiable(reward: Callable[..., Any]) -> bool:

@@ -52,6 +52,24 @@ class Record(Lines):
     problems: list[str]  # what could not be read
     guard: list[Row]  # what the guard said
 
+    @classmethod
+    def of_history(cls, history: Sequence[Row], path: Path | None, config: Config) -> Record:
+        """The same of a run that may have no folder."""
+        reference = [row for row in history if row.get("reference")]
+        kinds = ("reference", "evaluation", "guard")
+        return cls(
+            iterations=[row for row in history if not any(row.get(kind) for kind in kinds)],
+            evaluations=[row for row in history if row.get("evaluation")],
+            reference=reference[-1] if reference else {},
+            guard=[row for row in history if row.get("guard")],
+            path=path or Path(),
+            description={},
+            config=config.to_dict(),
+            versions={},
+            result={"iterations": 0},
+            problems=[],
+        )
+
     @property
     def settings(self) -> Config:
         return updated(Config(), self.config, str(self.path / "config.json"))

@@ -1,15 +1,21 @@
-"""Where a model comes from: a recipe, a pipeline, or a run folder; and how a run is opened again."""
+"""Where a model comes from: a recipe, a pipeline, the user's own file, or a run folder; and how each is built.
+
+torch is imported inside functions: the command line reads names with this module before it needs any of it.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..support.errors import ModelError, RewardError, RunError, SettingError
+from ..support.loading import is_spec, load_named
 from ..support.names import known_name
 from ..training.config import Config, updated
 
@@ -22,56 +28,27 @@ if TYPE_CHECKING:
     from ..rewards.base import Reward
     from ..types import Condition
 
-
-# --- recipes and runs ------------------------------------------------------------------------------------------------
-
-
-def find_recipe(name: str | None) -> Recipe:
-    from ..recipes.base import recipes
-    from ..recipes.pipeline import HUB
-
-    known = recipes()
-    if name is None:
-        raise ValueError(f"give a recipe; known: {', '.join(known)}.")
-    if name in HUB or (Path(name) / "model_index.json").is_file():  # a diffusers pipeline
-        path = name if name in HUB else str(Path(name).resolve())
-        recipe = known["pipeline"]
-        return dataclasses.replace(recipe, options={**recipe.options, "path": path})
-    return known[known_name(name, known, "unknown recipe")]
-
-
-def recipe_options(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe's build options with some changed; ValueError for an unknown name or a value of another type."""
-    options = dict(recipe.options)
-    for name, value in given.items():
-        if name not in options:
-            known_name(name, options, f"recipe {recipe.name} has no option")
-        default = options[name]
-        if isinstance(default, float) and not isinstance(value, bool):
-            with contextlib.suppress(TypeError, ValueError):  # YAML reads 1e-4 as a string
-                value = float(value)
-        if default is not None and type(value) is not type(default):
-            raise ValueError(
-                f"option {name} of recipe {recipe.name} is {value!r} ({type(value).__name__}); "
-                f"expected {type(default).__name__}, such as {default!r}."
-            )
-        options[name] = value
-    return options
+REFERENCE = "reference.safetensors"  # in a run's folder: the pretrained weights of what is trained
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from: a recipe, or a run folder with its settings and perhaps trained weights."""
+    """A problem that can be built as often as wanted, with the settings for it.
+
+    folder: of the run that it belongs to, where it belongs to one. start: the run whose weights the policy starts from, and
+    which model is then the reference, "first" (that run's own) or "tuned" (its outcome).
+    """
 
     recipe: Recipe
     options: dict[str, Any]
     config: Config
     reward: str | None = None
-    reward_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    reward_options: Mapping[str, Any] = field(default_factory=dict)
     folder: Path | None = None
+    start: Mapping[str, str] | None = None  # {"run": folder, "reference": first or tuned}
 
     def build(self) -> Problem:
-        """The pretrained problem, freshly built: the same weights for the same seed."""
+        """The problem with its reference's weights, freshly built: the same weights for the same seed."""
         import torch
 
         from ..rewards.registry import load
@@ -80,56 +57,204 @@ class Source:
         reward = None if self.reward is None else load(self.reward, **self.reward_options)
         torch.manual_seed(self.config.seed)  # networks that a recipe makes draw their first weights from it
         problem = self.recipe.build(**self.options)
+        if self.start is not None and self.start["reference"] == "tuned":
+            put_tuned(problem.model, Path(self.start["run"]), self.folder)
         if reward is None or self.reward is None:
             return problem
         labels = {**problem.labels, "reward": self.reward}
         return dataclasses.replace(problem, reward=reward, optimum=None, labels=labels)  # J* was the other reward's
 
+    def start_weights(self) -> dict[str, Tensor] | None:
+        """The policy's, where it does not start as the reference."""
+        if self.start is None or self.start["reference"] == "tuned":
+            return None
+        return tuned_weights(Path(self.start["run"]))
+
     def description(self, command: str) -> dict[str, Any]:
+        """What config.json says of it; `open_source` reads it back."""
         return {
             "recipe": self.recipe.name,
             "options": self.options,
             "reward": self.reward,
             "reward_options": dict(self.reward_options),
             "command": command,
+            **({} if self.start is None else {"start": dict(self.start)}),
         }
 
 
-def open_run(folder: Path) -> Source:
-    """The recipe, reward and settings a run was made with. ValueError for a folder that is no such run."""
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def find_recipe(name: str | None) -> Recipe:
+    """A ready-made run by name, a diffusers pipeline by its folder or hub name, or the user's own model as file.py:function.
+
+    Raises SettingError with the known names, LoadError for a file that is not there or fails.
+    """
+    from ..recipes.base import recipes
+    from ..recipes.pipeline import HUB
+
+    known = recipes()
+    if name is None:
+        raise SettingError(f"give a recipe; known: {', '.join(known)}. Or a pipeline's folder, or my_model.py:build.")
+    if name in HUB or (Path(name) / "model_index.json").is_file():  # a diffusers pipeline
+        path = name if name in HUB else str(Path(name).resolve())
+        recipe = known["pipeline"]
+        return dataclasses.replace(recipe, options={**recipe.options, "path": path})
+    return user_recipe(name) if is_spec(name) else known[known_name(name, known, "unknown recipe")]
+
+
+def user_recipe(spec: str) -> Recipe:
+    """The user's own function as a recipe: it returns a model or a Problem, and its parameters are the options."""
+    from torch import nn
+
+    from ..recipes.base import Problem, Recipe
+
+    place, _, name = spec.rpartition(":")
+    path = Path(place).expanduser()
+    spec = f"{path.resolve()}:{name}" if path.is_file() else spec  # so that the run can be opened from another folder
+    function = load_named(spec, "model")
+    if not callable(function):
+        raise ModelError(f"{spec} is {type(function).__name__}; expected a function that returns a model or a Problem.")
+    parameters = inspect.signature(function).parameters.values()
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    if needed:
+        raise ModelError(
+            f"{spec} needs a value for {', '.join(needed)}; give each a default, and change it with --option."
+        )
+
+    def build(**options: Any) -> Problem:
+        made = function(**options)
+        problem = made if isinstance(made, Problem) else Problem(made)
+        if not isinstance(problem.model, nn.Module):
+            raise ModelError(
+                f"{spec} returned {type(made).__name__}; expected an nn.Module with the members of ScoreModel, or a Problem. "
+                f"`scoreact check model {spec}` says more."
+            )
+        return dataclasses.replace(problem, labels={"problem": f"{name} of {Path(place).name}", **problem.labels})
+
+    options = {p.name: p.default for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    return Recipe(spec, f"{name} of {Path(place).name}", build, Config(), options)
+
+
+def short_name(recipe: Recipe) -> str:
+    """Of a recipe, for a folder: my_model of /path/my_model.py:build."""
+    return Path(recipe.name.rpartition(":")[0]).stem if ":" in recipe.name else recipe.name
+
+
+def recipe_options(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe's build options with some changed; SettingError for an unknown name or a value of another type."""
+    options = dict(recipe.options)
+    for name, value in given.items():
+        if name not in options:
+            known_name(name, options, f"recipe {short_name(recipe)} has no option")
+        default = options[name]
+        if isinstance(default, float) and not isinstance(value, bool):
+            with contextlib.suppress(TypeError, ValueError):  # YAML reads 1e-4 as a string
+                value = float(value)
+        if default is not None and type(value) is not type(default):
+            raise SettingError(
+                f"option {name} of recipe {short_name(recipe)} is {value!r} ({type(value).__name__}); "
+                f"expected {type(default).__name__}, such as {default!r}."
+            )
+        options[name] = value
+    return options
+
+
+def source_of_run(folder: Path) -> Source:
+    """The recipe, reward and settings a run was made with. RunError for a folder that is no such run."""
     from .checkpoint import read_run
 
     content = read_run(folder)
     described = content.get("description")
     described = described if isinstance(described, dict) else {}
     if not isinstance(described.get("recipe"), str):
-        raise ValueError(
-            f"{folder} was made from Python, not by a recipe; continue it there, with finetune(resume=True)."
+        raise RunError(
+            f"{folder} was made from Python, and only Python has its model; open it there: "
+            f"scoreact.open_run({str(folder)!r}, model=..., reward=...)."
         )
     recipe = find_recipe(described["recipe"])
     return Source(
         recipe,
         recipe_options(recipe, described.get("options") or {}),
-        updated(Config(), content["config"], str(folder / "config.json")),
+        stored_config(folder, content),
         described.get("reward"),
         described.get("reward_options") or {},
         folder,
+        described.get("start"),
     )
 
 
+def stored_config(folder: Path, content: Mapping[str, Any]) -> Config:
+    """The settings in a run's config.json."""
+    return updated(Config(), content["config"], str(folder / "config.json"))
+
+
 def open_source(name: str) -> Source:
-    """A run folder, or a recipe by name."""
+    """A run folder, or what `find_recipe` takes."""
     if (Path(name) / "config.json").is_file():
-        return open_run(Path(name))
+        return source_of_run(Path(name))
     pipeline = (Path(name) / "model_index.json").is_file()
-    if not pipeline and (Path(name).is_dir() or os.sep in name):
-        return open_run(Path(name))  # says what is missing
+    if not pipeline and not is_spec(name) and (Path(name).is_dir() or os.sep in name):
+        return source_of_run(Path(name))  # says what is missing
     recipe = find_recipe(name)
     return Source(recipe, dict(recipe.options), recipe.config)
 
 
-def load_policy(source: Source, weights: str) -> tuple[Policy, Problem, str]:
-    """The run's policy beside its reference on the run's device, the problem, and which weights were found."""
+def new_folder(recipe: Recipe) -> Path:
+    """runs/RECIPE-001, or the first number that is free."""
+    number = 1
+    while (folder := Path("runs") / f"{short_name(recipe)}-{number:03d}").exists():
+        number += 1
+    return folder
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+def weights_file(folder: Path, which: str = "final") -> tuple[Path, str]:
+    """A run's trained weights and which they are, "final" or "best"; the best of a run that has not ended.
+
+    Raises RunError where there are none yet.
+    """
+    if which not in ("final", "best"):
+        raise SettingError(f"weights is {which!r}; known: final, best.")
+    final, best = folder / "model.safetensors", folder / "best" / "model.safetensors"
+    path = best if which == "best" or not final.exists() else final
+    if not path.exists():
+        raise RunError(f"{folder} holds no trained weights yet; finish it with `scoreact resume {folder}`.")
+    return path, "best" if path == best else "final"
+
+
+def tuned_weights(folder: Path) -> dict[str, Tensor]:
+    """The final weights of a run by name."""
+    from ..support.files import read_tensors
+
+    return read_tensors(weights_file(folder)[0])
+
+
+def put_tuned(model: object, folder: Path, own: Path | None = None) -> None:
+    """Make the outcome of a run the pretrained model, before training begins; `own`: the run that has kept a copy of it."""
+    from torch import nn
+
+    from ..models.base import HasReference
+    from ..models.weights import load_parameters
+    from ..support.files import read_tensors
+
+    if isinstance(model, HasReference):
+        raise ModelError(
+            f"the reference of {type(model).__name__} is the model without its adapter, so the outcome of {folder} cannot be "
+            "one; start with the first reference (--from-reference first), or save the run merged and tune that folder."
+        )
+    assert isinstance(model, nn.Module)
+    kept = None if own is None else own / REFERENCE
+    load_parameters(model, read_tensors(kept) if kept is not None and kept.is_file() else tuned_weights(folder))
+
+
+def build_policy(source: Source, weights: str = "final") -> tuple[Policy, Problem, str]:
+    """The policy beside its reference on the run's device, the problem, and which weights were found.
+
+    Without a folder the weights are the reference's own, "pretrained".
+    """
     from torch import nn
 
     from ..control.policy import Policy
@@ -142,25 +267,9 @@ def load_policy(source: Source, weights: str) -> tuple[Policy, Problem, str]:
     policy = Policy(model, act_until=source.config.act_until)
     if source.folder is None:
         return policy, problem, "pretrained"
-    final, best = source.folder / "model.safetensors", source.folder / "best" / "model.safetensors"
-    path = best if weights == "best" or not final.exists() else final
-    if not path.exists():
-        raise ValueError(
-            f"{source.folder} holds no trained weights yet; finish it with `scoreact resume {source.folder}`."
-        )
+    path, found = weights_file(source.folder, weights)
     load_weights(problem.model, path)
-    return policy, problem, "best" if path == best else "final"
-
-
-def new_folder(recipe: str) -> Path:
-    """runs/RECIPE-001, or the first number that is free."""
-    number = 1
-    while (folder := Path("runs") / f"{recipe}-{number:03d}").exists():
-        number += 1
-    return folder
-
-
-# --- a run's value -------------------------------------------------------------------------------------------------------
+    return policy, problem, found
 
 
 def load_value(
@@ -168,7 +277,7 @@ def load_value(
 ) -> tuple[ValueNetwork, float]:
     """The value network that a run left as value.safetensors, and the price of a nat at which it was fitted.
 
-    Raises ValueError when the file is missing, damaged or another network's.
+    Raises RunError when the file is missing, damaged or another network's.
     """
     import torch
 
@@ -177,7 +286,7 @@ def load_value(
     from ..training.assembly import build_value
 
     if not path.is_file():
-        raise ValueError(
+        raise RunError(
             f"{path} does not exist: this run's rule fits no value ({config.algorithm}), or none is saved yet; use another "
             "way of steering, or train with ctrl or ctrl_pathwise."
         )
@@ -192,8 +301,18 @@ def load_value(
     try:
         value.load_state_dict(tensors)
     except RuntimeError as error:
-        raise ValueError(f"{path} is another network's: {' '.join(str(error).split())}") from None
+        raise RunError(f"{path} is another network's: {' '.join(str(error).split())}") from None
     if value.log_sigmoid is not None:
         value.log_sigmoid = kl_weight
     device = next((p.device for p in policy.parameters()), torch.device("cpu"))
     return value.to(device).requires_grad_(False).eval(), kl_weight
+
+
+def need_reward(source: Source, problem: Problem) -> None:
+    """Raises RewardError where a problem has no reward and none was named."""
+    from ..rewards.base import NO_REWARD
+
+    if problem.reward is NO_REWARD:
+        raise RewardError(
+            f"{short_name(source.recipe)} has no reward of its own; give --reward file.py:function or a known name."
+        )

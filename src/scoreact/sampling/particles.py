@@ -39,6 +39,17 @@ class Steered:
     log_z: Tensor | None = None
     effective: float = 1.0
 
+    @classmethod
+    def join(cls, parts: Sequence[Steered]) -> Steered:
+        """Parts as one; `effective` is their mean by samples."""
+        calls = Calls(*(sum(getattr(p.calls, kind) for p in parts) for kind in ("network", "value", "reward")))
+        z = [p.log_z for p in parts if p.log_z is not None]
+        rewards = torch.cat([p.rewards for p in parts])
+        return cls(
+            torch.cat([p.samples for p in parts]), torch.cat([p.x for p in parts]), rewards, calls,
+            torch.cat(z) if z else None, sum(p.effective * len(p.rewards) for p in parts) / len(rewards),
+        )  # fmt: skip
+
 
 # --- choosing among samples ----------------------------------------------------------------------------------------------
 

@@ -47,7 +47,7 @@ class Hook:
         return None
 
 
-def train(trainer: Trainer, hooks: Sequence[Hook]) -> Stop | None:
+def training_loop(trainer: Trainer, hooks: Sequence[Hook]) -> Stop | None:
     """Iterate until the trainer's last iteration or a hook's Stop, which is returned.
 
     Raises Diverged when the path KL of an iteration passes `kl_limit`, and what an iteration raises, unless a hook stops there.

@@ -53,7 +53,9 @@ class Trainer:
         judge: Judge | None = None,
         features: Features | None = None,
         optimum: Callable[[float], float] | None = None,
+        start: Mapping[str, Tensor] | None = None,
     ) -> None:
+        """start: weights of the policy by name, where it does not start as the reference (a run that goes on from another)."""
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is {type(model).__name__}; training needs an nn.Module with parameters to train.")
         if not prompts:
@@ -67,6 +69,9 @@ class Trainer:
         self.device = choose_device(config.device)
         model.to(self.device).eval()
         self.policy = Policy(model, act_until=config.act_until)
+        self.starts_elsewhere = start is not None
+        if start is not None:
+            load_parameters(model, start)
         if not self.policy.trainable():
             raise ValueError(f"{type(model).__name__} has no parameter with requires_grad; nothing could be trained.")
         distributed.same(self.policy.trainable())
@@ -209,7 +214,9 @@ class Trainer:
             self.guard.remember(self.policy.model.decode, trajectory.xs[-1], self.config.heldout_samples)
             if self.algorithm.critic:
                 self._remember(trajectory, r)
-            if len(self.saved) < self.config.rule.get("reuse_reference", 0):
+            if (
+                len(self.saved) < self.config.rule.get("reuse_reference", 0) and not self.starts_elsewhere
+            ):  # not its paths
                 self.saved.append((trajectory, r))
         if not self.algorithm.critic:
             self.policy.network_calls, self.reward.calls = spent
@@ -237,14 +244,15 @@ class Trainer:
         features = self.value.value.features(t, x, condition, trajectory.references[seen].flatten(0, 1))
         self.value.add(Sample(t, features, rewards.repeat(len(seen)), condition))
 
-    def evaluate(self) -> Metrics:
-        """The averaged policy on held-out noise, against J_ref and J*."""
+    def evaluate(self, of_reference: bool = False) -> Metrics:
+        """The averaged policy, or the reference, on held-out noise, against J_ref and J*; the first look is the start."""
         c = self.config
         ts = GRIDS[c.grid](
             self.policy.model.schedule, c.steps, torch.Generator(self.device).manual_seed(EVALUATION_SEED)
         )
+        policy = Policy(self.policy.reference, self.policy.reference) if of_reference else self.averaged()
         metrics = evaluate(
-            self.averaged(), self.sde, self.solver, ts, self.heldout_reward, self.prompts, c.kl_weight,
+            policy, self.sde, self.solver, ts, self.heldout_reward, self.prompts, c.kl_weight,
             c.heldout_samples, EVALUATION_SEED, self._look_at_samples, self.features, self.device,
         )  # fmt: skip
         start = self.start.setdefault("objective/J", metrics["objective/J"])  # same noise: errors cancel
@@ -263,13 +271,23 @@ class Trainer:
         return {"policy/kl_rounding": found}
 
     def _look_at_samples(self, samples: Tensor, condition: Condition) -> Metrics:
-        return self.guard.look_at_samples(samples, condition, first=self.iteration == 0)
+        return self.guard.look_at_samples(samples, condition, first=not self.start)
 
     # --- what it is made of ------------------------------------------------------------------------------------
 
     def averaged(self) -> Policy:
         """The averaged weights beside the same reference: what is evaluated and returned."""
         return Policy(self.average.model, self.policy.reference, self.config.act_until)  # type: ignore[arg-type]
+
+    def pretrained(self) -> dict[str, Tensor]:
+        """The reference's weights of what is trained, by name."""
+        trained = {name for name, p in self.policy.model.named_parameters() if p.requires_grad}  # type: ignore[attr-defined]
+        reference: nn.Module = self.policy.reference  # type: ignore[assignment]
+        return {name: p for name, p in reference.named_parameters() if name in trained}
+
+    def put_reference(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put pretrained weights into the reference, where the model that was given had been trained before."""
+        load_parameters(self.policy.reference, tensors)  # type: ignore[arg-type]
 
     def weights(self) -> dict[str, Tensor]:
         trained = {name for name, p in self.policy.model.named_parameters() if p.requires_grad}  # type: ignore[attr-defined]

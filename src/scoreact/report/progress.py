@@ -1,50 +1,26 @@
-"""What the command line shows and writes: a run's progress, tables, pictures of samples, settings as text.
+"""A run's events as lines, at a terminal with a bar below them; and a finished run in a few lines. Prints.
 
-Knows metric names and file formats; decides nothing and computes nothing that evaluation.py could.
+Knows metric names; computes nothing.
 """
 
 from __future__ import annotations
 
-import csv
 import math
 import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..runs.run import Result
-
+from .numbers import elapsed, rounded, share
 
 HEADER = f"{'iteration':>10}  {'reward':>16}  {'KL':>8}  {'J':>16}  {'recovered':>9}  {'elapsed':>8}  {'left':>8}"
 
 
-# --- numbers ---------------------------------------------------------------------------------------------------------
-
-
-def rounded(value: float | None, error: float | None = None) -> str:
-    """Four significant digits, `± standard error` behind; a dash for what is not there."""
-    if value is None or math.isnan(value):
-        return "-"
-    text = f"{value:.4g}" if abs(value) >= 1 or value == 0 else f"{value:.3f}"
-    return text if error is None or math.isnan(error) else f"{text} ± {error:.2g}"
-
-
-def share(value: float | None) -> str:
-    return "-" if value is None or math.isnan(value) else f"{100 * value:.0f} %"
-
-
-def elapsed(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-# --- progress --------------------------------------------------------------------------------------------------------
+def somebody_looks() -> bool:
+    """Whether output goes to a terminal or to a notebook, and not to a file or a pipe."""
+    return sys.stdout.isatty() or "ipykernel" in sys.modules
 
 
 def reference_lines(m: Mapping[str, Any]) -> list[str]:
@@ -85,7 +61,7 @@ def evaluation_line(m: Mapping[str, Any]) -> str:
     )
 
 
-class Screen:
+class Progress:
     """A run's events as lines; at a terminal also a bar below them. Use as a context and as `on_event`."""
 
     def __init__(self, iterations: int) -> None:
@@ -106,7 +82,7 @@ class Screen:
             self._bar = Progress(*columns, console=self._console, transient=True)
             self._task = self._bar.add_task("samples of the pretrained model", total=iterations)
 
-    def __enter__(self) -> Screen:
+    def __enter__(self) -> Progress:
         if self._bar is not None:
             self._bar.start()
         return self
@@ -142,6 +118,12 @@ class Screen:
         elif kind == "interrupted":  # called from a signal handler: only os.write is safe there
             os.write(2, b"\nInterrupted: this iteration is finished and saved first; once more stops at once.\n")
 
+    def resumed(self, history: Sequence[Mapping[str, Any]]) -> None:
+        """Say again what the run began with, before it goes on."""
+        for line in history:
+            if line.get("reference"):
+                self.reference(line)
+
     def reference(self, m: Mapping[str, Any]) -> None:
         """J_ref and J*, then the header of the lines to come."""
         for line in [*reference_lines(m), "", HEADER]:
@@ -160,11 +142,11 @@ def waiting(what: str) -> AbstractContextManager[Any]:
     return console.status(what) if console.is_terminal else nullcontext()
 
 
-def summary(result: Result) -> list[str]:
+def summary_lines(history: Sequence[Mapping[str, Any]], final: Mapping[str, Any]) -> list[str]:
     """A finished run in a few lines: reward, KL, J before and after, the judge's words, costs."""
-    evaluations = [line for line in result.history if line.get("evaluation")]
-    before, after = evaluations[0], result.final
-    costs = next((line for line in reversed(result.history) if "cost/reward_calls" in line), None)
+    evaluations = [line for line in history if line.get("evaluation")]
+    before, after = evaluations[0], final
+    costs = next((line for line in reversed(history) if "cost/reward_calls" in line), None)
     reward = rounded(after["reward/heldout"], after["reward/heldout_se"])
     lines = [
         f"reward     {rounded(before['reward/heldout'])} -> {reward}",
@@ -179,53 +161,3 @@ def summary(result: Result) -> list[str]:
         calls = f"{costs['cost/reward_calls']:,} reward calls, {costs['cost/network_calls']:,} network calls"
         lines.append(f"cost       {elapsed(costs['seconds'])}, {calls}")
     return lines
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns side by side: the first to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in [header, *rows]
-    ]
-
-
-# --- samples as files ------------------------------------------------------------------------------------------------
-
-
-def write_samples(decoded: Tensor, prompts: Sequence[str], columns: int, folder: Path, name: str) -> list[Path]:
-    """Pictures [B, C, H, W] as a PNG grid; points and series as .npy, [B, d] as .csv too. Returns the files."""
-    import numpy as np
-
-    folder.mkdir(parents=True, exist_ok=True)
-    if decoded.ndim == 4 and decoded.shape[1] in (1, 3):
-        path = folder / f"{name}.png"
-        _grid(decoded, columns).save(path)
-        return [path]
-    array = decoded.cpu().numpy()
-    written = [folder / f"{name}.npy"]
-    np.save(written[0], array)
-    if array.ndim == 2:
-        written.append(folder / f"{name}.csv")
-        with written[1].open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["prompt", *(f"x{i}" for i in range(array.shape[1]))])
-            writer.writerows([prompt, *row] for prompt, row in zip(prompts, array.tolist(), strict=True))
-    return written
-
-
-def _grid(images: Tensor, columns: int) -> Any:
-    """Pictures in [0, 1] as a PIL image, small ones enlarged by a whole factor, two white pixels between."""
-    import numpy as np
-    from PIL import Image
-
-    factor = max(1, 112 // images.shape[-1])
-    pixels = (images.float().clamp(0, 1) * 255).round().byte().cpu().numpy()
-    pixels = pixels.repeat(factor, axis=2).repeat(factor, axis=3)
-    count, channels, height, width = pixels.shape
-    rows = -(-count // columns)
-    canvas = np.full((channels, rows * (height + 2) - 2, columns * (width + 2) - 2), 255, dtype=np.uint8)
-    for i, picture in enumerate(pixels):
-        top, left = i // columns * (height + 2), i % columns * (width + 2)
-        canvas[:, top : top + height, left : left + width] = picture
-    return Image.fromarray(canvas[0] if channels == 1 else canvas.transpose(1, 2, 0))

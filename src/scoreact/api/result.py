@@ -1,0 +1,167 @@
+"""What training leaves, and how anything with a policy draws samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from ..control.policy import Policy
+from ..dynamics.grids import GRIDS
+from ..dynamics.samplers import sampler_by_name
+from ..dynamics.sde import noise_level
+from ..models.base import ScoreModel
+from ..models.weights import write_back
+from ..recipes.base import Problem
+from ..report import html
+from ..report.pictures import before_and_after
+from ..report.progress import summary_lines
+from ..runs.record import Record
+from ..sampling.draw import draw
+from ..support.devices import device_of
+from ..support.errors import ModelError, SettingError
+from ..support.files import Line
+from ..training.config import Config
+from ..types import Metrics
+
+AT_ONCE = 256  # samples drawn at a time
+
+
+class Sampled:
+    """What a result and an opened run have in common: a policy that draws."""
+
+    problem: Problem
+    config: Config
+
+    def policy_of(self, weights: str) -> Policy:
+        raise NotImplementedError
+
+    def draw(
+        self,
+        policy: Policy,
+        prompts: Sequence[str] | None,
+        count: int,
+        steps: int | None,
+        solver: str | None,
+        seed: int,
+        reference: bool,
+        noise_scale: float = 1.0,
+        guidance_scale: float | None = None,
+        negative_prompt: str | None = None,
+    ) -> Tensor:
+        """Decoded samples of the policy or its reference, `count` a prompt, in the prompts' order: [B, ...] on the CPU."""
+        if isinstance(prompts, str):
+            raise SettingError(f"prompts is the text {prompts!r}; give a list of prompts, such as [{prompts!r}].")
+        sampler = sampler_by_name(solver or self.config.solver)
+        model: ScoreModel = policy.reference if reference else policy
+        names = [p for p in (self.problem.prompts if prompts is None else prompts) for _ in range(count)]
+        with guided(policy, guidance_scale, negative_prompt):
+            model.condition(names[::count])  # an unknown prompt is said before any work
+            ts, device = self.times(model, steps), device_of(policy.model)
+            noise, parts = noise_level(noise_scale), []
+            for start in range(0, len(names), AT_ONCE):
+                some = names[start : start + AT_ONCE]
+                parts.append(draw(model, some, sampler, ts, seed + start, device, noise)[1].cpu())
+        return torch.cat(parts)
+
+    def times(self, model: ScoreModel, steps: int | None) -> Tensor:
+        """The grid of training, with these steps or its own; a random one is uniform."""
+        grid = "uniform" if self.config.grid == "random" else self.config.grid
+        return GRIDS[grid](model.schedule, steps or self.config.steps, None)
+
+
+class guided:
+    """Another guidance scale and negative prompt for a while, for the policy and its reference alike."""
+
+    def __init__(self, policy: Policy, scale: float | None, negative_prompt: str | None) -> None:
+        self.changes: list[tuple[Any, str, Any]] = []
+        for name, value in (("guidance_scale", scale), ("negative_prompt", negative_prompt)):
+            for model in (policy.model, policy.reference) if value is not None else ():
+                if not hasattr(model, name):
+                    raise ModelError(f"{type(model).__name__} has no {name}; leave it out.")
+                self.changes.append((model, name, value))
+
+    def __enter__(self) -> None:
+        self.before = [(model, name, getattr(model, name)) for model, name, _ in self.changes]
+        for model, name, value in self.changes:
+            setattr(model, name, value)
+
+    def __exit__(self, *_: object) -> None:
+        for model, name, value in self.before:
+            setattr(model, name, value)
+
+
+@dataclass(repr=False)
+class Result(Sampled):
+    """What training leaves: the tuned policy beside its reference, its metrics, and the optimum it is measured against."""
+
+    policy: Policy  # model: the tuned (averaged) weights; reference: the pretrained model
+    history: list[Line]  # the lines of metrics.jsonl
+    reference: Metrics  # J_ref, J*
+    final: Metrics  # the last held-out evaluation
+    stopped: str | None  # why the run ended early
+    out: Path | None
+    best_iteration: int | None  # of the weights in best/
+    problem: Problem = field(repr=False)
+    config: Config = field(repr=False)
+
+    def sample(
+        self,
+        prompts: Sequence[str] | None = None,
+        count: int = 8,
+        steps: int | None = None,
+        solver: str | None = None,
+        seed: int = 0,
+        reference: bool = False,
+        **how: Any,
+    ) -> Tensor:
+        """Decoded samples of the tuned model, `count` a prompt: [B, ...] on the CPU, in the prompts' order.
+
+        Args:
+            prompts: Left out: those of training. steps, solver: Left out: those of training.
+            seed: The same seed gives the tuned and the pretrained model (`reference=True`) the same noise.
+            how: noise_scale (of a noisy solver, 1), guidance_scale, negative_prompt, of models that have them.
+        """
+        return self.draw(self.policy, prompts, count, steps, solver, seed, reference, **how)
+
+    def plot(self) -> Figure:
+        """Samples before and after training from the same noise, as a matplotlib figure."""
+        return plotted(self.policy, self.problem, self.config)
+
+    def write_back(self, network: nn.Module | None = None) -> int:
+        """Put the tuned weights into your own network; returns how many tensors were written.
+
+        network: the model that was given to `finetune`, or a network inside it (where it is left out: that model), or another
+        network of the same shape. Without this call the model holds the last step of training, not the average.
+        Raises ModelError when they do not fit.
+        """
+        tuned, model = self.policy.model, self.problem.model
+        assert isinstance(tuned, nn.Module)
+        assert isinstance(model, nn.Module)
+        return write_back(tuned, model, network)
+
+    def __str__(self) -> str:
+        lines = [*summary_lines(self.history, self.final)]
+        lines += [f"stopped early: {self.stopped}"] * (self.stopped is not None)
+        return "\n".join(lines + [f"run        {self.out}"] * (self.out is not None))
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """In a notebook: the outcome in a sentence, what the guard said, and the samples before and after."""
+        record = Record.of_history(self.history, self.out, self.config)
+        return html.snippet(record, self.plot())
+
+
+def plotted(policy: Policy, problem: Problem, config: Config) -> Figure:
+    import matplotlib
+
+    from ..report.figures import STYLE
+
+    with matplotlib.rc_context(STYLE):
+        return before_and_after(policy, problem, config)[0].figure

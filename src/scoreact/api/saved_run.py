@@ -1,0 +1,293 @@
+"""Runs opened again: sampled, measured, steered, continued."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from ..control.policy import Policy
+from ..dynamics.samplers import SAMPLERS, sampler_by_name
+from ..dynamics.sde import NOISES, SDE, noise_level
+from ..dynamics.solvers import SOLVERS
+from ..evaluation.evaluate import evaluate, transfer_table
+from ..evaluation.optimum import recovered
+from ..models.weights import digest_of, load_weights, write_back
+from ..recipes.base import Problem
+from ..report import html
+from ..rewards.check import checked
+from ..runs.checkpoint import load_checkpoint, read_run
+from ..runs.record import Record, read_record
+from ..runs.source import (
+    REFERENCE,
+    Source,
+    load_value,
+    source_of_run,
+    stored_config,
+    tuned_weights,
+    weights_file,
+)
+from ..sampling.particles import Steered
+from ..sampling.steering import Steering
+from ..support.devices import choose_device, device_of
+from ..support.errors import RunError, SettingError
+from ..support.files import Line, read_lines, write_json
+from ..training.config import Config, updated
+from ..types import Metrics
+from .result import AT_ONCE, Result, Sampled, plotted
+from .start import problem_of, train_problem
+
+
+def open_run(
+    folder: str | Path,
+    model: nn.Module | Problem | Callable[[], nn.Module | Problem] | None = None,
+    reward: str | Callable[..., Any] | None = None,
+    prompts: Sequence[str] = (),
+) -> SavedRun:
+    """A run folder, to sample, measure, steer, continue.
+
+    model: for runs that were made from Python, the model as it was before them, a Problem, or a function that makes one;
+    the command line's runs say themselves how theirs is built. reward, prompts: likewise.
+    Raises RunError for a folder that is no run, or one whose model only Python has.
+    """
+    folder = Path(folder)
+    content = read_run(folder)
+    if model is None:
+        return SavedRun(source_of_run(folder))
+    made = model() if callable(model) and not isinstance(model, nn.Module) else model
+    described = content.get("description") or {}
+    names = prompts or (() if isinstance(made, Problem) else described.get("prompts", ()))
+    problem = problem_of(made, reward, names, needs_reward=False)
+    return SavedRun(Given(problem, stored_config(folder, content), folder, described.get("start")))
+
+
+class Given:
+    """A `Source` whose problem was made in Python: every `build` is a copy of what it was when the run was opened."""
+
+    def __init__(self, problem: Problem, config: Config, folder: Path, start: Mapping[str, str] | None) -> None:
+        self.problem = dataclasses.replace(problem, model=copy.deepcopy(problem.model))
+        self.config, self.folder, self.start = config, folder, start
+        self._check_reference()
+
+    def build(self) -> Problem:
+        return dataclasses.replace(self.problem, model=copy.deepcopy(self.problem.model))
+
+    def start_weights(self) -> dict[str, Tensor] | None:
+        """The policy's, where it did not start as the reference."""
+        if self.start is None or self.start["reference"] == "tuned":
+            return None
+        return tuned_weights(Path(self.start["run"]))
+
+    def _check_reference(self) -> None:
+        """The model is the one that the run started from; where training changed it, the run has kept what it was."""
+        digest = read_run(self.folder).get("reference_digest")
+        kept, model = self.folder / REFERENCE, self.problem.model
+        assert isinstance(model, nn.Module)
+        if digest is None or digest == digest_of(Policy(model).reference):
+            return
+        if kept.is_file():
+            load_weights(model, kept)
+        if digest != digest_of(Policy(model).reference):
+            raise RunError(
+                f"{self.folder} started from another pretrained model than this one; build it as before that run."
+            )
+
+
+class SavedRun(Sampled):
+    """A run folder opened again, or a recipe with its pretrained weights. The model is built on first use."""
+
+    def __init__(self, source: Source | Given) -> None:
+        self.source = source
+        self.config: Config = source.config
+        self._kept: dict[str, Policy] = {}
+        self._problem: Problem | None = None
+
+    def __repr__(self) -> str:
+        return f"SavedRun({str(self.source.folder)!r})"
+
+    @property
+    def problem(self) -> Problem:  # type: ignore[override]
+        """The pretrained model, the reward and the prompts."""
+        if self._problem is None:
+            self._problem = self.source.build()
+        return self._problem
+
+    @property
+    def folder(self) -> Path:
+        """The run's. Raises RunError where the source is a recipe."""
+        if self.source.folder is None:
+            raise RunError("this needs a run, not a recipe; train one, or leave it to best_of or smc.")
+        return self.source.folder
+
+    def which(self, weights: str = "final") -> str:
+        """The weights that there are: final, best, or pretrained of a recipe."""
+        return "pretrained" if self.source.folder is None else weights_file(self.folder, weights)[1]
+
+    @property
+    def record(self) -> Record:
+        """What the folder's files say, read anew."""
+        return read_record(self.folder)
+
+    @property
+    def history(self) -> list[Line]:
+        """The lines of metrics.jsonl."""
+        return read_lines(self.folder / "metrics.jsonl")
+
+    @property
+    def reference(self) -> Metrics:
+        """J_ref and J*."""
+        return self.record.reference
+
+    @property
+    def final(self) -> Metrics:
+        """The last held-out evaluation."""
+        evaluations = self.record.evaluations
+        return evaluations[-1] if evaluations else {}
+
+    def policy(self, weights: str = "final") -> Policy:
+        """The tuned policy beside its reference. weights: "final", or "best" (the highest J that the guard found clean)."""
+        if weights not in self._kept:
+            model = copy.deepcopy(self.problem.model)
+            assert isinstance(model, nn.Module)
+            policy = Policy(model.to(choose_device(self.config.device)).eval(), act_until=self.config.act_until)
+            if self.source.folder is not None:
+                load_weights(model, weights_file(self.folder, weights)[0])
+            self._kept[weights] = policy
+        return self._kept[weights]
+
+    def sample(
+        self,
+        prompts: Sequence[str] | None = None,
+        count: int = 8,
+        steps: int | None = None,
+        solver: str | None = None,
+        seed: int = 0,
+        reference: bool = False,
+        weights: str = "final",
+        **how: Any,
+    ) -> Tensor:
+        """Decoded samples; see `Result.sample`. weights: final or best."""
+        return self.draw(self.policy(weights), prompts, count, steps, solver, seed, reference, **how)
+
+    def plot(self, weights: str = "final") -> Figure:
+        """Samples before and after, from the same noise."""
+        return plotted(self.policy(weights), self.problem, self.config)
+
+    def evaluate(
+        self,
+        samples: int | None = None,
+        solvers: Sequence[str] = ("ddim", "ode", "dpm_solver_pp_2m"),
+        steps: Sequence[int] = (5, 10, 20, 50),
+        seed: int = 1,
+        weights: str = "final",
+    ) -> dict[str, Any]:
+        """Fresh held-out metrics as trained, and the mean reward with other solvers and steps; kept in evaluation.json.
+
+        Returns {"weights", "samples", "seed", "heldout": metrics with standard errors, "transfer": a row a solver and steps}.
+        """
+        for name in solvers:
+            SAMPLERS.setdefault(name, sampler_by_name(name))  # a user's solver is known by its address from here on
+        policy, c = self.policy(weights), self.config
+        reward, device, count = checked(self.problem.reward), device_of(policy.model), samples or c.heldout_samples
+        noise, schedule = NOISES[c.noise](c.noise_scale), policy.model.schedule
+        heldout = evaluate(
+            policy, SDE(schedule, noise), SOLVERS[c.solver], self.times(policy.model, None), reward, self.problem.prompts,
+            c.kl_weight, count, seed, self.problem.judge, self.problem.features, device,
+        )  # fmt: skip
+        rows = [(solver, n) for solver in solvers for n in steps]
+        grid = "uniform" if c.grid == "random" else c.grid
+        table = transfer_table(policy, reward, self.problem.prompts, count, seed, grid, rows, device, noise)
+        if self.reference:
+            heldout["objective/recovered"] = recovered(heldout["objective/J"], self.reference)
+        found = {
+            "weights": weights_file(self.folder, weights)[1], "samples": count, "seed": seed, "heldout": heldout,
+            "transfer": table,
+        }  # fmt: skip
+        write_json(self.folder / "evaluation.json", found)
+        return found
+
+    def steering(
+        self, method: str, *, strength: float = 1.0, particles: int = 8, reference: bool = False, solver: str = "ddim",
+        noise_scale: float = 1.0, weights: str = "final",
+    ) -> Steering:  # fmt: skip
+        """A way of steering at sampling time, ready to draw: value, interpolate, best_of or smc; see `Steering`."""
+        if method == "interpolate" and reference:
+            raise SettingError("interpolate is the pretrained model at strength 0; leave out reference.")
+        policy, c, reward = self.policy(weights), self.config, checked(self.problem.reward)
+        if method in ("value", "interpolate") and self.source.folder is None:
+            raise SettingError(f"steering by {method} needs a run, not a recipe; train one, or use best_of or smc.")
+        value, kl_weight = None, c.kl_weight
+        if self.source.folder is not None and method in ("value", "smc"):
+            path = self.folder / ("best" if self.which(weights) == "best" else "") / "value.safetensors"
+            if method == "value" or path.is_file():
+                value, kl_weight = load_value(path, self.problem.value_network, c, policy, reward)
+        return Steering(
+            method, policy, reward, SDE(policy.schedule, noise_level(noise_scale)), solver, kl_weight, strength, particles,
+            "reference" if reference else "policy", value, SDE(policy.schedule, NOISES[c.noise](c.noise_scale)), c.act_until,
+        )  # fmt: skip
+
+    def steer(
+        self,
+        method: str,
+        prompts: Sequence[str] | None = None,
+        count: int = 8,
+        steps: int | None = None,
+        seed: int = 0,
+        **how: Any,
+    ) -> Steered:
+        """Samples steered without training: `.samples` [B, ...], `.rewards` [B], `.calls`. how: see `steering`."""
+        names = [p for p in (self.problem.prompts if prompts is None else prompts) for _ in range(count)]
+        return steered(self.steering(method, **how), names, self.times(self.problem.model, steps), seed)
+
+    def resume(self, iterations: int | None = None, **how: Any) -> Result:
+        """Continue the run from its last checkpoint; more iterations than planned extend it. how: progress, on_event, ..."""
+        config = updated(self.config, {} if iterations is None else {"iterations": iterations})
+        result = train_problem(
+            self.source.build(), config, self.folder, resume=True, extend=config.iterations != self.config.iterations,
+            start=self.source.start_weights(), description={}, **{"progress": None, "on_event": None, **how},
+        )  # fmt: skip
+        self.config, self._kept, self._problem = config, {}, None
+        return result
+
+    def report(self) -> Path:
+        """Write report.html anew; its path."""
+        return html.write(self.folder, self.problem, self.policy())
+
+    def check(self) -> list[str]:
+        """Whether the run can be read, continued and sampled from, a sentence each: "fine: ..." or "problem: ..."."""
+        lines = []
+        try:
+            iteration, _ = load_checkpoint(self.folder / "checkpoints")
+            lines.append(f"fine: the checkpoint of iteration {iteration} of {self.config.iterations} can be read.")
+        except ValueError as error:
+            lines.append(f"problem: {error}")
+        try:
+            self.policy()
+            lines.append(f"fine: the {weights_file(self.folder)[1]} weights fit the model.")
+        except ValueError as error:
+            lines.append(f"problem: {error}")
+        return lines
+
+    def write_back(self, network: nn.Module, weights: str = "final") -> int:
+        """Put the tuned weights into a network of your own; see `Result.write_back`."""
+        tuned, model = self.policy(weights).model, self.problem.model
+        assert isinstance(tuned, nn.Module)
+        assert isinstance(model, nn.Module)
+        return write_back(tuned, model, network)
+
+
+def steered(steering: Steering, prompts: Sequence[str], ts: Tensor, seed: int) -> Steered:
+    """Steered samples of any number of prompts, so many at a time that memory suffices."""
+    device = device_of(steering.policy.model)
+    size = max(1, AT_ONCE // (steering.particles if steering.method in ("best_of", "smc") else 1))
+    found = [
+        steering(prompts[start : start + size], ts, torch.Generator(device).manual_seed(seed + start))
+        for start in range(0, len(prompts), size)
+    ]
+    return Steered.join(found)

@@ -1,0 +1,239 @@
+"""`finetune`: the quick way in, from a model and a reward to a tuned policy."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..evaluation.evaluate import Features, Judge
+from ..models.base import ScoreModel
+from ..models.weights import digest_of
+from ..recipes.base import Problem
+from ..report import html
+from ..report.progress import Progress, somebody_looks, summary_lines
+from ..rewards.base import NO_REWARD
+from ..rewards.registry import load as load_reward
+from ..runs.checkpoint import read_run
+from ..runs.session import Event, Session
+from ..runs.source import (
+    Source,
+    stored_config,
+    tuned_weights,
+)
+from ..support import distributed
+from ..support.errors import SettingError
+from ..training.config import Config, updated
+from ..training.loop import Hook
+from ..training.trainer import Trainer
+from ..types import Metrics
+from .result import Result
+
+# models that an earlier call has trained, and the digest of what they were before it
+_trained: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+
+
+def finetune(
+    model: nn.Module | Problem,
+    reward: str | Callable[..., Any] | None = None,
+    prompts: Sequence[str] = (),
+    *,
+    value_network: Callable[[], nn.Module] | None = None,
+    config: Config | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    start_from: str | Path | None = None,
+    start_reference: str = "first",
+    judge: Judge | None = None,
+    features: Features | None = None,
+    optimum: Callable[[float], float] | None = None,
+    progress: bool | None = None,
+    on_event: Event | None = None,
+    hooks: Sequence[Hook] = (),
+    tensorboard: bool = False,
+    **settings: Any,
+) -> Result:
+    """Fine-tune a pretrained model to a reward, by continuous-time reinforcement learning.
+
+    `model` is trained in place. What the call is for is `Result.policy`: the average of the weights over training, which also
+    is what is evaluated and saved; `Result.write_back` puts it into your own network.
+
+    Args:
+        model: An nn.Module with the members of `ScoreModel` (see docs: Your own model), or a `Problem`, which brings reward,
+            prompts, value network, judge, features and optimum along where they are not given here.
+        reward: Everything that `scoreact train --reward` takes: a known name, "file.py:function", the address of a reward
+            server, f(images), f(images, prompts), f(images, prompts, metadata) or f(samples, condition), each returning one
+            number a sample [B], larger is better.
+        prompts: What samples are drawn for. Left out: the model's own `classes`, or [""] for a model without any.
+        value_network: Makes the value's network (input, t [B], condition) -> [B]. Left out: an MLP on flattened states.
+        config: All settings at once; `settings` change single ones (learning_rate=1e-4, ...; the settings page lists them).
+        out: The run's folder, new or empty: settings, metrics, checkpoints, weights and report.html, as the command line's.
+        resume: Continue the run in `out` from its last checkpoint, with the model as it was before that run, the same reward
+            and the same settings (those of the run, where none are given). More `iterations` than planned extend it.
+        start_from: A run whose tuned weights this one starts from. start_reference: "first", so that path KL is still counted
+            from that run's pretrained model, or "tuned", so that its outcome is the new pretrained model.
+        judge: (decoded samples [B, ...], condition) -> metrics that the reward does not know.
+        features: (decoded samples [B, ...]) -> [B, F], in which diversity and drift are measured.
+        optimum: kl_weight -> J* in closed form, where there is one.
+        progress: Print what happens. Left out: in a terminal and in a notebook.
+        on_event: Told (kind, metrics) of everything that happens.
+        hooks: Told of each iteration, with the trainer; see `Hook`.
+        tensorboard: Write TensorBoard events into `out` too.
+
+    Raises:
+        SettingError: For a setting that cannot be used. RewardError, LoadError, ModelError: For a reward or model that cannot.
+        RunExists: When `out` is in use. RunError: When a run cannot be continued.
+        Diverged: When training cannot go on. (All of them are a ScoreactError.)
+    """
+    problem = problem_of(model, reward, prompts, value_network, judge, features, optimum)
+    folder = None if out is None else Path(out)
+    if resume and folder is None:
+        raise SettingError("resume continues the run in a folder; give it with out.")
+    extend = False
+    if resume and folder is not None:
+        stored = stored_config(folder, read_run(folder))
+        config = stored if config is None else config
+        extend = settings.get("iterations", config.iterations) != stored.iterations
+    config = updated(config or Config(), settings)
+    description: dict[str, Any] = {"made_by": "scoreact.finetune", "prompts": list(problem.prompts)[:100]}
+    start = None
+    if start_from is not None:
+        start = _start(problem.model, Path(start_from), start_reference, resume)
+        description["start"] = {"run": str(Path(start_from).resolve()), "reference": start_reference}
+    return train_problem(
+        problem, config, folder, resume=resume, extend=extend, start=start, description=description, progress=progress,
+        on_event=on_event, hooks=hooks, tensorboard=tensorboard,
+    )  # fmt: skip
+
+
+def train_source(
+    source: Source, command: str, *, resume: bool = False, extend: bool = False, on_event: Event | None = None,
+    tensorboard: bool = False, problem: Problem | None = None,
+) -> Result:  # fmt: skip
+    """Train what a recipe or the user's file describes, in `source.folder`; without a report, which the caller writes."""
+    return train_problem(
+        problem or source.build(), source.config, source.folder, resume=resume, extend=extend, start=source.start_weights(),
+        description=source.description(command), progress=False, on_event=on_event, tensorboard=tensorboard, report=False,
+    )  # fmt: skip
+
+
+def train_problem(
+    problem: Problem,
+    config: Config,
+    out: Path | None,
+    *,
+    resume: bool,
+    extend: bool,
+    start: Mapping[str, Tensor] | None,
+    description: Mapping[str, Any],
+    progress: bool | None,
+    on_event: Event | None,
+    hooks: Sequence[Hook] = (),
+    tensorboard: bool = False,
+    report: bool = True,
+) -> Result:
+    model = problem.model
+    assert isinstance(model, nn.Module)
+    noticed = _noticed(model, resume)
+    trainer = Trainer(
+        model, problem.reward, problem.prompts, problem.value_network, config, problem.judge, problem.features,
+        problem.optimum, start,
+    )  # fmt: skip
+    session = Session(
+        trainer, out, resume=resume, extend=extend, description=description, hooks=hooks, tensorboard=tensorboard,
+        notes=noticed,
+    )  # fmt: skip
+    _trained.setdefault(model, session.digest)
+    shows = somebody_looks() if progress is None else progress
+    if shows and distributed.rank() == 0:
+        with Progress(config.iterations) as screen:
+            if resume:
+                screen.resumed(session.history)
+            session.on_event = screen if on_event is None else both(screen, on_event)
+            outcome = session.run()
+        print("\n" + "\n".join(summary_lines(outcome.history, outcome.final)))
+        if outcome.stopped:
+            print(f"stopped early: {outcome.stopped}")
+    else:
+        session.on_event = on_event
+        outcome = session.run()
+    result = Result(
+        trainer.averaged(), outcome.history, outcome.reference, outcome.final, outcome.stopped, out, outcome.best_iteration,
+        problem, config,
+    )  # fmt: skip
+    if out is not None and report and distributed.rank() == 0:
+        path = html.write(out, problem, result.policy)
+        if shows:
+            print(f"report     {path}")
+    return result
+
+
+def both(first: Event, second: Event) -> Event:
+    """Two listeners as one."""
+
+    def tell(kind: str, metrics: Metrics) -> None:
+        first(kind, metrics)
+        second(kind, metrics)
+
+    return tell
+
+
+def problem_of(
+    model: nn.Module | Problem,
+    reward: str | Callable[..., Any] | None,
+    prompts: Sequence[str],
+    value_network: Callable[[], nn.Module] | None = None,
+    judge: Judge | None = None,
+    features: Features | None = None,
+    optimum: Callable[[float], float] | None = None,
+    needs_reward: bool = True,
+) -> Problem:
+    """What is given, over what the problem brings. Raises SettingError where there is no reward and one is needed."""
+    if isinstance(prompts, str):
+        raise SettingError(f"prompts is the text {prompts!r}; give a list of prompts, such as [{prompts!r}].")
+    if not isinstance(model, Problem) and not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model is {type(model).__name__}; training needs an nn.Module with the members of ScoreModel, or a Problem."
+        )
+    problem = model if isinstance(model, Problem) else Problem(model)  # type: ignore[arg-type]
+    given: dict[str, Any] = {
+        "prompts": list(prompts) or None, "value_network": value_network, "judge": judge, "features": features,
+        "optimum": optimum,
+    }  # fmt: skip
+    if reward is not None:
+        given |= {"reward": load_reward(reward), "optimum": optimum}
+        problem = dataclasses.replace(problem, optimum=None)  # J* was the other reward's
+    problem = dataclasses.replace(problem, **{name: value for name, value in given.items() if value is not None})
+    if needs_reward and problem.reward is NO_REWARD:
+        raise SettingError(
+            "no reward is given; finetune(model, reward) takes a name, 'file.py:function' or a function."
+        )
+    return problem
+
+
+def _noticed(model: nn.Module, resume: bool) -> list[str]:
+    """A word where this very model was trained by an earlier call; a resumed run checks its reference by itself."""
+    before = _trained.get(model)
+    if before is None or resume or digest_of(model) == before:
+        return []
+    return [
+        "This model was trained by an earlier call, and what it is now is taken for the pretrained model: path KL and the "
+        "share recovered are counted from there. To start from the pretrained model, build it anew; to go on from a run and "
+        "keep its reference, give start_from."
+    ]
+
+
+def _start(model: ScoreModel, run: Path, reference: str, resume: bool) -> Mapping[str, Tensor] | None:
+    from ..runs.source import put_tuned
+
+    if reference not in ("first", "tuned"):
+        raise SettingError(f"start_reference is {reference!r}; known: first, tuned.")
+    if reference == "first":
+        return tuned_weights(run)
+    if not resume:  # a resumed run has its reference
+        put_tuned(model, run)
+    return None

@@ -1,0 +1,97 @@
+"""Before and after from the same noise, in the form that suits the samples' shape: pictures, points, series.
+
+Draws and samples; knows no files.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from ..control.policy import Policy
+from ..dynamics.grids import GRIDS
+from ..dynamics.samplers import SAMPLERS
+from ..dynamics.sde import NOISES
+from ..models.base import ScoreModel
+from ..recipes.base import Problem
+from ..rewards.base import Reward
+from ..sampling.draw import balanced, draw
+from ..support.devices import device_of
+from ..training.config import Config
+from . import figures
+
+PROMPTS, COLUMNS, FRAMES, POINTS, SERIES = 10, 5, 8, 800, 6  # how much is drawn
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure with what a page needs to show it."""
+
+    figure: Figure
+    name: str
+    alt: str
+    caption: str
+
+
+def before_and_after(policy: Policy, problem: Problem, config: Config) -> list[Picture]:
+    """The pretrained and the tuned model's samples, with training's solver and steps; the main picture first."""
+    shown = list(problem.prompts[:PROMPTS])
+    alt = "Samples before and after training, from the same noise"
+    shape = _draw(policy.reference, shown[:1], config)[2].shape[1:]
+    if shape == (2,):
+        return [_points(policy, problem, config)]
+    names = [name for name in shown for _ in range(COLUMNS)]
+    ts, paths, before = _draw(policy.reference, names, config)
+    _, tuned_paths, after = _draw(policy, names, config)
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        caption = f"{min(len(before), SERIES)} samples; a colour is the same noise on both sides."
+        return [Picture(figures.series(before[:SERIES], after[:SERIES]), "samples", alt, caption)]
+    caption = "A row a prompt. Each picture on the right starts from the same noise as its partner on the left."
+    if len(problem.prompts) > len(shown):
+        caption += f" The first {len(shown)} of {len(problem.prompts)} prompts."
+    frames = torch.linspace(0, len(ts) - 1, min(FRAMES, len(ts))).round().long()
+    pairs = ((policy.reference, paths), (policy.model, tuned_paths))
+    strips = torch.stack([model.decode(xs[frames.to(xs.device), 0]) for model, xs in pairs])
+    film = f"One denoising of “{textwrap.shorten(shown[0], 60)}”, from noise (t = 0) to picture (t = 1)."
+    return [
+        Picture(figures.gallery(shown, before, after), "samples", alt, caption),
+        Picture(figures.film_strip(ts[frames].tolist(), strips), "filmstrip", "One denoising, before and after", film),
+    ]
+
+
+def _points(policy: Policy, problem: Problem, config: Config) -> Picture:
+    """2-D samples before and after, and of the optimum p_ref exp(R / beta) / Z where the problem knows it."""
+    generator = torch.Generator().manual_seed(config.seed + 1)
+    names = balanced(problem.prompts, POINTS, generator)
+    pairs = (("before", policy.reference), ("after", policy.model))
+    clouds = [(title, _draw(model, names, config)[2].cpu()) for title, model in pairs]
+    tilted = getattr(getattr(problem.model, "base", None), "tilted", None)
+    parts = [getattr(problem.reward, name, None) for name in ("linear", "quadratic")]
+    memoryless = (config.noise, config.noise_scale) == ("noise_level", 1.0)  # with other noise the optimum is another
+    if memoryless and tilted is not None and all(part is not None for part in parts):
+        clouds.append(("optimum, closed form", tilted(*parts, config.kl_weight)[0].cpu().sample(POINTS, generator)))
+    caption = f"{POINTS} samples each, before and after from the same noise. Lines: equal reward."
+    figure = figures.scatter(clouds, _at_first_prompt(problem.reward, problem.model, problem.prompts))
+    return Picture(figure, "samples", "Samples before and after training", caption)
+
+
+def _at_first_prompt(reward: Reward, model: ScoreModel, prompts: Sequence[str]) -> Callable[[Tensor], Tensor]:
+    def of(points: Tensor) -> Tensor:
+        with torch.no_grad():
+            return reward(points, model.condition([prompts[0]] * len(points)))
+
+    return of
+
+
+def _draw(model: ScoreModel, names: Sequence[str], config: Config) -> tuple[Tensor, Tensor, Tensor]:
+    """Times, states and decoded samples; the same noise for every model."""
+    grid = "uniform" if config.grid == "random" else config.grid  # a random one would differ between before and after
+    ts = GRIDS[grid](model.schedule, config.steps, None)
+    noise = NOISES[config.noise](config.noise_scale)
+    xs, decoded = draw(model, names, SAMPLERS[config.solver], ts, config.seed + 1, device_of(model), noise)
+    return ts, xs, decoded

@@ -1,0 +1,342 @@
+"""A whole run: a trainer at work in a folder, with evaluation, the guard, checkpoints, resume and stopping around its loop.
+
+Never prints: `on_event` tells whoever wants to.
+"""
+
+from __future__ import annotations
+
+import platform
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..models.base import HasReference
+from ..models.weights import digest_of
+from ..support import distributed
+from ..support.errors import Diverged, RunError, RunExists
+from ..support.files import Line, append_line, read_lines, read_tensors, truncate_lines, write_json, write_tensors
+from ..training.kl_price import has_kl_term, sees_kl
+from ..training.loop import Hook, Stop, training_loop
+from ..training.trainer import Trainer
+from ..types import Metrics
+from .checkpoint import load_checkpoint, read_run, save_checkpoint
+from .source import REFERENCE
+
+Event = Callable[[str, Metrics], None]
+"""(kind, line): reference, evaluation, iteration, guard, checkpoint, interrupted, stopped, finished; line: its metrics."""
+
+
+@dataclass
+class Outcome:
+    """What a session leaves besides its files."""
+
+    history: list[Line]  # the lines of metrics.jsonl
+    reference: Metrics  # J_ref, J*
+    final: Metrics  # the last held-out evaluation
+    stopped: str | None  # why the run ended early
+    best_iteration: int | None = None  # of the weights in best/
+
+
+class Session(Hook):
+    """A trainer at work, in a folder or without one: the hook that evaluates, records and saves.
+
+    out: the run's folder, new or empty; with `resume` that of a run to be continued, and with `extend` it may be one that was
+    planned for fewer iterations. description: what the folder's config.json says of where the model came from. notes: sentences
+    for the user, recorded first.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        out: Path | None = None,
+        *,
+        resume: bool = False,
+        extend: bool = False,
+        description: Mapping[str, Any] | None = None,
+        on_event: Event | None = None,
+        hooks: Sequence[Hook] = (),
+        tensorboard: bool = False,
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.trainer, self.on_event, self.hooks = trainer, on_event, tuple(hooks)
+        self.out = out if distributed.rank() == 0 else None  # one process writes
+        self.history: list[Line] = []
+        self.final: Metrics = {}
+        self.seconds = 0.0
+        self.best_iteration: int | None = None
+        self._looked_at = 0  # the iteration of the last evaluation
+        self._interrupted = False
+        self._writer: Any = None
+        self._notes = list(notes)  # said before anything else
+        self.digest = digest_of(trainer.policy.reference)
+        if out is not None and resume:
+            self._restore(out, extend)
+        elif self.out is not None:
+            self._begin(self.out, dict(description or {}))
+        if tensorboard and self.out is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self.out / "tensorboard"))
+
+    def run(self) -> Outcome:
+        """Everything from the first look at the reference to the final evaluation.
+
+        Raises Diverged when training cannot go on, KeyboardInterrupt after a signal, once the iteration is finished and saved.
+        """
+        trainer = self.trainer
+        self._started = time.perf_counter() - self.seconds
+        previous = _catch_signals(self)
+        try:
+            for note in self._notes:
+                self._record("guard", {"guard": "note", "text": note})
+            if not trainer.reference:
+                self._look_at_reference()
+            stop = training_loop(trainer, [self, *self.hooks])
+            if stop is not None and self._looked_at != trainer.iteration:  # a hook's own end, between two evaluations
+                self._look()
+                self._checkpoint()
+        except Diverged as error:
+            self._write_result(str(error))
+            raise
+        finally:
+            _restore_signals(previous)
+            if self._writer is not None:
+                self._writer.close()
+        return self._finish(stop.reason if stop is not None else None)
+
+    # --- the hook -----------------------------------------------------------------------------------------------
+
+    def iteration(self, trainer: Trainer, metrics: Metrics) -> None:
+        self.seconds = time.perf_counter() - self._started
+        self._record("iteration", {"seconds": self.seconds, **metrics})
+
+    def after(self, trainer: Trainer) -> Stop | None:
+        c, stopped = trainer.config, None
+        last = trainer.iteration == c.iterations
+        if last or trainer.iteration % c.evaluate_every == 0:
+            stop = self._look()
+            stopped = (stop or "process 0 ended it") if distributed.first(stop is not None) else None
+        self._interrupted = distributed.first(self._interrupted)
+        if last or stopped or trainer.iteration % c.checkpoint_every == 0:
+            self._checkpoint()
+        if self._interrupted and not last:
+            self._checkpoint()
+            raise KeyboardInterrupt(f"stopped after iteration {trainer.iteration}")
+        return None if stopped is None else Stop(stopped)
+
+    def _look_at_reference(self) -> None:
+        """J_ref, J* and the first evaluation, before any update."""
+        trainer, c = self.trainer, self.trainer.config
+        trainer.reference = trainer.look_at_reference() | self._look_at_rounding()
+        self._record("reference", {"reference": True, **trainer.reference})
+        self.final = trainer.evaluate(of_reference=trainer.starts_elsewhere)
+        trainer.guard.start = dict(self.final)
+        self._record("evaluation", {"evaluation": True, **self.final})
+        if trainer.starts_elsewhere:
+            self.final = trainer.evaluate()
+            self._record("evaluation", {"evaluation": True, **self.final})
+        if c.target_kl > 0 and not has_kl_term(trainer.algorithm):
+            self._say_no_kl_term()
+
+    def _look(self) -> str | None:
+        """Evaluate, keep the best weights, say what the guard finds; a sentence when the run had better stop."""
+        trainer = self.trainer
+        before, self.final = self.final, trainer.evaluate()
+        self._looked_at = trainer.iteration
+        self._record("evaluation", {"evaluation": True, **self.final})
+        rewards = [line["reward/mean"] for line in self.history if "reward/mean" in line]
+        rises = bool(rewards) and rewards[-1] > rewards[max(0, len(rewards) - 1 - trainer.config.evaluate_every)]
+        findings, stop, best = trainer.guard.look(self.final, before, trainer.reference, rises)
+        for finding in findings:
+            self._record("guard", finding.line())
+        if best:
+            self.best_iteration = trainer.iteration
+        if best and self.out is not None:
+            (self.out / "best").mkdir(exist_ok=True)
+            self._write_weights(self.out / "best")
+        if not sees_kl(trainer.algorithm) and "policy/kl" in self.final:
+            trainer.steer_kl(self.final["policy/kl"], trainer.config.evaluate_every)
+        return stop
+
+    def _look_at_rounding(self) -> Metrics:
+        """What rounding alone costs, said where it stops all learning."""
+        found, most = self.trainer.rounding(), self.trainer.config.max_kl
+        if found.get("policy/kl_rounding", 0.0) > most:
+            text = (
+                f"rounding alone costs {found['policy/kl_rounding']:.2g} nats of path KL, more than max_kl ({most:g}), so that "
+                "every step of the policy is refused; compute in float32 or float16, or with less guidance."
+            )
+            self._record("guard", {"guard": "rounding", "text": text})
+        return found
+
+    def _say_no_kl_term(self) -> None:
+        c = self.trainer.config
+        text = (
+            f"target_kl is {c.target_kl:g}, but {c.algorithm} with these settings has no KL term that "
+            "kl_weight could weigh, so nothing steers its path KL; the guard still watches it."
+        )
+        self._record("guard", {"guard": "target_kl", "text": text})
+
+    def _finish(self, stopped: str | None) -> Outcome:
+        if self.out is not None:
+            self._write_weights(self.out)
+        self._write_result(stopped)
+        if stopped:
+            self._tell("stopped", {})
+        self._tell("finished", self.final)
+        return Outcome(self.history, self.trainer.reference, self.final, stopped, self.best_iteration)
+
+    def _write_result(self, stopped: str | None) -> None:
+        if self.out is not None:
+            result: dict[str, Any] = {
+                "final": self.final,
+                "reference": self.trainer.reference,
+                "stopped": stopped,
+                "seconds": self.seconds,
+            }
+            said = [{k: v for k, v in line.items() if k != "evaluation"} for line in self.history if "guard" in line]
+            result |= {"iterations": self.trainer.iteration, "best_iteration": self.best_iteration, "guard": said}
+            write_json(self.out / "result.json", result)
+
+    # --- files --------------------------------------------------------------------------------------------------
+
+    def _begin(self, out: Path, description: dict[str, Any]) -> None:
+        """A new folder with config.json, and the pretrained weights where training overwrites the only copy of them."""
+        if out.exists() and any(out.iterdir()):
+            raise RunExists(f"{out} is not empty; give a new folder with out, or continue that run with resume.")
+        out.mkdir(parents=True, exist_ok=True)
+        versions = {
+            "scoreact": __version__, "torch": torch.__version__, "python": platform.python_version(),
+            "platform": platform.platform(), "threads": torch.get_num_threads(), "device": str(self.trainer.device),
+        }  # fmt: skip
+        if not isinstance(self.trainer.policy.model, HasReference):
+            write_tensors(out / REFERENCE, self.trainer.pretrained())
+        content = {"description": description, "config": self.trainer.config.to_dict(), "versions": versions}
+        write_json(out / "config.json", {**content, "reference_digest": self.digest})
+
+    def _restore(self, out: Path, extend: bool) -> None:
+        trainer, stored = self.trainer, read_run(out)
+        self._check_settings(out, stored, extend)
+        trainer.iteration, state = load_checkpoint(out / "checkpoints", trainer.device)
+        self._looked_at = trainer.iteration
+        self._check_reference(out, state.get("digest"))
+        self.final, self.best_iteration, self.seconds = state["final"], state["best_iteration"], state["seconds"]
+        trainer.load_state_dict(state)
+        if distributed.rank() > 0:  # the checkpoint's is process 0's
+            trainer.generator.manual_seed(trainer.process_seed() + trainer.iteration)
+        if self.out is not None:
+            truncate_lines(out / "metrics.jsonl", trainer.iteration)
+        self.history = read_lines(out / "metrics.jsonl")
+        if extend and self.out is not None:
+            self._extend(self.out, stored)
+
+    def _check_settings(self, out: Path, stored: Mapping[str, Any], extend: bool) -> None:
+        """The settings are those that the run was started with, but for the iterations where it is extended."""
+        theirs, mine = stored["config"], self.trainer.config.to_dict()
+        same = {"iterations"} if extend else set()
+        changed = [f"{k} {theirs.get(k)!r} -> {mine[k]!r}" for k in mine if theirs.get(k) != mine[k] and k not in same]
+        if changed:
+            raise RunError(
+                f"{out} was started with other settings: {'; '.join(changed)}. Resume with the same, or start a new run."
+            )
+
+    def _check_reference(self, out: Path, digest: str | None) -> None:
+        """The reference is the model that the run started from, also where the user's own was trained by an earlier call."""
+        if digest is None or digest == self.digest:  # None: made by version 0.1.0, which did not write it
+            return
+        kept = out / REFERENCE
+        if kept.is_file():
+            self.trainer.put_reference(read_tensors(kept))
+            self.digest = digest_of(self.trainer.policy.reference)
+        if digest != self.digest:
+            raise RunError(
+                f"{out} started from another pretrained model (digest {digest[:12]}, and this one's is {self.digest[:12]}): "
+                "it was trained by an earlier call, or has other weights. Build it anew, as before the run."
+            )
+        self._notes.append(
+            f"The model that was given is not the pretrained one that this run began with: its weights were taken from "
+            f"{kept.name}."
+        )
+
+    def _extend(self, out: Path, stored: dict[str, Any]) -> None:
+        """Rewrite the plan in config.json; the rates follow the new plan from here on."""
+        trainer, before = self.trainer, int(stored["config"]["iterations"])
+        after = trainer.config.iterations
+        if after <= trainer.iteration:
+            raise RunError(
+                f"{out} has made {trainer.iteration} iterations already; give more than that to extend it, not {after}."
+            )
+        steps = [*stored.get("extended", ()), {"at": trainer.iteration, "from": before, "to": after}]
+        write_json(out / "config.json", {**stored, "config": trainer.config.to_dict(), "extended": steps})
+        (out / "result.json").unlink(missing_ok=True)
+        self._notes.append(
+            f"Extended from {before} to {after} iterations: the learning rates go on at {trainer.rate():.2g} of their full "
+            f"size and fall to 0 at iteration {after}."
+        )
+
+    def _checkpoint(self) -> None:
+        if self.out is None:
+            return
+        own = {
+            "final": self.final,
+            "best_iteration": self.best_iteration,
+            "seconds": self.seconds,
+            "digest": self.digest,
+        }
+        save_checkpoint(self.out / "checkpoints", self.trainer.iteration, {**self.trainer.state_dict(), **own})
+        self._tell("checkpoint", {"iteration": self.trainer.iteration})
+
+    def _write_weights(self, folder: Path) -> None:
+        """The averaged policy's, and those of the value network that can steer its sampling."""
+        write_tensors(folder / "model.safetensors", self.trainer.weights())
+        export = getattr(self.trainer.average.model, "export", None)
+        if callable(export):
+            export(folder)  # in the form that the model's own library loads
+        if self.trainer.algorithm.critic and self.trainer.value.fitted:
+            price = torch.tensor(self.trainer.value.kl_weight)  # what a nat cost when it was fitted
+            write_tensors(folder / "value.safetensors", {**self.trainer.value.value.state_dict(), "kl_weight": price})
+
+    def _record(self, kind: str, metrics: Mapping[str, Any]) -> None:
+        line = {"iteration": self.trainer.iteration, **metrics}
+        self.history.append(line)
+        if self.out is not None:
+            append_line(self.out / "metrics.jsonl", line)
+        if self._writer is not None:
+            for name, value in metrics.items():
+                if isinstance(value, float | int):
+                    self._writer.add_scalar(name, value, self.trainer.iteration)
+        self._tell(kind, line)
+
+    def _tell(self, kind: str, metrics: Mapping[str, Any]) -> None:
+        if self.on_event is not None:
+            self.on_event(kind, dict(metrics))
+
+
+def _catch_signals(session: Session) -> dict[int, Any]:
+    """The first SIGINT or SIGTERM asks for a checkpoint at the iteration's end; the second acts at once."""
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if session._interrupted:
+            raise KeyboardInterrupt
+        session._interrupted = True
+        session._tell("interrupted", {})
+
+    previous: dict[int, Any] = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, handler)
+    except ValueError:  # not the main thread: whoever owns it handles signals
+        pass
+    return previous
+
+
+def _restore_signals(previous: Mapping[int, Any]) -> None:
+    for number, handler in previous.items():
+        signal.signal(number, handler)
