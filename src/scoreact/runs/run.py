@@ -27,6 +27,7 @@ from ..support.errors import Diverged
 from ..support.files import append_line, read_lines, truncate_lines, write_json, write_tensors
 from ..training.config import Config, updated
 from ..training.kl_price import has_kl_term, sees_kl
+from ..training.state import restore, state_of
 from ..training.trainer import Trainer
 from ..types import Metrics
 from .checkpoint import load_checkpoint, read_run, save_checkpoint
@@ -237,7 +238,7 @@ class Run:
             )
         self.trainer.iteration, state = load_checkpoint(out / "checkpoints", self.trainer.device)
         self.final, self.best_iteration, self.seconds = state["final"], state["best_iteration"], state["seconds"]
-        self.trainer.load_state_dict(state)
+        restore(self.trainer, state)
         if distributed.rank() > 0:  # the checkpoint's is process 0's
             self.trainer.generator.manual_seed(self.trainer.process_seed() + self.trainer.iteration)
         if self.out is not None:
@@ -247,7 +248,7 @@ class Run:
     def _checkpoint(self) -> None:
         assert self.out is not None
         own = {"final": self.final, "best_iteration": self.best_iteration, "seconds": self.seconds}
-        save_checkpoint(self.out / "checkpoints", self.trainer.iteration, {**self.trainer.state_dict(), **own})
+        save_checkpoint(self.out / "checkpoints", self.trainer.iteration, {**state_of(self.trainer), **own})
         self._tell("checkpoint", {"iteration": self.trainer.iteration})
 
     def _write_weights(self, folder: Path) -> None:
