@@ -133,28 +133,33 @@ class Gaussian:
         self.a, self.b, self.std, self.unit = (torch.stack(parts) for parts in (a, b, std, unit))
 
     def optimum(self) -> tuple[Tensor, Tensor]:
-        """gains and offsets of the optimal w_k, with V_k = p.x - x'Px / 2 + const backwards from the reward."""
-        p, q = self.reward.linear.float(), self.reward.quadratic.float()
+        """gains [N, d, d] and offsets [N, d] of the optimal w_k = gain x + offset."""
+        _, slopes, curves = self.values()
         gains, offsets = torch.zeros(self.steps, DIM, DIM), torch.zeros(self.steps, DIM)
-        for k in reversed(range(self.steps)):
-            inverse = torch.linalg.inv(self.beta * torch.eye(DIM) + self.std[k] ** 2 * q)
-            gains[k] = -self.std[k] * inverse @ q @ self.a[k]
-            offsets[k] = self.std[k] * inverse @ (p - q @ self.b[k])
-            p, q = (
-                self.beta * self.a[k].T @ inverse @ (p - q @ self.b[k]),
-                self.beta * self.a[k].T @ inverse @ q @ self.a[k],
-            )
+        for k in range(self.steps):
+            inverse = self._inverse(k, curves[k + 1])
+            gains[k] = -self.std[k] * inverse @ curves[k + 1] @ self.a[k]
+            offsets[k] = self.std[k] * inverse @ (slopes[k + 1] - curves[k + 1] @ self.b[k])
         return gains, offsets
 
-    def values(self) -> tuple[Tensor, Tensor]:
-        """slope [N + 1, d] and level [N + 1] of V_k = slope.x + level, for a linear reward."""
-        slopes, levels = [self.reward.linear.float()], [torch.tensor(self.reward.constant)]
+    def values(self) -> tuple[Tensor, Tensor, Tensor]:
+        """level [N + 1], slope p [N + 1, d] and curve P [N + 1, d, d] of V_k = level + p.x - x'Px / 2."""
+        levels = [torch.tensor(self.reward.constant)]
+        slopes, curves = [self.reward.linear.float()], [self.reward.quadratic.float()]
         for k in reversed(range(self.steps)):
-            # max over w of std slope.w - beta |w|^2 / 2
-            gain = (self.std[k] * slopes[0]).square().sum() / (2 * self.beta)
-            levels.insert(0, levels[0] + slopes[0] @ self.b[k] + gain)
-            slopes.insert(0, slopes[0] @ self.a[k])
-        return torch.stack(slopes), torch.stack(levels)
+            level, p, q, std = levels[0], slopes[0], curves[0], self.std[k]
+            inverse = self._inverse(k, q)
+            # V_k(0) = max over w of E V_{k+1}(b + std (w + z)) - beta |w|^2 / 2
+            best = std * inverse @ (p - q @ self.b[k])
+            end = self.b[k] + std * best
+            level = level + p @ end - end @ q @ end / 2 - std**2 * q.trace() / 2 - self.beta * best @ best / 2
+            levels.insert(0, level)
+            slopes.insert(0, self.beta * self.a[k].T @ inverse @ (p - q @ self.b[k]))
+            curves.insert(0, self.beta * self.a[k].T @ inverse @ q @ self.a[k])
+        return torch.stack(levels), torch.stack(slopes), torch.stack(curves)
+
+    def _inverse(self, k: int, curve: Tensor) -> Tensor:
+        return torch.linalg.inv(self.beta * torch.eye(DIM) + self.std[k] ** 2 * curve)
 
     def policy(self, gains: Tensor, offsets: Tensor) -> Policy:
         return Policy(Affine(self, gains, offsets), self.base)
@@ -165,8 +170,8 @@ class Gaussian:
         return Paths(path, self.reward(path.xs[-1], condition))
 
     def critic(self, policy: Policy) -> Critic:
-        """With the exact V for a linear reward, which no fit will change."""
-        value = ValueNetwork(LinearValue(self, *self.values()), self.sde, policy, "x")
+        """With the exact V, which no fit will change."""
+        value = ValueNetwork(ExactValue(self), self.sde, policy, "x")
         return Critic(kept(value, self.beta), policy, self.sde, self.solver)
 
 
@@ -186,19 +191,21 @@ class Affine(nn.Module):
         return self.base.score(t, x, condition) + control / self.unit[k].unsqueeze(1)
 
 
-class LinearValue(nn.Module):
-    """slope.x + level of the nearest time, from the value network's scaled x."""
+class ExactValue(nn.Module):
+    """V of the nearest time, from the value network's scaled x."""
 
-    def __init__(self, problem: Gaussian, slopes: Tensor, levels: Tensor) -> None:
+    def __init__(self, problem: Gaussian) -> None:
         super().__init__()
-        self.problem, self.slopes = problem, slopes
+        self.problem = problem
+        levels, self.slopes, self.curves = problem.values()
         self.levels = nn.Parameter(levels)
 
     def forward(self, scaled: Tensor, t: Tensor, condition: Condition) -> Tensor:
         k = (t.unsqueeze(1) - self.problem.ts).abs().argmin(1)
         alpha, sigma = self.problem.base.schedule.alpha(t), self.problem.base.schedule.sigma(t)
         x = scaled / expand(alpha / (alpha**2 + sigma**2).sqrt(), scaled)
-        return (self.slopes[k] * x).sum(1) + self.levels[k]
+        bend = torch.einsum("bi,bij,bj->b", x, self.curves[k], x) / 2
+        return self.levels[k] + (self.slopes[k] * x).sum(1) - bend
 
 
 def kept(value: ValueNetwork, beta: float) -> ValueFit:
