@@ -18,12 +18,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from torch import Tensor
 
 from scoreact.arena.problems import Job, known_problem
 from scoreact.control.advantage import explained_variance
-from scoreact.control.trajectory import Trajectory
-from scoreact.control.transitions import acting_steps
+from scoreact.control.transitions import Paths
 from scoreact.control.value import ValueNetwork
 from scoreact.dynamics import girsanov
 from scoreact.training.trainer import Trainer
@@ -44,12 +42,13 @@ def trainer_of(problem: str, settings: dict[str, object], batches: int) -> Train
     return Trainer(built.model, built.reward, built.prompts, built.value_network, job.config())
 
 
-def worth(value: ValueNetwork, paths: list[tuple[Trajectory, Tensor]], beta: float) -> tuple[float, float, float]:
+def worth(value: ValueNetwork, held_out: list[Paths], beta: float) -> tuple[float, float, float]:
     """The gain, its error, and the share of the returns' variance that V explains."""
     pulls, costs, values, returns = [], [], [], []
-    for path, rewards in paths:
+    for paths in held_out:
+        path, rewards = paths.trajectory, paths.rewards
         pull, cost = torch.zeros(2, len(rewards))
-        for k in acting_steps(path).tolist():
+        for k in paths.acting.tolist():
             now, gradient = value.gradient(path.ts[k].expand(len(rewards)), path.xs[k], path.condition)
             force = float(path.std[k]) * gradient
             pull += (force * path.noise[k]).flatten(1).sum(1) * (rewards - now)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_problem import DIM, Gaussian, Setup, kept, worst
 from torch import Tensor, nn
 
 from scoreact.algorithms.adjoint_matching import AdjointMatching
@@ -16,116 +17,45 @@ from scoreact.algorithms.draft import DRaFT
 from scoreact.algorithms.q_learning import QLearning
 from scoreact.api.result import Result
 from scoreact.control import transitions
-from scoreact.control.policy import Policy
-from scoreact.control.rollout import gaussian_actions, rollout
+from scoreact.control.critic import Critic
+from scoreact.control.rollout import gaussian_actions
 from scoreact.control.trajectory import Trajectory
+from scoreact.control.transitions import Paths
 from scoreact.control.value import ValueNetwork
-from scoreact.control.value_fit import ValueFit
-from scoreact.dynamics.grids import uniform
 from scoreact.dynamics.schedule import VP, RectifiedFlow, Schedule
-from scoreact.dynamics.sde import SDE, noise_level
-from scoreact.dynamics.solvers import SOLVERS, step_of
-from scoreact.models.gaussian_mixture import GaussianMixture
-from scoreact.models.mlp import ResidualModel
-from scoreact.recipes.gaussian import mixture
+from scoreact.dynamics.solvers import SOLVERS
 from scoreact.rewards import Quadratic, checked
 from scoreact.rewards.base import FunctionReward
-from scoreact.types import Condition, expand
+from scoreact.types import Condition
 
-BETA, STEPS, DIM = 0.7, 4, 2
+BETA, STEPS = 0.7, 4
 LINEAR = Quadratic(0.0, linear=[0.8, -0.5])
 QUADRATIC = Quadratic([[0.9, 0.2], [0.2, 0.4]], linear=[0.8, -0.5])
 
 
-class Affine(nn.Module):
-    """The reference's score plus offsets and gains of each step: w_k = gain_k x + offset_k."""
-
-    def __init__(self, base: GaussianMixture, ts: Tensor, unit: Tensor, gains: Tensor, offsets: Tensor) -> None:
-        super().__init__()
-        self.base, self.ts, self.unit, self.gains = base, ts, unit, gains
-        self.offsets = nn.Parameter(offsets)
-        self.schedule, self.prior, self.condition, self.decode = base.schedule, base.prior, base.condition, base.decode
-
-    def score(self, t: Tensor, x: Tensor, condition: Condition) -> Tensor:
-        k = (t.unsqueeze(1) - self.ts[:-1]).abs().argmin(1)
-        control = torch.einsum("bij,bj->bi", self.gains[k], x) + self.offsets[k]
-        return self.base.score(t, x, condition) + control / self.unit[k].unsqueeze(1)
+def setup_of(schedule: Schedule | None = None, solver: str = "euler_maruyama") -> Setup:
+    return Setup(SOLVERS[solver], BETA, STEPS, schedule=schedule, reward=QUADRATIC)
 
 
-class Gaussian:
-    """One Gaussian, so that every step of the reference is m(x) = A x + b; the optimum on the grid by recursion."""
-
-    def __init__(self, reward: Quadratic, solver: str = "euler_maruyama") -> None:
-        covariance = torch.tensor([[[0.5, 0.2], [0.2, 0.3]]])
-        self.base = GaussianMixture(VP(t_max=0.98), torch.ones(1), torch.tensor([[0.6, -0.4]]), covariance)
-        self.sde, self.solver, self.reward = SDE(self.base.schedule, noise_level(1.0)), SOLVERS[solver], reward
-        self.ts = uniform(self.base.schedule, STEPS)
-        points = torch.cat([torch.zeros(1, DIM), torch.eye(DIM)])
-        a, b, std, unit = [], [], [], []
-        for k in range(STEPS):
-            t0, t1 = self.ts[k].expand(len(points)), self.ts[k + 1].expand(len(points))
-            step = step_of(self.sde, self.solver, self.base.score(t0, points), t0, t1, points)
-            moved = step_of(self.sde, self.solver, self.base.score(t0, points) + 1, t0, t1, points)
-            b.append(step.mean[0])
-            a.append((step.mean[1:] - step.mean[0]).T)
-            std.append(step.std[0])
-            unit.append(((moved.mean - step.mean) / step.std[0])[0, 0])
-        self.a, self.b, self.std, self.unit = (torch.stack(parts) for parts in (a, b, std, unit))
-
-    def optimum(self) -> tuple[Tensor, Tensor]:
-        """gains and offsets of the optimal w_k, with V_k = p.x - x'Px / 2 + const backwards from the reward."""
-        p, q = self.reward.linear.float(), self.reward.quadratic.float()
-        gains, offsets = torch.zeros(STEPS, DIM, DIM), torch.zeros(STEPS, DIM)
-        for k in reversed(range(STEPS)):
-            inverse = torch.linalg.inv(BETA * torch.eye(DIM) + self.std[k] ** 2 * q)
-            gains[k] = -self.std[k] * inverse @ q @ self.a[k]
-            offsets[k] = self.std[k] * inverse @ (p - q @ self.b[k])
-            p, q = BETA * self.a[k].T @ inverse @ (p - q @ self.b[k]), BETA * self.a[k].T @ inverse @ q @ self.a[k]
-        return gains, offsets
-
-    def values(self) -> tuple[Tensor, Tensor]:
-        """slope [N + 1, d] and level [N + 1] of V_k = slope.x + level, for a linear reward."""
-        slopes, levels = [self.reward.linear.float()], [torch.tensor(self.reward.constant)]
-        for k in reversed(range(STEPS)):
-            gain = (self.std[k] * slopes[0]).square().sum() / (2 * BETA)  # max over w of std slope.w - beta |w|^2 / 2
-            levels.insert(0, levels[0] + slopes[0] @ self.b[k] + gain)
-            slopes.insert(0, slopes[0] @ self.a[k])
-        return torch.stack(slopes), torch.stack(levels)
-
-    def policy(self, gains: Tensor, offsets: Tensor) -> Policy:
-        return Policy(Affine(self.base, self.ts, self.unit, gains, offsets), self.base)
-
-    def paths(self, policy: Policy, count: int, generator: torch.Generator, **more: Any) -> tuple[Trajectory, Tensor]:
-        condition = Condition([""] * count)
-        path = rollout(policy, self.sde, self.solver, self.ts, condition, generator, **more)
-        return path, self.reward(path.xs[-1], condition)
-
-    def value(self, policy: Policy) -> ValueFit:
-        """The exact V for a linear reward, which no fit will change."""
-        slopes, levels = self.values()
-        fit = ValueFit(ValueNetwork(LinearValue(self, slopes, levels), self.sde, policy, "x"), BETA, steps=0)
-        fit.fitted = True
-        return fit
+def gaussian(reward: Quadratic, solver: str = "euler_maruyama") -> Gaussian:
+    return Gaussian(reward, SOLVERS[solver], BETA, STEPS)
 
 
-class LinearValue(nn.Module):
-    """slope.x + level of the nearest time, from the value network's scaled x."""
-
-    def __init__(self, problem: Gaussian, slopes: Tensor, levels: Tensor) -> None:
-        super().__init__()
-        self.problem, self.slopes = problem, slopes
-        self.levels = nn.Parameter(levels)
-
-    def forward(self, scaled: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        k = (t.unsqueeze(1) - self.problem.ts).abs().argmin(1)
-        alpha, sigma = self.problem.base.schedule.alpha(t), self.problem.base.schedule.sigma(t)
-        x = scaled / expand(alpha / (alpha**2 + sigma**2).sqrt(), scaled)
-        return (self.slopes[k] * x).sum(1) + self.levels[k]
+def cost_rate(setup: Setup, t: Tensor, x: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+    """The policy's score, and beta / 2 |u|^2, by the formulas of the SDE."""
+    score, reference = setup.policy.model.score(t, x, condition), setup.base.score(t, x)
+    return score, BETA / 2 * setup.sde.control(t, score, reference).square().sum(1)
 
 
-def worst(samples: Tensor) -> float:
-    """The largest |mean| in standard errors: [n, m] -> one number."""
-    return float((samples.mean(0).abs() / (samples.std(0) / math.sqrt(len(samples)))).max())
+def simulated(setup: Setup, path: Trajectory, first: int) -> Tensor:
+    """Running cost - reward of each path simulated again from `first`, written out: [B]."""
+    x, cost = path.xs[first], torch.zeros(path.xs.shape[1])
+    for k in range(first, STEPS):
+        t, dt = path.ts[k].expand(len(x)), path.ts[k + 1] - path.ts[k]
+        score, rate = cost_rate(setup, t, x, path.condition)
+        cost = cost + rate * dt
+        x = x + setup.sde.drift(t, x, score) * dt + setup.sde.diffusion(t).unsqueeze(1) * dt.sqrt() * path.noise[k]
+    return cost - QUADRATIC(x, path.condition)
 
 
 # --- adjoint_matching -----------------------------------------------------------------------------------------------
@@ -134,11 +64,11 @@ def worst(samples: Tensor) -> float:
 @pytest.mark.parametrize("solver", list(SOLVERS))
 def test_adjoint_of_a_linear_reward_is_the_optimal_control(solver: str, generator: torch.Generator) -> None:
     """Independently: d E R(x_N) / d w_k by pushing a unit of w_k forward through the reference's steps."""
-    problem = Gaussian(LINEAR, solver)
+    problem = gaussian(LINEAR, solver)
     policy = problem.policy(torch.zeros(STEPS, DIM, DIM), 0.3 * torch.ones(STEPS, DIM))
     rule = AdjointMatching(policy, problem.sde, problem.solver, None, BETA, checked(LINEAR))
-    path, rewards = problem.paths(policy, 20, generator)
-    target = rule.prepare(path, rewards, generator, 1.0).target.reshape(STEPS, 20, DIM)
+    paths = problem.paths(policy, 20, generator)
+    target = rule.prepare(paths, generator, 1.0).target.reshape(STEPS, 20, DIM)
     for k in range(STEPS):
         for i in range(DIM):
             x = problem.std[k] * torch.eye(DIM)[i]
@@ -150,16 +80,16 @@ def test_adjoint_of_a_linear_reward_is_the_optimal_control(solver: str, generato
 
 def test_adjoint_matching_stands_still_at_the_grids_optimum_only(generator: torch.Generator) -> None:
     """Quadratic reward: w - target is uncorrelated with 1 and x at the Riccati optimum, and not elsewhere."""
-    problem = Gaussian(QUADRATIC)
+    problem = gaussian(QUADRATIC)
     gains, offsets = problem.optimum()
 
     def moments(offsets: Tensor) -> float:
         policy = problem.policy(gains, offsets)
         rule = AdjointMatching(policy, problem.sde, problem.solver, None, BETA, checked(QUADRATIC))
-        path, rewards = problem.paths(policy, 4000, generator)
-        batch = rule.prepare(path, rewards, generator, 1.0)
+        paths = problem.paths(policy, 4000, generator)
+        batch = rule.prepare(paths, generator, 1.0)
         wrong = (batch.control - batch.target).reshape(STEPS, 4000, DIM, 1)
-        tests = torch.cat([torch.ones(STEPS, 4000, 1), path.xs[:-1]], dim=2).unsqueeze(2)
+        tests = torch.cat([torch.ones(STEPS, 4000, 1), paths.trajectory.xs[:-1]], dim=2).unsqueeze(2)
         return worst((wrong * tests).transpose(0, 1).flatten(1))
 
     assert moments(offsets) < 4
@@ -169,35 +99,38 @@ def test_adjoint_matching_stands_still_at_the_grids_optimum_only(generator: torc
 def test_adjoint_matching_counts_its_calls_and_knows_its_kl(
     generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    problem = Gaussian(QUADRATIC)
+    problem = gaussian(QUADRATIC)
     policy = problem.policy(*problem.optimum())
     reward = checked(QUADRATIC)
     rule = AdjointMatching(policy, problem.sde, problem.solver, None, BETA, reward)
-    path, rewards = problem.paths(policy, 50, generator)
-    unread = replace(path, references=path.references * math.nan, controls=path.controls * math.nan)
+    paths = problem.paths(policy, 50, generator)
+    path = paths.trajectory
+    unread = Paths(
+        replace(path, references=path.references * math.nan, controls=path.controls * math.nan), paths.rewards
+    )
     policy.network_calls = 0
-    batch = rule.prepare(unread, rewards, generator, 1.0)
+    batch = rule.prepare(unread, generator, 1.0)
     assert (policy.network_calls, reward.calls) == (50 * STEPS, 50)
     assert rule.metrics["policy/kl"] == pytest.approx(float(path.path_kl().mean()), rel=1e-4)
     torch.testing.assert_close(batch.control, path.controls.flatten(0, 1), atol=1e-5, rtol=1e-5)
     monkeypatch.setattr(transitions, "CHUNK", 7)
-    torch.testing.assert_close(rule.prepare(unread, rewards, generator, 1.0).target, batch.target)
+    torch.testing.assert_close(rule.prepare(unread, generator, 1.0).target, batch.target)
 
 
 def test_some_steps_are_matched_and_far_ones_are_left_alone(generator: torch.Generator) -> None:
-    problem = Gaussian(QUADRATIC)
+    problem = gaussian(QUADRATIC)
     policy = problem.policy(*problem.optimum())
     make = (policy, problem.sde, problem.solver, None, BETA, checked(QUADRATIC))
-    path, rewards = problem.paths(policy, 50, generator)
+    paths = problem.paths(policy, 50, generator)
     early = set()
     for _ in range(20):
-        batch = AdjointMatching(*make, matched_steps=3).prepare(path, rewards, generator, 1.0)
-        taken = sorted({int((path.ts - t).abs().argmin()) for t in batch.t0})
+        batch = AdjointMatching(*make, matched_steps=3).prepare(paths, generator, 1.0)
+        taken = sorted({int((problem.ts - t).abs().argmin()) for t in batch.t0})
         assert (len(batch), len(taken), taken[1:], batch.steps) == (150, 3, [2, 3], STEPS)
         early.add(taken[0])
     assert early == {0, 1}
     whole = AdjointMatching(*make)
-    batch = whole.prepare(path, rewards, generator, 1.0)
+    batch = whole.prepare(paths, generator, 1.0)
     squares = ((batch.control - batch.target) ** 2).sum(1) * BETA**2 / (batch.t1 - batch.t0)
     limit = float(squares.sort().values[99:101].mean())
     limited = AdjointMatching(*make, loss_limit=limit)
@@ -211,60 +144,20 @@ def test_some_steps_are_matched_and_far_ones_are_left_alone(generator: torch.Gen
 # --- draft ----------------------------------------------------------------------------------------------------------
 
 
-class Setup:
-    """A policy with random weights away from its reference, on a mixture."""
-
-    def __init__(self, schedule: Schedule | None = None, solver: str = "euler_maruyama") -> None:
-        base = mixture(DIM, 3, 0)
-        if schedule is not None:
-            base = GaussianMixture(schedule, base.weights, base.means, base.covariances)
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model = ResidualModel(base, DIM, width=8)
-            nn.init.normal_(model.residual.last.weight, std=0.3)
-        self.base, self.policy, self.sde = base, Policy(model, base), SDE(base.schedule, noise_level(1.0))
-        self.solver, self.ts, self.reward = SOLVERS[solver], uniform(base.schedule, STEPS), checked(QUADRATIC)
-
-    def rule(self, kind: type[Any], value: ValueFit | None = None, **settings: Any) -> Any:
-        return kind(self.policy, self.sde, self.solver, value, BETA, self.reward, **settings)
-
-    def paths(self, count: int, generator: torch.Generator, **more: Any) -> Trajectory:
-        condition = Condition([""] * count)
-        return rollout(self.policy, self.sde, self.solver, self.ts, condition, generator, **more)
-
-    def gradient(self, loss: Tensor) -> Tensor:
-        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, self.policy.trainable())])
-
-    def cost_rate(self, t: Tensor, x: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-        """The policy's score, and beta / 2 |u|^2, by the formulas of the SDE."""
-        score, reference = self.policy.model.score(t, x, condition), self.base.score(t, x)
-        return score, BETA / 2 * self.sde.control(t, score, reference).square().sum(1)
-
-    def simulated(self, path: Trajectory, first: int) -> Tensor:
-        """Running cost - reward of each path simulated again from `first`, written out: [B]."""
-        x, cost = path.xs[first], torch.zeros(path.xs.shape[1])
-        for k in range(first, STEPS):
-            t, dt = path.ts[k].expand(len(x)), path.ts[k + 1] - path.ts[k]
-            score, rate = self.cost_rate(t, x, path.condition)
-            cost = cost + rate * dt
-            x = x + self.sde.drift(t, x, score) * dt + self.sde.diffusion(t).unsqueeze(1) * dt.sqrt() * path.noise[k]
-        return cost - QUADRATIC(x, path.condition)
-
-
 @pytest.mark.parametrize("last_steps", [0, 1, 2])
 def test_draft_is_the_derivative_of_the_simulation(last_steps: int, generator: torch.Generator) -> None:
-    setup = Setup()
+    setup = setup_of()
     path = setup.paths(64, generator, with_reference=False)
-    rows = setup.rule(DRaFT, last_steps=last_steps).prepare(path, torch.zeros(64), generator, 1.0)
+    rows = setup.rule(DRaFT, last_steps=last_steps).prepare(Paths(path, torch.zeros(64)), generator, 1.0)
     mine = setup.rule(DRaFT, last_steps=last_steps).loss(rows)[0]
     first = STEPS - (last_steps or STEPS)
     assert torch.equal(rows.x, path.xs[first])
-    wanted = setup.simulated(path, first).mean()
+    wanted = simulated(setup, path, first).mean()
     if last_steps:  # the earlier steps' own cost, at one state a path
         k = torch.stack([(path.ts - t).abs().argmin() for t in rows.early_t[:, 0]])
         assert set(k.tolist()) == set(range(first))
         assert torch.equal(rows.early_x, path.xs[k, torch.arange(64)])
-        rate = setup.cost_rate(path.ts[k], rows.early_x, path.condition)[1]
+        rate = cost_rate(setup, path.ts[k], rows.early_x, path.condition)[1]
         wanted = wanted + (first * rate * (path.ts[k + 1] - path.ts[k])).mean()
     torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(setup.gradient(mine), setup.gradient(wanted), rtol=1e-3, atol=1e-4)
@@ -273,7 +166,7 @@ def test_draft_is_the_derivative_of_the_simulation(last_steps: int, generator: t
 @pytest.mark.parametrize("recompute", [False, True])
 def test_draft_of_all_steps_draws_its_own_paths(recompute: bool, generator: torch.Generator) -> None:
     """As if they had been rolled out: the same prior and noise, the same derivative; no other reward or network call."""
-    setup = Setup()
+    setup = setup_of()
     rule = setup.rule(DRaFT, recompute=recompute)
     assert rule.own_rows
     rows = rule.rows_for([""] * 64, setup.ts, generator)
@@ -284,7 +177,7 @@ def test_draft_of_all_steps_draws_its_own_paths(recompute: bool, generator: torc
     setup.policy.network_calls = setup.reward.calls = 0
     loss, _ = rule.loss(rows)
     assert (setup.policy.network_calls, setup.reward.calls) == (2 * 64 * STEPS, 64)
-    costs = setup.simulated(path, 0)
+    costs = simulated(setup, path, 0)
     torch.testing.assert_close(loss, costs.mean(), rtol=1e-4, atol=1e-5)
     assert rule.metrics["objective/J_training"] == pytest.approx(-costs.mean().item(), rel=1e-4)
     mine = setup.gradient(loss)
@@ -295,11 +188,11 @@ def test_draft_of_all_steps_draws_its_own_paths(recompute: bool, generator: torc
 
 @pytest.mark.parametrize("settings", [{"last_steps": 2}, {"renoise": 1}, {"variant": "alignprop"}, {"variant": "refl"}])
 def test_draft_of_some_steps_needs_a_rollout(settings: dict[str, Any]) -> None:
-    assert not Setup().rule(DRaFT, **settings).own_rows
+    assert not setup_of().rule(DRaFT, **settings).own_rows
 
 
 def test_draft_reports_all_the_paths_of_an_iteration(generator: torch.Generator) -> None:
-    setup = Setup()
+    setup = setup_of()
     rule = setup.rule(DRaFT)
     rows = rule.rows_for([""] * 64, setup.ts, generator)
     whole = rule.loss(rows)[0].item()
@@ -311,10 +204,10 @@ def test_draft_reports_all_the_paths_of_an_iteration(generator: torch.Generator)
 
 
 def test_draft_of_no_kl_is_the_reward_alone(generator: torch.Generator) -> None:
-    setup = Setup()
+    setup = setup_of()
     path = setup.paths(64, generator, with_reference=False)
     rule = setup.rule(DRaFT, last_steps=2, kl_share=0.0)
-    rows = rule.prepare(path, torch.zeros(64), generator, 1.0)
+    rows = rule.prepare(Paths(path, torch.zeros(64)), generator, 1.0)
     setup.policy.network_calls = setup.reward.calls = 0
     loss, metrics = rule.loss(rows)
     assert (setup.policy.network_calls, setup.reward.calls, metrics) == (2 * 64, 64, {})
@@ -324,13 +217,13 @@ def test_draft_of_no_kl_is_the_reward_alone(generator: torch.Generator) -> None:
 
 def test_draft_lv_starts_again_from_the_noised_end(generator: torch.Generator) -> None:
     """Ends drawn from p_{t_N} exactly, noised back, have the moments of p_{t_k}; each start has noise of its own."""
-    setup, count = Setup(VP(t_max=0.7)), 20_000
+    setup, count = setup_of(VP(t_max=0.7)), 20_000
     path = setup.paths(count, generator, with_reference=False)
     end = setup.ts[-1:]
     exact = setup.base.schedule.alpha(end) * setup.base.sample(count, generator)
     exact = exact + setup.base.schedule.sigma(end) * torch.randn(count, DIM, generator=generator)
     path = replace(path, xs=torch.cat([path.xs[:-1], exact.unsqueeze(0)]))
-    rows = setup.rule(DRaFT, last_steps=1, renoise=2).prepare(path, torch.zeros(count), generator, 1.0)
+    rows = setup.rule(DRaFT, last_steps=1, renoise=2).prepare(Paths(path, torch.zeros(count)), generator, 1.0)
     assert (len(rows), len(rows.condition), rows.acts) == (3 * count, 3 * count, (True,))
     assert torch.equal(rows.x[:count], path.xs[3])
     assert torch.equal(rows.noise[:count], path.noise[3:].transpose(0, 1))
@@ -352,38 +245,38 @@ def test_draft_lv_starts_again_from_the_noised_end(generator: torch.Generator) -
 
 
 def test_alignprop_draws_how_many_of_the_last_steps(generator: torch.Generator) -> None:
-    setup = Setup()
+    setup = setup_of()
     path = setup.paths(32, generator, with_reference=False)
     rule, seen = setup.rule(DRaFT, variant="alignprop", last_steps=3), set()
     for _ in range(30):
-        rows = rule.prepare(path, torch.zeros(32), generator, 1.0)
+        rows = rule.prepare(Paths(path, torch.zeros(32)), generator, 1.0)
         k = len(rows.acts)
         seen.add(k)
         assert torch.equal(rows.x, path.xs[STEPS - k])
         assert (rows.early_t[:, 0] == path.ts[0]).all()  # what no draw reaches pays its own cost, always
     assert seen == {1, 2, 3}
-    everything = setup.rule(DRaFT, variant="alignprop").prepare(path, torch.zeros(32), generator, 1.0)
+    everything = setup.rule(DRaFT, variant="alignprop").prepare(Paths(path, torch.zeros(32)), generator, 1.0)
     torch.testing.assert_close(
         setup.rule(DRaFT).loss(everything)[0],
-        setup.simulated(path, STEPS - len(everything.acts)).mean(),
+        simulated(setup, path, STEPS - len(everything.acts)).mean(),
         rtol=1e-4,
         atol=1e-5,
     )
 
 
 def test_refl_is_the_reward_of_the_estimate_at_a_late_step(generator: torch.Generator) -> None:
-    setup = Setup()
+    setup = setup_of()
     path = setup.paths(200, generator, with_reference=False)
     rule = setup.rule(DRaFT, variant="refl", last_steps=2)
-    rows = rule.prepare(path, torch.zeros(200), generator, 1.0)
+    rows = rule.prepare(Paths(path, torch.zeros(200)), generator, 1.0)
     k = torch.stack([(path.ts - t).abs().argmin() for t in rows.t[:, 0]])
     assert torch.bincount(k, minlength=STEPS).tolist()[:2] == [0, 0]
     assert torch.bincount(k)[2:].min() > 70
     x = path.xs[k, torch.arange(200)]
-    score, rate = setup.cost_rate(path.ts[k], x, path.condition)
+    score, rate = cost_rate(setup, path.ts[k], x, path.condition)
     alpha, sigma = setup.base.schedule.alpha(path.ts[k]), setup.base.schedule.sigma(path.ts[k])
     estimate = (x + sigma.unsqueeze(1) ** 2 * score) / alpha.unsqueeze(1)
-    early = setup.cost_rate(rows.early_t[:, 0], rows.early_x, path.condition)[1]
+    early = cost_rate(setup, rows.early_t[:, 0], rows.early_x, path.condition)[1]
     cost = 2 * rate * (path.ts[k + 1] - path.ts[k]) + 2 * early * (rows.early_t[:, 1] - rows.early_t[:, 0])
     wanted = (cost - QUADRATIC(estimate, path.condition)).mean()
     loss = rule.loss(rows)[0]
@@ -393,11 +286,11 @@ def test_refl_is_the_reward_of_the_estimate_at_a_late_step(generator: torch.Gene
 
 def test_the_last_step_that_acts_is_the_last_step(generator: torch.Generator) -> None:
     """The flow's last step has no noise and is the reference's: the gradient goes through it to the one before."""
-    setup = Setup(RectifiedFlow(), "ddim")
+    setup = setup_of(RectifiedFlow(), "ddim")
     path = setup.paths(32, generator)
     assert path.acts.tolist() == [True, True, True, False]
     rule = setup.rule(DRaFT, last_steps=1, kl_share=0.0)
-    rows = rule.prepare(path, torch.zeros(32), generator, 1.0)
+    rows = rule.prepare(Paths(path, torch.zeros(32)), generator, 1.0)
     assert rows.acts == (True, False)
     loss = rule.loss(rows)[0]
     torch.testing.assert_close(loss, -QUADRATIC(path.xs[-1], path.condition).mean(), rtol=1e-4, atol=1e-5)
@@ -413,7 +306,7 @@ def test_q_and_v_of_the_optimum_make_martingales_and_others_do_not(regress_on: s
 
     With the noise as part of the action each delta is 0, for V is linear here, and so is a sum of later ones (trace 1).
     """
-    problem, count = Gaussian(LINEAR), 4000
+    problem, count = gaussian(LINEAR), 4000
     trace = 1.0 if regress_on == "action_and_noise" else 0.0
     gains, offsets = problem.optimum()
     explore = gaussian_actions(lambda t: torch.full_like(t, 0.7))
@@ -422,16 +315,16 @@ def test_q_and_v_of_the_optimum_make_martingales_and_others_do_not(regress_on: s
 
     def deltas(offsets: Tensor) -> tuple[Tensor, float]:
         policy = problem.policy(gains, offsets)
-        value = problem.value(policy)
-        rule = QLearning(policy, problem.sde, problem.solver, value, BETA, regress_on=regress_on, trace=trace)
-        path, rewards = problem.paths(policy, count, generator, exploration=explore)
-        batch = rule.prepare(path, rewards, generator, 1.0)
+        critic = problem.critic(policy)
+        rule = QLearning(policy, problem.sde, problem.solver, critic, BETA, regress_on=regress_on, trace=trace)
+        paths = problem.paths(policy, count, generator, exploration=explore)
+        batch = rule.prepare(paths, generator, 1.0)
         w = offsets.repeat_interleave(count, 0)  # gains are zero for a linear reward
         delta = batch.advantage - BETA * ((w * batch.target).sum(1) - (w**2).sum(1) / 2)
-        fitted = value.memory[-1]  # the returns that V is fitted to: V itself on average
+        fitted, value = critic.fitter.memory[-1], critic.value  # the returns that V is fitted to: V itself on average
         with torch.no_grad():
             loss = rule.loss(batch)[0]
-            errors.append(fitted.target - value.value.of_features(fitted.t, fitted.features, fitted.condition))
+            errors.append(fitted.target - value.of_features(fitted.t, fitted.features, fitted.condition))
         assert float(loss) == pytest.approx(STEPS * float((delta**2).mean()) / (2 * BETA), rel=1e-3, abs=1e-6)
         by_path = delta.reshape(STEPS, count, 1) * torch.cat([torch.ones(len(w), 1), batch.target - w], 1).reshape(
             STEPS, count, 3
@@ -452,19 +345,19 @@ def test_q_and_v_of_the_optimum_make_martingales_and_others_do_not(regress_on: s
 
 def test_gradient_of_q_learning_is_that_of_the_objective(generator: torch.Generator) -> None:
     """On its own paths, whatever V: compared with the derivative of the simulation, along it and in other directions."""
-    setup = Setup()
-    along = setup.gradient(setup.simulated(setup.paths(4000, generator), 0).mean())
+    setup = setup_of()
+    along = setup.gradient(simulated(setup, setup.paths(4000, generator), 0).mean())
     compare = torch.cat([along.unsqueeze(0), torch.randn(5, len(along), generator=generator)])
     exact, mine = [], []
     for _ in range(12):
         path = setup.paths(500, generator)
-        exact.append(compare @ setup.gradient(setup.simulated(path, 0).mean()))
-    value = ValueFit(ValueNetwork(Bump(), setup.sde, setup.policy, "x"), BETA, steps=0)
-    value.fitted = True
+        exact.append(compare @ setup.gradient(simulated(setup, path, 0).mean()))
+    value = kept(ValueNetwork(Bump(), setup.sde, setup.policy, "x"), BETA)
+    critic = Critic(value, setup.policy, setup.sde, setup.solver)
     for _ in range(25):
         path = setup.paths(1000, generator)
-        rule = setup.rule(QLearning, value)
-        batch = rule.prepare(path, QUADRATIC(path.xs[-1], path.condition), generator, 1.0)
+        rule = setup.rule(QLearning, critic)
+        batch = rule.prepare(Paths(path, QUADRATIC(path.xs[-1], path.condition)), generator, 1.0)
         mine.append(compare @ setup.gradient(rule.loss(batch)[0]))
     a, b = torch.stack(mine), torch.stack(exact)
     error = (a.var(0) / len(a) + b.var(0) / len(b)).sqrt()
@@ -484,18 +377,18 @@ class Bump(nn.Module):
 
 
 def test_q_learning_says_what_it_cannot_learn_from(generator: torch.Generator) -> None:
-    problem = Gaussian(LINEAR)
+    problem = gaussian(LINEAR)
     policy = problem.policy(*problem.optimum())
-    value = problem.value(policy)
-    path, rewards = problem.paths(policy, 20, generator)
-    rule = QLearning(policy, problem.sde, problem.solver, value, BETA, regress_on="action")
+    critic = problem.critic(policy)
+    paths = problem.paths(policy, 20, generator)
+    rule = QLearning(policy, problem.sde, problem.solver, critic, BETA, regress_on="action")
     with pytest.raises(ValueError, match="set exploration to gaussian"):
-        rule.prepare(path, rewards, generator, 1.0)
+        rule.prepare(paths, generator, 1.0)
     with pytest.raises(ValueError, match=r"unknown regress_on 'x'\. Known: action, action_and_noise"):
-        QLearning(policy, problem.sde, problem.solver, value, BETA, regress_on="x")  # type: ignore[arg-type]
-    value.loss = "soft"
+        QLearning(policy, problem.sde, problem.solver, critic, BETA, regress_on="x")  # type: ignore[arg-type]
+    critic.fitter.loss = "soft"
     with pytest.raises(ValueError, match="value_loss is 'soft'; q_learning's V is a mean: use martingale"):
-        QLearning(policy, problem.sde, problem.solver, value, BETA)
+        QLearning(policy, problem.sde, problem.solver, critic, BETA)
 
 
 # --- whole runs -----------------------------------------------------------------------------------------------------
@@ -503,9 +396,9 @@ def test_q_learning_says_what_it_cannot_learn_from(generator: torch.Generator) -
 
 def test_unknown_settings_of_draft_are_told() -> None:
     with pytest.raises(ValueError, match=r"unknown variant 'x'\. Known: draft, alignprop, refl"):
-        Setup().rule(DRaFT, variant="x")
+        setup_of().rule(DRaFT, variant="x")
     with pytest.raises(ValueError, match="renoise is 2, but refl starts on the path itself"):
-        Setup().rule(DRaFT, variant="refl", renoise=2)
+        setup_of().rule(DRaFT, variant="refl", renoise=2)
 
 
 @pytest.mark.parametrize("algorithm", ["adjoint_matching", "draft"])

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from small_problem import DIM, Setup
 from torch import Tensor, nn
 
 from scoreact.algorithms.diffusion_nft import DiffusionNFT, graded
@@ -22,8 +23,8 @@ from scoreact.algorithms.rwr import RWR, normalised_weights
 from scoreact.api.result import Result
 from scoreact.api.start import finetune
 from scoreact.control.policy import Policy
-from scoreact.control.rollout import rollout
 from scoreact.control.trajectory import Trajectory
+from scoreact.control.transitions import Paths
 from scoreact.dynamics.grids import uniform
 from scoreact.dynamics.schedule import VP, RectifiedFlow, Schedule
 from scoreact.dynamics.sde import SDE, noise_level
@@ -34,47 +35,21 @@ from scoreact.recipes.gaussian import linear_reward, mixture, quadratic_reward
 from scoreact.training.config import Config, updated
 from scoreact.types import Condition, Metrics, expand
 
-BETA, DIM, STEPS = 0.7, 2, 5
+BETA, STEPS = 0.7, 5
 KINDS: dict[str, type[ForwardRule]] = {"rwr": RWR, "diffusion_nft": DiffusionNFT, "dpo": DPO}
 
 
-class Setup:
-    """A policy away from its reference on a Gaussian mixture."""
+def setup_of(moved: float = 0.3, schedule: Schedule | None = None) -> Setup:
+    return Setup(euler_maruyama, BETA, STEPS, moved, schedule=schedule)
 
-    def __init__(self, moved: float = 0.3, schedule: Schedule | None = None) -> None:
-        base = mixture(DIM, 3, 0)
-        if schedule is not None:
-            base = GaussianMixture(schedule, base.weights, base.means, base.covariances)
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            self.model = ResidualModel(base, DIM, width=8)
-            nn.init.normal_(self.model.residual.last.weight, std=moved)
-        self.policy, self.sde = Policy(self.model, base), SDE(base.schedule, noise_level(1.0))
-        self.ts = uniform(base.schedule, STEPS)
 
-    def rule(self, kind: type[ForwardRule], **settings: Any) -> Any:
-        return kind(self.policy, self.sde, euler_maruyama, None, BETA, **settings)
-
-    def prepared(self, kind: type[ForwardRule], count: int = 16, prompts: str = "", **settings: Any) -> tuple[Any, Any]:
-        """A rule and its rows for a rollout of `count` samples."""
-        generator, rule = torch.Generator().manual_seed(1), self.rule(kind, **settings)
-        path = self.paths(rule, [prompts[i % len(prompts)] if prompts else "" for i in range(count)], generator)
-        return rule, rule.prepare(path, linear_reward(DIM, 0)(path.xs[-1], path.condition), generator, 1.0)
-
-    def paths(self, rule: ForwardRule, prompts: list[str], generator: torch.Generator) -> Trajectory:
-        stochastic = rule.stochastic_steps(STEPS, generator)
-        return rollout(
-            rule.behaviour(), self.sde, euler_maruyama, self.ts, Condition(prompts), generator,
-            stochastic=stochastic, with_reference=False,
-        )  # fmt: skip
-
-    def move(self) -> None:
-        with torch.no_grad():
-            for p in self.policy.trainable():
-                p.add_(0.05)
-
-    def gradient(self, loss: Tensor) -> Tensor:
-        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, self.policy.trainable())])
+def prepared(
+    setup: Setup, kind: type[ForwardRule], count: int = 16, prompts: str = "", **settings: Any
+) -> tuple[Any, Any]:
+    """A rule and its rows for a rollout of `count` samples."""
+    generator, rule = torch.Generator().manual_seed(1), setup.rule(kind, **settings)
+    path = setup.paths_for(rule, [prompts[i % len(prompts)] if prompts else "" for i in range(count)], generator)
+    return rule, rule.prepare(Paths(path, setup.reward(path.xs[-1], path.condition)), generator, 1.0)
 
 
 # --- noising ----------------------------------------------------------------------------------------------------------
@@ -83,7 +58,7 @@ class Setup:
 @pytest.mark.parametrize("schedule", [VP(t_max=0.9), RectifiedFlow()])
 def test_noising_from_the_end_of_a_path_keeps_the_marginals(schedule: Schedule, generator: torch.Generator) -> None:
     """N(m, v) data are N(alpha m, alpha^2 v + sigma^2) at every time, though the samples have noise at the end already."""
-    setup, mean, variance, count = Setup(schedule=schedule), 0.8, 0.3, 200_000
+    setup, mean, variance, count = setup_of(schedule=schedule), 0.8, 0.3, 200_000
     end = torch.tensor(schedule.t_max)
     spread = (schedule.alpha(end) ** 2 * variance + schedule.sigma(end) ** 2).sqrt()
     x_end = schedule.alpha(end) * mean + spread * torch.randn(count, 1, generator=generator)
@@ -103,7 +78,7 @@ def test_noising_from_the_end_of_a_path_keeps_the_marginals(schedule: Schedule, 
 
 
 def test_every_acting_step_is_looked_at_once_or_draws_of_them(generator: torch.Generator) -> None:
-    setup = Setup(schedule=RectifiedFlow())
+    setup = setup_of(schedule=RectifiedFlow())
     setup.policy.act_until = 0.7
     rule = setup.rule(RWR)
     t0, t1, steps = rule.times(setup.ts, 3, generator)
@@ -118,7 +93,7 @@ def test_every_acting_step_is_looked_at_once_or_draws_of_them(generator: torch.G
 
 
 def test_the_kl_error_is_the_control_and_the_others_are_predictions(generator: torch.Generator) -> None:
-    setup = Setup()
+    setup = setup_of()
     rule, schedule = setup.rule(RWR), setup.sde.schedule
     t0, t1 = torch.tensor([0.2, 0.6]), torch.tensor([0.3, 0.75])
     x, one, two = (torch.randn(2, DIM, generator=generator) for _ in range(3))
@@ -140,8 +115,8 @@ def test_weights_by_hand() -> None:
 
 
 def test_rwr_loss_by_hand() -> None:
-    setup = Setup()
-    rule, rows = setup.prepared(RWR, weighting="epsilon")
+    setup = setup_of()
+    rule, rows = prepared(setup, RWR, weighting="epsilon")
     at, schedule = rows.noised, setup.sde.schedule
     with torch.no_grad():
         loss = float(rule.loss(rows)[0])
@@ -195,7 +170,7 @@ class Line:
     def law(self, mean: float, schedule: Schedule) -> GaussianMixture:
         return GaussianMixture(schedule, torch.ones(1), torch.tensor([[mean]]), torch.tensor([[[self.variance]]]))
 
-    def samples(self, law: GaussianMixture, count: int, generator: torch.Generator) -> tuple[Trajectory, Tensor]:
+    def samples(self, law: GaussianMixture, count: int, generator: torch.Generator) -> Paths:
         """Exact samples of a law at the path's end as a rollout's, and R: log tilted / p_ref there, times beta."""
         end = self.ts[-1].expand(count)
         x_data = law.sample(count, generator)
@@ -203,7 +178,7 @@ class Line:
         x = law.schedule.alpha(end[:1]) * x_data + law.schedule.sigma(end[:1]) * noise
         none = torch.empty(0)
         path = Trajectory(self.ts, x.unsqueeze(0), *[none] * 7, Condition([""] * count))
-        return path, BETA * (self.tilted.log_prob(end, x) - self.base.log_prob(end, x))
+        return Paths(path, BETA * (self.tilted.log_prob(end, x) - self.base.log_prob(end, x)))
 
     def distance(self) -> tuple[float, float]:
         """Path KL from the tilted law's score, and the reference's, on the tilted law's noised samples."""
@@ -229,7 +204,7 @@ def fit(line: Line, rule: Any, law: GaussianMixture, iterations: int, count: int
     optimizer = torch.optim.Adam(line.policy.trainable(), lr=rate, betas=(0.9, 0.99))
     for n in range(iterations):
         optimizer.param_groups[0]["lr"] = rate * min(1.0, 2 - 2 * n / iterations)
-        rows = rule.prepare(*line.samples(law, count, generator), generator, 1.0)
+        rows = rule.prepare(line.samples(law, count, generator), generator, 1.0)
         optimizer.zero_grad()
         rule.loss(rows)[0].backward()
         optimizer.step()
@@ -247,16 +222,16 @@ def test_rwr_from_the_reference_has_the_tilted_law_as_minimiser(weighting: str) 
 
 
 def test_rwr_remembers_the_reference_and_forgets_the_policy(generator: torch.Generator) -> None:
-    setup = Setup()
+    setup = setup_of()
     for samples, kept in (("reference", 3), ("policy", 1)):
         rule = setup.rule(RWR, samples=samples, replay=3)
         for _ in range(5):
-            path = setup.paths(rule, ["a", "b"] * 8, generator)
-            rows = rule.prepare(path, path.xs[-1][:, 0], generator, 1.0)
+            path = setup.paths_for(rule, ["a", "b"] * 8, generator)
+            rows = rule.prepare(Paths(path, path.xs[-1][:, 0]), generator, 1.0)
         assert len(rule.memory) == kept
         assert len(rows) == 16 * STEPS, "an iteration costs the same however much is remembered"
         assert torch.equal(rule.memory[-1][0], path.xs[-1])
-    reference = setup.paths(setup.rule(RWR), [""] * 8, torch.Generator().manual_seed(2))
+    reference = setup.paths_for(setup.rule(RWR), [""] * 8, torch.Generator().manual_seed(2))
     assert torch.equal(
         reference.actions[0], setup.model.base.score(torch.full((8,), 0.0), reference.xs[0], Condition([""]))
     )
@@ -279,8 +254,8 @@ def test_optimality_by_hand() -> None:
 @pytest.mark.parametrize("weighting", ["velocity", "adaptive"])
 def test_nft_loss_by_hand(weighting: str) -> None:
     """The paper's formula with the implicit policies written out, in a policy moved away from the old one."""
-    setup = Setup()
-    rule, rows = setup.prepared(DiffusionNFT, mix=0.3, weighting=weighting, kl_share=2.0)
+    setup = setup_of()
+    rule, rows = prepared(setup, DiffusionNFT, mix=0.3, weighting=weighting, kl_share=2.0)
     setup.move()
     at, schedule = rows.noised, setup.sde.schedule
 
@@ -310,8 +285,8 @@ def test_nft_loss_by_hand(weighting: str) -> None:
 
 def test_nft_gradient_at_the_old_policy_is_the_closed_formula() -> None:
     """-2 b (2 r - 1) (v - v_old) . dv/dtheta, mean over rows: the reward-weighted pull, nothing else."""
-    setup = Setup()
-    rule, rows = setup.prepared(DiffusionNFT, 64, "ab", mix=0.4, weighting="epsilon", kl_share=0.0)
+    setup = setup_of()
+    rule, rows = prepared(setup, DiffusionNFT, 64, "ab", mix=0.4, weighting="epsilon", kl_share=0.0)
     at = rows.noised
     sigma = expand(setup.sde.schedule.sigma(at.t0), at.x)
     found = setup.gradient(rule.loss(rows)[0])
@@ -336,7 +311,7 @@ def test_nft_with_its_kl_rests_at_the_tilted_law(generator: torch.Generator) -> 
         rule.updates = 0
         found = []
         for _ in range(30):
-            rows = rule.prepare(*line.samples(law, 1000, generator), generator, 1.0)
+            rows = rule.prepare(line.samples(law, 1000, generator), generator, 1.0)
             found.append(torch.cat([g for g in torch.autograd.grad(rule.loss(rows)[0], line.policy.trainable())]))
         stacked = torch.stack(found)
         error = stacked.std(0) / math.sqrt(30)
@@ -347,7 +322,7 @@ def test_nft_with_its_kl_rests_at_the_tilted_law(generator: torch.Generator) -> 
 
 
 def test_the_old_policy_follows_by_its_schedule_draws_and_is_counted(generator: torch.Generator) -> None:
-    setup = Setup()
+    setup = setup_of()
     rule = setup.rule(DiffusionNFT, old_rise=0.25, old_most=0.4)
     old = [float(rule._parameters(rule.old)[-1][0])]
     for decay in (0.0, 0.25, 0.4, 0.4):
@@ -356,12 +331,12 @@ def test_the_old_policy_follows_by_its_schedule_draws_and_is_counted(generator: 
         rule.moved()
         old.append(decay * old[-1] + (1 - decay) * float(setup.policy.trainable()[-1][0].detach()))
         assert float(rule._parameters(rule.old)[-1][0]) == pytest.approx(old[-1])
-    path = setup.paths(rule, [""] * 6, generator)
+    path = setup.paths_for(rule, [""] * 6, generator)
     assert torch.equal(path.actions[1], rule.old.model.score(path.ts[1].expand(6), path.xs[1], path.condition))
     assert not path.acts.any(), "its rollouts are the ODE's"
     before = setup.policy.network_calls
     rule.old.network_calls = 0
-    rows = rule.prepare(path, path.xs[-1][:, 0], generator, 1.0)
+    rows = rule.prepare(Paths(path, path.xs[-1][:, 0]), generator, 1.0)
     assert setup.policy.network_calls - before == 2 * len(rows)  # the old policy and the reference
     assert bool(setup.rule(DiffusionNFT, sampling="sde").stochastic_steps(STEPS, generator) is None)
 
@@ -388,8 +363,8 @@ def test_pairs_of_every_kind(generator: torch.Generator) -> None:
 
 @pytest.mark.parametrize("weighting", ["kl", "epsilon"])
 def test_dpo_loss_by_hand(weighting: str) -> None:
-    setup = Setup()
-    rule, rows = setup.prepared(DPO, 8, weighting=weighting, draws=3, consistency=0.2)
+    setup = setup_of()
+    rule, rows = prepared(setup, DPO, 8, weighting=weighting, draws=3, consistency=0.2)
     schedule = setup.sde.schedule
     with torch.no_grad():
         loss = float(rule.loss(rows)[0])
@@ -420,8 +395,8 @@ def test_dpo_loss_by_hand(weighting: str) -> None:
 
 
 def test_dpo_starts_at_ln_2_and_goes_towards_the_chosen() -> None:
-    setup = Setup(moved=0.0)
-    rule, rows = setup.prepared(DPO, 32, labels="hard", consistency=0.0)
+    setup = setup_of(moved=0.0)
+    rule, rows = prepared(setup, DPO, 32, labels="hard", consistency=0.0)
     loss, metrics = rule.loss(rows)
     assert loss.item() == pytest.approx(math.log(2), abs=1e-5)
     assert metrics["policy/preference_logit"] < 1e-4
@@ -439,13 +414,13 @@ def test_dpo_starts_at_ln_2_and_goes_towards_the_chosen() -> None:
 
 
 def test_labels_are_bradley_and_terrys(generator: torch.Generator) -> None:
-    setup = Setup()
-    path, count = setup.paths(setup.rule(DPO), [""] * 4000, generator), 4000
+    setup = setup_of()
+    path, count = setup.paths_for(setup.rule(DPO), [""] * 4000, generator), 4000
     rewards = torch.tensor([0.0, 1.2]).repeat(count // 2)
     found: dict[str, Tensor] = {}
     for labels in ("expected", "sampled", "hard"):  # one seed: the same pairs
         rule = setup.rule(DPO, labels=labels, draws=1)
-        found[labels] = rule.prepare(path, rewards, torch.Generator().manual_seed(0), 1.0).preference
+        found[labels] = rule.prepare(Paths(path, rewards), torch.Generator().manual_seed(0), 1.0).preference
     p = 1 / (1 + math.exp(-1.2))
     assert sorted({round(v, 5) for v in found["expected"].tolist()}) == pytest.approx([1 - p, 0.5, p], abs=1e-5)
     clear = found["expected"] != 0.5
@@ -466,15 +441,15 @@ def test_at_the_tilted_law_dpos_logit_is_the_rewards_difference(generator: torch
     residual.offset.data = alpha * line.variance * line.slope / BETA / (alpha**2 * line.variance + sigma**2)
     line.model.residual = residual  # type: ignore[assignment]
     rule = DPO(line.policy, line.sde, euler_maruyama, None, BETA)
-    path, rewards = line.samples(line.base, 60, generator)
-    samples, logits = path.xs[-1].reshape(30, 2, 1), []
+    paths = line.samples(line.base, 60, generator)
+    samples, logits = paths.trajectory.xs[-1].reshape(30, 2, 1), []
     for _ in range(20):  # the same pairs, other noise
         with torch.no_grad():
             rows = rule._rows(samples, torch.ones(30), Condition([""] * 30), line.ts, generator)
             errors = rule._errors(rows, line.policy.score)
         logits.append(BETA * (rows.difference - errors[:, 0] + errors[:, 1]))
     stacked = torch.stack(logits)
-    wanted = rewards[0::2] - rewards[1::2]
+    wanted = paths.rewards[0::2] - paths.rewards[1::2]
     error = stacked.std(0) / math.sqrt(20)
     assert float(wanted.std()) > 0.5
     assert float(((stacked.mean(0) - wanted).abs() / (error + 0.02)).max()) < 4.5
@@ -526,7 +501,7 @@ def test_a_bad_file_of_pairs_is_told_in_a_sentence(tmp_path: Path) -> None:
         read_pairs(path)
     write_pairs(path, torch.ones(3, 4), torch.ones(3, 4), [""] * 3)
     with pytest.raises(ValueError, match=r"holds samples of shape \(4,\); the model's are \(2,\)\. Store the states"):
-        Setup().rule(DPO, pairs_file=str(path))
+        setup_of().rule(DPO, pairs_file=str(path))
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------

@@ -4,84 +4,34 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from small_problem import Setup
+from torch import Tensor
 
 from scoreact.algorithms.base import Rule
 from scoreact.algorithms.ddpo import DDPO
 from scoreact.algorithms.dpok import DPOK
 from scoreact.algorithms.flow_grpo import FlowGRPO
 from scoreact.algorithms.surrogate import surrogate
-from scoreact.control.policy import Policy
-from scoreact.control.rollout import rollout
-from scoreact.control.trajectory import Trajectory
-from scoreact.control.transitions import Batch
-from scoreact.control.value import ValueNetwork
-from scoreact.control.value_fit import ValueFit
-from scoreact.dynamics.grids import uniform
-from scoreact.dynamics.sde import SDE, noise_level
-from scoreact.dynamics.solvers import SOLVERS, Solver, euler_maruyama, step_of
-from scoreact.models.mlp import ResidualModel
-from scoreact.models.value_networks import VectorValue
-from scoreact.recipes.gaussian import build, linear_reward, mixture
+from scoreact.control.transitions import Batch, Paths
+from scoreact.dynamics.solvers import SOLVERS, Solver, euler_maruyama
+from scoreact.recipes.gaussian import build
 from scoreact.training.config import Config, updated
 from scoreact.training.trainer import Trainer
 from scoreact.types import Condition
 
-BETA, STEPS, DIM = 3.0, 4, 2  # beta large: what a step does to later costs must show
-REWARD = linear_reward(DIM, 0)
+BETA, STEPS = 3.0, 4  # beta large: what a step does to later costs must show
 
 
-class Setup:
-    """A policy away from its reference, and a value network that is a random function, fitted to nothing."""
+def setup_of(solver: Solver = euler_maruyama) -> Setup:
+    return Setup(solver, BETA, STEPS)
 
-    def __init__(self, solver: Solver = euler_maruyama) -> None:
-        base = mixture(DIM, 3, 0)
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model = ResidualModel(base, DIM, width=8)
-            nn.init.normal_(model.residual.last.weight, std=0.3)
-            network = VectorValue(2 * DIM, 16)
-            nn.init.normal_(network.net.last.weight, std=0.5)
-        self.policy, self.sde, self.solver = Policy(model, base), SDE(base.schedule, noise_level(1.0)), solver
-        self.value = ValueFit(ValueNetwork(network, self.sde, self.policy), BETA, steps=0)
-        self.value.fitted = True
-        self.ts = uniform(base.schedule, STEPS)
 
-    def rule(self, kind: type[Rule], **settings: object) -> Rule:
-        return kind(self.policy, self.sde, self.solver, self.value, BETA, **settings)  # type: ignore[arg-type]
-
-    def paths(self, count: int, generator: torch.Generator, **settings: Any) -> Trajectory:
-        condition = Condition(["a", "b"] * (count // 2))
-        return rollout(self.policy, self.sde, self.solver, self.ts, condition, generator, **settings)
-
-    def gradient(self, loss: Tensor) -> Tensor:
-        """Along a few fixed directions: one number each, so that four standard errors mean it."""
-        flat = torch.cat([g.flatten() for g in torch.autograd.grad(loss, self.policy.trainable())])
-        return torch.randn(8, len(flat), generator=torch.Generator().manual_seed(5)) @ flat / math.sqrt(len(flat))
-
-    def simulated(self, count: int, generator: torch.Generator, cost: str) -> Tensor:
-        """The gradient of E[R] - BETA cost by differentiating the simulation itself.
-
-        cost: "none", "own" (each step's KL at a state held fixed, the paper's of dpok) or "path" (the path KL: J).
-        """
-        condition = Condition([""] * count)
-        x, kl = self.policy.reference.prior(condition, generator), torch.zeros(count)
-        for t0, t1 in zip(self.ts[:-1].tolist(), self.ts[1:].tolist(), strict=True):
-            begin, end = torch.full((count,), t0), torch.full((count,), t1)
-            if cost != "none":
-                at = x.detach() if cost == "own" else x
-                kernels = [
-                    step_of(self.sde, self.solver, score(begin, at, condition), begin, end, at)
-                    for score in (self.policy.score, self.policy.reference_score)
-                ]
-                kl = kl + kernels[0].kl(kernels[1])
-            step = step_of(self.sde, self.solver, self.policy.score(begin, x, condition), begin, end, x)
-            x = step.sample(torch.randn(x.shape, generator=generator))
-        return self.gradient((REWARD(x, condition) - BETA * kl).mean())
+def two(count: int) -> list[str]:
+    """Prompts of so many paths."""
+    return ["a", "b"] * (count // 2)
 
 
 KINDS: dict[str, type[Rule]] = {"ddpo": DDPO, "dpok": DPOK, "flow_grpo": FlowGRPO}
@@ -90,25 +40,23 @@ KINDS: dict[str, type[Rule]] = {"ddpo": DDPO, "dpok": DPOK, "flow_grpo": FlowGRP
 @pytest.mark.parametrize("solver", list(SOLVERS))
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_ratio_is_one_before_the_first_update(kind: str, solver: str, generator: torch.Generator) -> None:
-    setup = Setup(SOLVERS[solver])
+    setup = setup_of(SOLVERS[solver])
     rule = setup.rule(KINDS[kind])
-    path = setup.paths(64, generator, with_reference=rule.reads_reference)
-    batch = rule.prepare(path, REWARD(path.xs[-1], path.condition), generator, 1.0)
+    path = setup.scored(two(64), generator, with_reference=rule.reads_reference)
+    batch = rule.prepare(path, generator, 1.0)
     assert isinstance(batch, Batch)
     loss, metrics = rule.loss(batch)
     assert torch.isfinite(loss)
     assert metrics["policy/ratio_deviation"] < 1e-5
     assert metrics["policy/kl_to_behaviour"] < 1e-9
-    with torch.no_grad():
-        for p in setup.policy.trainable():
-            p.add_(0.05)
+    setup.move()
     assert rule.loss(batch)[1]["policy/kl_to_behaviour"] > 1e-4
 
 
 @functools.cache
 def exact_gradients(cost: str) -> Tensor:
     """Independent estimates of `simulated`, [20, 8]."""
-    setup, generator = Setup(), torch.Generator().manual_seed(1)
+    setup, generator = setup_of(), torch.Generator().manual_seed(1)
     return torch.stack([setup.simulated(600, generator, cost) for _ in range(20)])
 
 
@@ -127,14 +75,13 @@ def exact_gradients(cost: str) -> Tensor:
 def test_gradient_is_that_of_the_objective(
     kind: str, settings: dict[str, object], cost: str, generator: torch.Generator
 ) -> None:
-    setup, exact, found = Setup(), exact_gradients(cost), []
+    setup, exact, found = setup_of(), exact_gradients(cost), []
     for _ in range(12):
         rule = setup.rule(KINDS[kind], **({"buffer_size": 2000} if kind == "ddpo" else {}), **settings)
-        path = setup.paths(2000, generator)
-        rewards = REWARD(path.xs[-1], path.condition)
-        gradient = -setup.gradient(rule.loss(rule.prepare(path, rewards, generator, 1.0))[0])
+        paths = setup.scored(two(2000), generator)
+        gradient = -setup.compared(rule.loss(rule.prepare(paths, generator, 1.0))[0])
         # ddpo and flow_grpo divide by the deviation in groups of 1000; prompts mean nothing to this model
-        scale = rewards.std() if kind == "ddpo" or settings == {"reference_kl": False} else 1.0
+        scale = paths.rewards.std() if kind == "ddpo" or settings == {"reference_kl": False} else 1.0
         found.append(gradient * scale)
     mine = torch.stack(found)
     error = (mine.var(0) / len(mine) + exact.var(0) / len(exact)).sqrt()
@@ -147,7 +94,7 @@ def test_gradient_is_that_of_the_objective(
 
 
 def test_ddpos_advantages_are_of_the_prompts_last_rewards() -> None:
-    rule = Setup().rule(DDPO, buffer_size=4, min_count=3)
+    rule = setup_of().rule(DDPO, buffer_size=4, min_count=3)
     condition = Condition(["a", "b", "a", "a"])
     first = rule.advantages(torch.tensor([1.0, 7.0, 2.0, 3.0]), condition)
     # a: mean 2, variance 2/3. b has one reward, so the batch's: mean 13/4, variance 63/4 - 169/16
@@ -170,26 +117,26 @@ def test_flow_grpos_advantages_are_of_the_group() -> None:
         "none": torch.tensor([-1.0, 0, 1, 0, 0]),
     }
     for scale, advantages in expected.items():
-        found = Setup().rule(FlowGRPO, advantage_scale=scale).advantages(rewards, condition)
+        found = setup_of().rule(FlowGRPO, advantage_scale=scale).advantages(rewards, condition)
         torch.testing.assert_close(found, advantages, rtol=2e-4, atol=1e-6)
-    doubled = Setup().rule(FlowGRPO, advantage_scale="none").advantages(2 * rewards, condition)
+    doubled = setup_of().rule(FlowGRPO, advantage_scale="none").advantages(2 * rewards, condition)
     torch.testing.assert_close(doubled, 2 * expected["none"])
 
 
 @pytest.mark.parametrize("kind", [DDPO, FlowGRPO])
 def test_equal_rewards_teach_nothing(kind: type[DDPO | FlowGRPO]) -> None:
-    found = Setup().rule(kind).advantages(torch.full((50,), 0.3), Condition(["a"] * 50))
+    found = setup_of().rule(kind).advantages(torch.full((50,), 0.3), Condition(["a"] * 50))
     assert float(found.abs().max()) < 1e-4
 
 
 @pytest.mark.parametrize("kind", [DDPO, FlowGRPO])
 def test_every_step_of_a_path_has_its_clipped_advantage(kind: type[Rule], generator: torch.Generator) -> None:
-    setup = Setup()
-    path = setup.paths(40, generator)
+    setup = setup_of()
+    path = setup.paths(two(40), generator)
     rewards = torch.zeros(40)
     rewards[7] = 100.0  # the only one that is not 0: far more than one deviation
     rule = setup.rule(kind, advantage_clip=1.5)
-    batch = rule.prepare(path, rewards, generator, 1.0)
+    batch = rule.prepare(Paths(path, rewards), generator, 1.0)
     for k in range(STEPS):
         rows = batch.t0 == path.ts[k]
         assert torch.equal(batch.x[rows], path.xs[k])
@@ -200,17 +147,17 @@ def test_every_step_of_a_path_has_its_clipped_advantage(kind: type[Rule], genera
 
 
 def test_dpoks_advantage_is_the_return_less_the_value(generator: torch.Generator) -> None:
-    setup = Setup()
-    path = setup.paths(40, generator)
-    rewards = REWARD(path.xs[-1], path.condition)
+    setup = setup_of()
+    path = setup.paths(two(40), generator)
+    rewards = setup.reward(path.xs[-1], path.condition)
     with torch.no_grad():
         values = torch.stack(
-            [setup.value.value(path.ts[k].expand(40), path.xs[k], path.condition) for k in range(STEPS)]
+            [setup.critic.value(path.ts[k].expand(40), path.xs[k], path.condition) for k in range(STEPS)]
         )
-    batch = setup.rule(DPOK).prepare(path, rewards, generator, 1.0)
+    batch = setup.rule(DPOK).prepare(Paths(path, rewards), generator, 1.0)
     torch.testing.assert_close(batch.advantage.reshape(STEPS, 40), rewards - values)
-    torch.testing.assert_close(setup.value.memory[-1].target.reshape(STEPS, 40), rewards.expand(STEPS, 40))
-    later = setup.rule(DPOK, later_costs=True).prepare(path, rewards, generator, 1.0)
+    torch.testing.assert_close(setup.critic.fitter.memory[-1].target.reshape(STEPS, 40), rewards.expand(STEPS, 40))
+    later = setup.rule(DPOK, later_costs=True).prepare(Paths(path, rewards), generator, 1.0)
     log_ratio = (path.controls * path.noise + path.controls**2 / 2).sum(2)  # of each step to the reference
     for k in range(STEPS):
         expected = rewards - BETA * log_ratio[k + 1 :].sum(0) - values[k]
@@ -247,10 +194,10 @@ def test_clipping_and_temperature(temperature: str, heat: float) -> None:
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_losses_by_hand(kind: str, generator: torch.Generator) -> None:
     """Shift and noise known: each loss from its formula, with the ratio inside its clip range."""
-    setup = Setup()
-    batch = setup.paths(8, generator)
+    setup = setup_of()
+    paths = setup.scored(two(8), generator)
     rule = setup.rule(KINDS[kind], **({} if kind != "flow_grpo" else {"ratio_norm": True}))
-    rows = rule.prepare(batch, REWARD(batch.xs[-1], batch.condition), generator, 1.0)
+    rows = rule.prepare(paths, generator, 1.0)
     with torch.no_grad():
         for p in setup.policy.trainable():
             p.add_(0.01)
@@ -272,7 +219,7 @@ def test_losses_by_hand(kind: str, generator: torch.Generator) -> None:
 
 
 def test_a_random_window_lies_in_the_first_steps(generator: torch.Generator) -> None:
-    rule = Setup().rule(FlowGRPO, window=2)
+    rule = setup_of().rule(FlowGRPO, window=2)
     starts = set()
     for _ in range(60):
         mask = rule.stochastic_steps(10, generator)
@@ -281,28 +228,28 @@ def test_a_random_window_lies_in_the_first_steps(generator: torch.Generator) -> 
         assert index.tolist() == [int(index[0]), int(index[0]) + 1]
         starts.add(int(index[0]))
     assert starts == {0, 1, 2, 3}  # both steps in the first half
-    assert Setup().rule(FlowGRPO).stochastic_steps(10, generator) is None
+    assert setup_of().rule(FlowGRPO).stochastic_steps(10, generator) is None
 
 
 def test_a_sliding_window_goes_round_and_survives_a_resume(generator: torch.Generator) -> None:
     settings = {"window": 2, "window_order": "sliding", "window_iterations": 2, "window_until": 1.0}
-    rule = Setup().rule(FlowGRPO, **settings)
+    rule = setup_of().rule(FlowGRPO, **settings)
     starts = [int(rule.stochastic_steps(4, generator).int().argmax()) for _ in range(5)]  # type: ignore[union-attr]
-    other = Setup().rule(FlowGRPO, **settings)
+    other = setup_of().rule(FlowGRPO, **settings)
     other.load_state_dict(rule.state_dict())
     starts += [int(other.stochastic_steps(4, generator).int().argmax()) for _ in range(3)]  # type: ignore[union-attr]
     assert starts == [0, 0, 1, 1, 2, 2, 0, 0]
 
 
 def test_only_the_window_is_learned_from(generator: torch.Generator) -> None:
-    setup = Setup()
+    setup = setup_of()
     rule = setup.rule(FlowGRPO, window=1, window_until=1.0)
     mask = rule.stochastic_steps(STEPS, generator)
-    path = setup.paths(20, generator, stochastic=mask)
-    batch = rule.prepare(path, REWARD(path.xs[-1], path.condition), generator, 1.0)
+    path = setup.scored(two(20), generator, stochastic=mask)
+    batch = rule.prepare(path, generator, 1.0)
     assert isinstance(batch, Batch)
     assert (len(batch), batch.steps) == (20, 1)
-    assert bool((batch.t0 == path.ts[:-1][mask]).all())
+    assert bool((batch.t0 == setup.ts[:-1][mask]).all())
     assert rule.loss(batch)[1]["policy/ratio_deviation"] < 1e-5
 
 
@@ -310,14 +257,14 @@ def test_only_the_window_is_learned_from(generator: torch.Generator) -> None:
 
 
 def test_ddpos_statistics_survive_a_resume() -> None:
-    first, second = Setup().rule(DDPO), Setup().rule(DDPO)
+    first, second = setup_of().rule(DDPO), setup_of().rule(DDPO)
     condition = Condition(["a", "b"] * 20)
     rewards = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
     first.advantages(rewards[0], condition)
     second.load_state_dict(first.state_dict())
     assert second.buffers == first.buffers
     assert torch.equal(first.advantages(rewards[1], condition), second.advantages(rewards[1], condition))
-    fresh = Setup().rule(DDPO).advantages(rewards[1], condition)
+    fresh = setup_of().rule(DDPO).advantages(rewards[1], condition)
     assert not torch.equal(first.advantages(rewards[2], condition), fresh)
 
 
@@ -333,12 +280,12 @@ def test_ddpos_statistics_survive_a_resume() -> None:
 )
 def test_unknown_settings_are_told(kind: type[Rule], settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Setup().rule(kind, **settings)
+        setup_of().rule(kind, **settings)
 
 
 def test_a_window_longer_than_the_path_is_told(generator: torch.Generator) -> None:
     with pytest.raises(ValueError, match="window is 5 but a path has 4 steps; lower window or raise steps"):
-        Setup().rule(FlowGRPO, window=5).stochastic_steps(4, generator)
+        setup_of().rule(FlowGRPO, window=5).stochastic_steps(4, generator)
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------

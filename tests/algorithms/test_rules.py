@@ -108,7 +108,7 @@ def test_ratio_is_one_before_the_first_update(rule: str) -> None:
     config = updated(Config(), {"algorithm": rule, **SMALL})
     trainer = Trainer(series_model(RectifiedFlow()), LEVEL, ["a", "b", "c"], Classes, config)
     trainer.look_at_reference()
-    rows = trainer.algorithm.prepare(*trainer.rollout(), trainer.generator, 1.0)
+    rows = trainer.algorithm.prepare(trainer.rollout(), trainer.generator, 1.0)
     if not isinstance(rows, Batch):
         assert not rules()[rule].transitions_only
         return

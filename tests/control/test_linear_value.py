@@ -16,7 +16,7 @@ from scoreact.control.linear_value import FOLDS, LinearHead, RidgeFit
 from scoreact.control.policy import Policy
 from scoreact.control.rollout import rollout
 from scoreact.control.trajectory import Trajectory
-from scoreact.control.transitions import acting_steps, states
+from scoreact.control.transitions import Paths
 from scoreact.control.value import KNOTS, ValueNetwork
 from scoreact.control.value_fit import Sample
 from scoreact.dynamics import prediction
@@ -30,7 +30,7 @@ from scoreact.models.unet import UNet
 from scoreact.runs.session import Event
 from scoreact.runs.source import load_value
 from scoreact.support.files import read_tensors, write_tensors
-from scoreact.training.assembly import build_value, value_fit
+from scoreact.training.assembly import build_critic, build_value
 from scoreact.training.config import Config
 from scoreact.types import Condition, Metrics
 
@@ -78,8 +78,9 @@ def beta_of(loss: str) -> float | None:
 
 
 def sample(value: ValueNetwork, path: Trajectory, rewards: Tensor) -> Sample:
-    keep = acting_steps(path)
-    t, x, condition = states(path, keep)
+    paths = Paths(path, rewards)
+    keep = paths.acting
+    t, x, condition = paths.states(keep)
     later = BETA * (path.controls * path.noise + path.controls.square() / 2).flatten(2).sum(2)
     later = later.flip(0).cumsum(0).flip(0)[keep].flatten()
     return Sample(t, value.features(t, x, condition), rewards.repeat(len(keep)) - later, condition, later)
@@ -309,8 +310,9 @@ def test_models_without_features_are_told() -> None:
 def test_the_settings_choose_the_fit() -> None:
     model = pictures()
     config = Config(value="linear", value_loss="log_probability", value_replay=7)
-    value = build_value(config, Policy(model), SDE(model.schedule, noise_level(1.0)), None, lambda x, c: x)
-    fit = value_fit(config, value)
+    policy, sde = Policy(model), SDE(model.schedule, noise_level(1.0))
+    value = build_value(config, policy, sde, None, lambda x, c: x)
+    fit = build_critic(config, value, policy, sde).fitter
     assert isinstance(fit, RidgeFit)
     assert fit.replay == 7
     assert value.log_sigmoid == config.kl_weight

@@ -32,6 +32,7 @@ from scoreact.models.pipelines.model import PipelineModel
 from scoreact.models.pipelines.opening import pipeline_model
 from scoreact.models.pipelines.scheduler import read_scheduler
 from scoreact.training.config import Config
+from scoreact.training.state import restore, state_of
 from scoreact.training.trainer import Trainer
 from scoreact.types import expand
 
@@ -493,12 +494,12 @@ def test_a_resumed_run_is_bit_equal(build: Callable[..., PipelineModel]) -> None
     for run in (whole, first):
         run.look_at_reference()
         run.iterate()
-    state = copy.deepcopy(first.state_dict())
+    state = copy.deepcopy(state_of(first))
     whole.iterate()
-    second.load_state_dict(state)
+    restore(second, state)
     second.iteration = 1  # the checkpoint's number
     second.iterate()
-    expected, found = whole.state_dict(), second.state_dict()
+    expected, found = state_of(whole), state_of(second)
     for part in ("policy", "average"):
         assert all(torch.equal(expected[part][name], found[part][name]) for name in expected[part])
     assert not all(torch.equal(expected["policy"][name], state["policy"][name]) for name in state["policy"])

@@ -725,10 +725,10 @@ def test_a_part_is_scored_while_the_next_is_drawn(serve: Callable[..., RewardSer
     model = Drawing()
     run = make(model, at(serve(patient), batch_size=8, overlap=overlaps))
     patient.draws, model.draws.begun = model.draws, 0
-    trajectory, rewards = run.rollout()
+    paths = run.rollout()
     assert patient.seen == [overlaps] * 3
     assert run.reward.calls == 32
-    assert torch.equal(rewards, patient.reward(trajectory.xs[-1], trajectory.condition))
+    assert torch.equal(paths.rewards, patient.reward(paths.trajectory.xs[-1], paths.trajectory.condition))
 
 
 @pytest.mark.parametrize("overlaps", [True, False])

@@ -50,7 +50,7 @@ reference = trainer.look_at_reference()
 shares = []
 for _ in range(3):
     shares.append(torch.tensor(trainer.iterate()["policy/step_share"]))
-trajectory, _ = trainer.rollout()
+trajectory = trainer.rollout().trajectory
 weights = {f"policy.{n}": p for n, p in trainer.policy.model.named_parameters()}
 weights |= {f"value.{n}": p for n, p in trainer.value.value.state_dict().items()}
 weights |= {"J_star": torch.tensor(reference["objective/J_star"]), "shares": torch.stack(shares)}

@@ -14,6 +14,7 @@ from torch import Tensor
 from scoreact.algorithms.registry import rules
 from scoreact.api.result import Result
 from scoreact.api.start import finetune
+from scoreact.control.critic import Critic
 from scoreact.control.policy import Policy
 from scoreact.control.value import ValueNetwork
 from scoreact.control.value_fit import Sample, ValueFit
@@ -92,14 +93,15 @@ def test_another_price_is_paid_by_the_remembered_returns() -> None:
     rule = rule_of("ctrl")
     network = ValueNetwork(VectorValue(4, 8), rule.sde, rule.policy, "both", log_sigmoid=0.5)
     fit = ValueFit(network, 0.5, "soft")
+    rule.critic = critic = Critic(fit, rule.policy, rule.sde, rule.solver)
     rewards, costs = torch.tensor([1.0, 2.0]), torch.tensor([0.3, 0.7])  # costs in nats
     condition = Condition(["", ""])
     fit.memory = [
         Sample(torch.zeros(2), torch.zeros(2, 4), rewards - 0.5 * costs, condition, 0.5 * costs),
         Sample(torch.zeros(2), torch.zeros(2, 4), rewards, condition),  # the reference's
     ]
-    reprice(2.0, rule, fit, None)
-    assert rule.kl_weight == fit.kl_weight == network.log_sigmoid == 2.0
+    reprice(2.0, rule)
+    assert rule.kl_weight == critic.kl_weight == fit.kl_weight == network.log_sigmoid == 2.0
     assert torch.allclose(fit.memory[0].target, rewards - 2 * costs)
     assert fit.memory[0].later_costs is not None
     assert torch.allclose(fit.memory[0].later_costs, 2 * costs)

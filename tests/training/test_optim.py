@@ -45,7 +45,7 @@ class Linear:
 
 
 def natural(problem: Linear, **settings: float) -> NaturalGradient:
-    return NaturalGradient([problem.parameter], problem.kl_weight, **{"max_kl": 1e9, **settings})  # type: ignore[arg-type]
+    return NaturalGradient([problem.parameter], **{"max_kl": 1e9, **settings})  # type: ignore[arg-type]
 
 
 def take(step: Callable[..., Metrics], problem: Linear, rate: float = 1.0) -> Metrics:
@@ -65,7 +65,9 @@ def test_conjugate_gradients_solve_the_damped_system() -> None:
     matrix = problem.kl_weight * STEPS * torch.einsum("mdi,mdj->ij", problem.features, problem.features) / COUNT
     damping = 0.1 * float(target @ matrix @ target) / float(target @ target)
     expected = torch.linalg.solve(matrix + damping * torch.eye(6), target)
-    solution = natural(problem, damping=0.1, cg_steps=30)._solve(problem.shift, problem.batch, target)
+    solution = natural(problem, damping=0.1, cg_steps=30)._solve(
+        problem.shift, problem.batch, problem.kl_weight, target
+    )
     torch.testing.assert_close(solution, expected, rtol=1e-3, atol=1e-4)
 
 

@@ -3,9 +3,10 @@
 What the author of a rule needs is named here; CONTRIBUTING.md writes one in thirty lines.
 """
 
-from ..control.transitions import Batch, Rows, acting_steps, flatten
+from ..control.critic import Critic
+from ..control.transitions import Batch, Paths, Rows
 from ..support.settings import setting
 from .base import Rule
 from .forward import ForwardRule
 
-__all__ = ["Batch", "ForwardRule", "Rows", "Rule", "acting_steps", "flatten", "setting"]
+__all__ = ["Batch", "Critic", "ForwardRule", "Paths", "Rows", "Rule", "setting"]

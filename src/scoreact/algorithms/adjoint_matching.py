@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..control.trajectory import Trajectory
-from ..control.transitions import Batch, acting_steps, chunks, flatten
+from ..control.transitions import Batch, Paths, chunks, flatten
 from ..dynamics import girsanov
 from ..dynamics.solvers import step_of
 from ..support.settings import setting
@@ -48,20 +48,19 @@ class AdjointMatching(Rule):
     matched_steps: int = setting(0, "steps a path in the loss, half of them its last; 0 is all", 0)
     loss_limit: float = setting(0.0, "largest |u - u*|^2 beta^2 that still has a gradient; 0 is no limit", 0)
 
-    def prepare(self, trajectory: Trajectory, rewards: Tensor, generator: torch.Generator, rate: float) -> Batch:
+    def prepare(self, paths: Paths, generator: torch.Generator, rate: float) -> Batch:
         """The adjoints of every path, and from them the controls to regress to."""
-        adjoints, controls = self.lean_adjoints(trajectory)
-        trajectory = replace(trajectory, controls=controls)
+        adjoints, controls = self.lean_adjoints(paths.trajectory)
+        trajectory = replace(paths.trajectory, controls=controls)
         kl = trajectory.path_kl()
         self.metrics = {
             "policy/kl": float(kl.mean()),
-            "objective/J_training": float((rewards - self.kl_weight * kl).mean()),
+            "objective/J_training": float((paths.rewards - self.kl_weight * kl).mean()),
         }
-        acting = acting_steps(trajectory)
-        keep = self._matched(acting, generator)
+        keep = self._matched(paths.acting, generator)
         batch = flatten(trajectory, keep)
         target = expand(batch.std, batch.x) * adjoints[keep + 1].flatten(0, 1) / self.kl_weight
-        return replace(batch, target=target, steps=len(acting))
+        return replace(batch, target=target, steps=len(paths.acting))
 
     def lean_adjoints(self, trajectory: Trajectory) -> tuple[Tensor, Tensor]:
         """a [N + 1, B, *D] along the paths, and the controls w [N, B, *D], which cost no further network call."""

@@ -1,4 +1,4 @@
-"""Update rules. Each is two functions: `prepare` (a trajectory and rewards -> rows) and `loss` (a minibatch of them).
+"""Update rules. Each is two functions: `prepare` (paths and their rewards -> rows) and `loss` (a minibatch of them).
 
 One file a rule, found by the `RULES` it defines; its settings are the fields made by `setting`. A rule knows policies,
 values and advantages; it does not know optimisers, devices or files.
@@ -14,10 +14,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ..control.critic import Critic
 from ..control.policy import Policy
-from ..control.trajectory import Trajectory
-from ..control.transitions import Batch, Rows, chunks, shift_of
-from ..control.value_fit import ValueFit
+from ..control.transitions import Batch, Paths, Rows, chunks, shift_of
 from ..dynamics.sde import SDE
 from ..dynamics.solvers import Solver, step_of
 from ..support.settings import fields_of
@@ -34,7 +33,7 @@ class Rule:
     defaults: ClassVar[Mapping[str, Any]] = {}  # settings of the run (fields of Config) that its paper uses
     search: ClassVar[Mapping[str, Any]] = {}  # own settings worth tuning: (low, high, "log" or "linear"), or choices
     kl_term: ClassVar[bool] = True  # kl_weight holds it to the reference (where a setting of its own does not end that)
-    critic: ClassVar[bool] = False  # fits `value`; the reference's first paths then teach it
+    fits_value: ClassVar[bool] = False  # has a `critic`, which the reference's first paths teach already
     reads_reference: ClassVar[bool] = True  # False: rollouts need not ask the pretrained model, and report no path KL
     differentiates_reward: ClassVar[bool] = False
     transitions_only: ClassVar[bool] = True  # its rows are a Batch, so that a step's path KL can be bounded
@@ -43,7 +42,7 @@ class Rule:
     policy: Policy
     sde: SDE
     solver: Solver
-    value: ValueFit | None = None
+    critic: Critic | None = None
     kl_weight: float = 1.0
     reward: Callable[[Tensor, Condition], Tensor] | None = None
     metrics: Metrics = field(default_factory=dict)  # of the last `prepare`
@@ -71,8 +70,8 @@ class Rule:
         """Rows that need no rollout, one for each prompt of a batch, on the grid ts [N + 1]; asked for with `own_rows`."""
         raise NotImplementedError
 
-    def prepare(self, trajectory: Trajectory, rewards: Tensor, generator: torch.Generator, rate: float) -> Rows:
-        """What to learn from paths and their rewards [B]; `rate` in (0, 1] scales learning rates. No graph is kept."""
+    def prepare(self, paths: Paths, generator: torch.Generator, rate: float) -> Rows:
+        """What to learn from paths and their rewards; `rate` in (0, 1] scales a critic's learning rate. No graph is kept."""
         raise NotImplementedError
 
     def loss(self, rows: Any) -> tuple[Tensor, Metrics]:

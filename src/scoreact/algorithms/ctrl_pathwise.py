@@ -19,13 +19,12 @@ import torch
 from torch import Tensor
 
 from ..control.advantage import believed, returns_to_go
-from ..control.trajectory import Trajectory
-from ..control.transitions import Batch, acting_steps, flatten, sampled_costs
+from ..control.transitions import Batch, Paths
 from ..dynamics import girsanov
 from ..dynamics.solvers import step_of
 from ..support.settings import setting
 from ..types import Metrics, expand, sum_over_data
-from .ctrl import CTRL, fit_value, pathwise_force
+from .ctrl import CTRL
 
 
 @dataclass
@@ -54,24 +53,23 @@ class CTRLPathwise(CTRL):
     displacement_clamp: float = 0.1
     loss_clamp: float = 1.0
 
-    def prepare(self, trajectory: Trajectory, rewards: Tensor, generator: torch.Generator, rate: float) -> Batch:
+    def prepare(self, paths: Paths, generator: torch.Generator, rate: float) -> Batch:
         """Fit V to the returns; the controls to regress to, at `transitions` random states of the paths."""
-        keep = acting_steps(trajectory)
-        returns = returns_to_go(rewards, sampled_costs(trajectory, self.kl_weight))
-        assert self.value is not None
-        first = not self.value.fitted
-        self.metrics = fit_value(self, trajectory, returns, keep, generator, rate, self.gradient_at == "next")
+        critic = self.critic
+        assert critic is not None
+        returns = returns_to_go(paths.rewards, paths.sampled_costs(self.kl_weight))
+        first = not critic.fitter.fitted
+        self.metrics = critic.fit(paths, returns, generator, rate, end=self.gradient_at == "next")
         # the newest paths, the policy's own unless `reuse_reference`; at first, when it still is the reference, all of them
-        self.metrics |= self.value.slope_of_newest(len(self.value.memory) if first else 1, generator)
-        batch = flatten(trajectory, keep)
-        order = torch.randperm(len(batch), generator=generator, device=batch.t0.device)
-        chosen = order[: self.transitions or len(batch)]
-        batch = batch[chosen]
-        shift = None
-        if self.gradient_at == "next" and self.reuse_reference:
-            shift = self.shift_in_parts(batch)
-        references = trajectory.references[keep].flatten(0, 1)[chosen]
-        force = pathwise_force(self, batch, references, batch.noise, shift)
+        self.metrics |= critic.fitter.slope_of_newest(len(critic.fitter.memory) if first else 1, generator)
+        order = torch.randperm(len(paths.batch), generator=generator, device=paths.batch.t0.device)
+        chosen = order[: self.transitions or len(order)]
+        batch = paths.batch[chosen]
+        if self.gradient_at == "next":
+            shift = self.shift_in_parts(batch) if self.reuse_reference else None
+            force = critic.force_after(batch, batch.noise, shift)
+        else:
+            force = critic.force_at(batch, paths.rows(paths.trajectory.references)[chosen])
         measured = believed(self.metrics) if self.form == "regression" else 1.0
         self.metrics["policy/force"] = gain = self.force or measured
         return replace(batch, target=gain * force / self.kl_weight)

@@ -21,8 +21,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..control.trajectory import Trajectory
-from ..control.transitions import Batch, acting_steps, flatten
+from ..control.transitions import Batch, Paths
 from ..dynamics import girsanov
 from ..support.settings import setting
 from ..types import Condition, Metrics, groups
@@ -63,9 +62,9 @@ class DDPO(Rule):
         if self.min_count > self.buffer_size:
             raise ValueError(f"min_count ({self.min_count}) is more than buffer_size ({self.buffer_size}); lower it.")
 
-    def prepare(self, trajectory: Trajectory, rewards: Tensor, generator: torch.Generator, rate: float) -> Batch:
+    def prepare(self, paths: Paths, generator: torch.Generator, rate: float) -> Batch:
         """The same advantage at every step of a path."""
-        return with_advantages(trajectory, self.advantages(rewards, trajectory.condition), self.advantage_clip)
+        return with_advantages(paths, self.advantages(paths.rewards, paths.trajectory.condition), self.advantage_clip)
 
     def advantages(self, rewards: Tensor, condition: Condition) -> Tensor:
         """(R - mean) / std of each sample's prompt, [B]; the rewards enter the prompts' buffers first."""
@@ -99,10 +98,9 @@ class DDPO(Rule):
         self.buffers = dict(zip(state["prompts"], map(list, state["rewards"]), strict=True))
 
 
-def with_advantages(trajectory: Trajectory, advantages: Tensor, limit: float) -> Batch:
+def with_advantages(paths: Paths, advantages: Tensor, limit: float) -> Batch:
     """The acting steps of the paths, at each of them its path's advantage [B], clipped at +- limit."""
-    keep = acting_steps(trajectory)
-    return replace(flatten(trajectory, keep), advantage=advantages.clamp(-limit, limit).repeat(len(keep)))
+    return replace(paths.batch, advantage=advantages.clamp(-limit, limit).repeat(paths.batch.steps))
 
 
 RULES = {"ddpo": DDPO}

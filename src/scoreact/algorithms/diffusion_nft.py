@@ -30,8 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from ..control.policy import Policy
-from ..control.trajectory import Trajectory
-from ..control.transitions import Rows, in_parts
+from ..control.transitions import Paths, Rows, in_parts
 from ..support.settings import setting
 from ..types import Condition, Metrics, expand, groups, sum_over_data
 from .forward import ForwardRule, Noised
@@ -88,10 +87,11 @@ class DiffusionNFT(ForwardRule):
     def behaviour(self) -> Policy:
         return self.old
 
-    def prepare(self, trajectory: Trajectory, rewards: Tensor, generator: torch.Generator, rate: float) -> Graded:
+    def prepare(self, paths: Paths, generator: torch.Generator, rate: float) -> Graded:
         """Samples noised again, r, and the old policy's and the reference's scores there."""
-        rows, index = self.noised(trajectory.xs[-1], trajectory.ts, trajectory.condition, generator)
-        optimality, std = graded(rewards, trajectory.condition, self.advantage_clip)
+        path = paths.trajectory
+        rows, index = self.noised(path.xs[-1], path.ts, path.condition, generator)
+        optimality, std = graded(paths.rewards, path.condition, self.advantage_clip)
         old = in_parts(self.old.score, rows.t0, rows.x, rows.condition)
         self.policy.network_calls += self.old.network_calls
         self.old.network_calls = 0

@@ -40,8 +40,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ..control.trajectory import Trajectory
-from ..control.transitions import Rows, in_parts
+from ..control.transitions import Paths, Rows, in_parts
 from ..support.settings import setting
 from ..types import Condition, Metrics, groups, sum_over_data
 from .forward import ForwardRule
@@ -116,9 +115,10 @@ class DPO(ForwardRule):
         samples = torch.stack([chosen[order], rejected[order]], dim=1).to(device)
         return self._rows(samples, torch.ones(len(order), device=device), condition, ts.to(device), generator)
 
-    def prepare(self, trajectory: Trajectory, rewards: Tensor, generator: torch.Generator, rate: float) -> Pairs:
+    def prepare(self, paths: Paths, generator: torch.Generator, rate: float) -> Pairs:
         """Pairs within the prompts, who is better, and the reference's errors."""
-        first, second = paired(self.pairs, self.rounds, rewards, trajectory.condition, generator)
+        path, rewards = paths.trajectory, paths.rewards
+        first, second = paired(self.pairs, self.rounds, rewards, path.condition, generator)
         gap = rewards[first] - rewards[second]
         preference = gap.sigmoid()
         if self.labels == "sampled":
@@ -126,8 +126,8 @@ class DPO(ForwardRule):
             preference = (coin < preference).to(gap.dtype)
         elif self.labels == "hard":
             preference = 0.5 + 0.5 * gap.sign()  # equals are a draw
-        samples = trajectory.xs[-1][torch.stack([first, second], dim=1)]
-        return self._rows(samples, preference, trajectory.condition[first], trajectory.ts, generator)
+        samples = path.xs[-1][torch.stack([first, second], dim=1)]
+        return self._rows(samples, preference, path.condition[first], path.ts, generator)
 
     def _rows(
         self, samples: Tensor, preference: Tensor, condition: Condition, ts: Tensor, generator: torch.Generator

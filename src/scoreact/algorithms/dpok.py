@@ -24,13 +24,11 @@ import torch
 from torch import Tensor
 
 from ..control.advantage import returns_to_go
-from ..control.trajectory import Trajectory
-from ..control.transitions import Batch, acting_steps, flatten, sampled_costs
+from ..control.transitions import Batch, Paths
 from ..dynamics import girsanov
 from ..support.settings import setting
 from ..types import Metrics
 from .base import Rule
-from .ctrl import fit_value, fitted_value
 from .surrogate import surrogate
 
 
@@ -39,7 +37,7 @@ class DPOK(Rule):
     """Settings of the rule; clip_range and temperature as in `ddpo`, kl_weight is beta."""
 
     search: ClassVar[Mapping[str, Any]] = {"clip_range": (0.1, 3.0, "log"), "later_costs": [False, True]}
-    critic = True
+    fits_value = True
 
     clip_range: float = setting(1.0, "ratio clipping, per square root of unit time", 0, above=True)
     temperature: Literal["one", "root_dimensions", "dimensions"] = setting(
@@ -47,16 +45,16 @@ class DPOK(Rule):
     )
     later_costs: bool = setting(False, "count what a step does to the KL of later steps (the paper leaves it out)")
 
-    def prepare(self, trajectory: Trajectory, rewards: Tensor, generator: torch.Generator, rate: float) -> Batch:
+    def prepare(self, paths: Paths, generator: torch.Generator, rate: float) -> Batch:
         """Fit V to the returns; A_k = return after step k - V(t_k, x_k)."""
-        keep = acting_steps(trajectory)
-        returns = rewards.expand(len(trajectory.ts), -1)
+        assert self.critic is not None
+        returns = paths.rewards.expand(len(paths.trajectory.ts), -1)
         if self.later_costs:
-            returns = returns_to_go(rewards, sampled_costs(trajectory, self.kl_weight))
-        fit = fit_value(self, trajectory, returns, keep, generator, rate)
-        values, explained = fitted_value(self, returns[keep])
+            returns = returns_to_go(paths.rewards, paths.sampled_costs(self.kl_weight))
+        fit = self.critic.fit(paths, returns, generator, rate)
+        values, explained = self.critic.values(paths, returns)
         self.metrics = fit | explained
-        return replace(flatten(trajectory, keep), advantage=(returns[keep + 1] - values).flatten())
+        return replace(paths.batch, advantage=paths.rows(returns[1:] - values[:-1]))
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """beta |w|^2 / 2 - clipped ratio x advantage, summed over a path's steps, mean over paths."""

@@ -30,8 +30,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..control.trajectory import Trajectory
-from ..control.transitions import Rows, acting_steps
+from ..control.transitions import Paths, Rows
 from ..dynamics.schedule import noising
 from ..dynamics.solvers import step_of
 from ..support.settings import setting
@@ -91,9 +90,10 @@ class DRaFT(Rule):
         t, acts = ts.expand(len(x), -1), tuple(steps_that_act(self, ts).tolist())
         return Ends(x, t, noise, x, t[:, :2], condition, acts, 1, 0)
 
-    def prepare(self, trajectory: Trajectory, rewards: Tensor, generator: torch.Generator, rate: float) -> Ends:
+    def prepare(self, paths: Paths, generator: torch.Generator, rate: float) -> Ends:
         """Where the gradient begins on each path, and at which earlier state its KL is looked at."""
-        ts, acting = trajectory.ts, acting_steps(trajectory)
+        trajectory, acting = paths.trajectory, paths.acting
+        ts = trajectory.ts
         each = torch.arange(trajectory.xs.shape[1], device=ts.device)
         late, early = acting[-self.last_steps :], acting[: -self.last_steps] if self.last_steps else acting[:0]
 

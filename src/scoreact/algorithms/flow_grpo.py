@@ -28,8 +28,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..control.trajectory import Trajectory
-from ..control.transitions import Batch
+from ..control.transitions import Batch, Paths
 from ..dynamics import girsanov
 from ..support.settings import setting
 from ..types import Condition, Metrics, groups, sum_over_data
@@ -87,9 +86,9 @@ class FlowGRPO(Rule):
         index = torch.arange(steps)
         return (index >= start) & (index < start + self.window)
 
-    def prepare(self, trajectory: Trajectory, rewards: Tensor, generator: torch.Generator, rate: float) -> Batch:
+    def prepare(self, paths: Paths, generator: torch.Generator, rate: float) -> Batch:
         """The same advantage at every SDE step of a path."""
-        return with_advantages(trajectory, self.advantages(rewards, trajectory.condition), self.advantage_clip)
+        return with_advantages(paths, self.advantages(paths.rewards, paths.trajectory.condition), self.advantage_clip)
 
     def advantages(self, rewards: Tensor, condition: Condition) -> Tensor:
         """(R - mean) / std of each sample's group, [B]; 0 in a group of one or of equal rewards."""

@@ -34,13 +34,11 @@ import torch
 from torch import Tensor
 
 from ..control.advantage import gae, returns_to_go
-from ..control.trajectory import Trajectory
-from ..control.transitions import Batch, acting_steps, flatten
+from ..control.transitions import Batch, Paths
 from ..dynamics import girsanov
 from ..support.settings import setting
 from ..types import Metrics
 from .base import Rule
-from .ctrl import fit_value, fitted_value
 
 
 @dataclass
@@ -49,7 +47,7 @@ class QLearning(Rule):
 
     defaults: ClassVar[Mapping[str, Any]] = {"minibatch_size": 1024}
     search: ClassVar[Mapping[str, Any]] = {"trace": (0.5, 1.0, "linear")}
-    critic = True
+    fits_value = True
 
     regress_on: Literal["action", "action_and_noise"] = setting(
         "action_and_noise", "what q is fitted on: the action (needs exploration), or with the SDE's noise as part of it"
@@ -58,28 +56,27 @@ class QLearning(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.value is not None and self.value.loss != "martingale":
-            raise ValueError(f"value_loss is {self.value.loss!r}; q_learning's V is a mean: use martingale.")
+        if self.critic is not None and self.critic.fitter.loss != "martingale":
+            raise ValueError(f"value_loss is {self.critic.fitter.loss!r}; q_learning's V is a mean: use martingale.")
 
-    def prepare(self, trajectory: Trajectory, rewards: Tensor, generator: torch.Generator, rate: float) -> Batch:
+    def prepare(self, paths: Paths, generator: torch.Generator, rate: float) -> Batch:
         """Fit V; target = the action w_a (with its noise), advantage = V_{k+1} - V_k + later deltas."""
-        keep = acting_steps(trajectory)
-        batch = flatten(trajectory, keep)
-        shift = self._exploration(batch).reshape(len(keep), *trajectory.controls.shape[1:])
-        actions, policy = trajectory.controls.clone(), trajectory.controls.clone()
+        assert self.critic is not None
+        path, keep, batch = paths.trajectory, paths.acting, paths.batch
+        shift = self._exploration(batch).reshape(batch.steps, *path.controls.shape[1:])
+        actions, policy = path.controls.clone(), path.controls.clone()
         policy[keep] = policy[keep] + shift
         if self.regress_on == "action_and_noise":
-            actions[keep] = actions[keep] + trajectory.noise[keep]
+            actions[keep] = actions[keep] + path.noise[keep]
         brackets = torch.stack(
             [self.kl_weight * girsanov.log_ratio(w, a) for w, a in zip(policy, actions, strict=True)]
         )
-        returns = returns_to_go(rewards, brackets)
-        values = returns.clone()
-        fit = fit_value(self, trajectory, returns, keep, generator, rate)
-        values[keep], explained = fitted_value(self, returns[keep])
+        returns = returns_to_go(paths.rewards, brackets)
+        fit = self.critic.fit(paths, returns, generator, rate)
+        values, explained = self.critic.values(paths, returns)
         self.metrics = fit | explained
-        advantages = gae(values, torch.zeros_like(brackets), brackets, trajectory.ts, self.trace)
-        return replace(batch, advantage=advantages[keep].flatten(), target=actions[keep].flatten(0, 1))
+        advantages = gae(values, torch.zeros_like(brackets), brackets, path.ts, self.trace)
+        return replace(batch, advantage=paths.rows(advantages), target=paths.rows(actions))
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """|delta|^2 / (2 beta), summed over a path's steps, mean over paths."""

@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from ..control.policy import Policy
-from ..control.trajectory import Trajectory
-from ..control.transitions import Rows
+from ..control.transitions import Paths, Rows
 from ..support.settings import setting
 from ..types import Condition, Metrics, groups, sum_over_data
 from .forward import ForwardRule, Noised
@@ -62,17 +61,18 @@ class RWR(ForwardRule):
         reference = self.policy.reference
         return self.policy if self.samples == "policy" else Policy(reference, reference)
 
-    def prepare(self, trajectory: Trajectory, rewards: Tensor, generator: torch.Generator, rate: float) -> Weighted:
+    def prepare(self, paths: Paths, generator: torch.Generator, rate: float) -> Weighted:
         """Weights over all that is remembered; as many of its samples as the rollout has, noised."""
+        path, rewards = paths.trajectory, paths.rewards
         kept = self.replay if self.samples == "reference" else 1
-        self.memory = [*self.memory, (trajectory.xs[-1], rewards, list(trajectory.condition.prompts))][-kept:]
+        self.memory = [*self.memory, (path.xs[-1], rewards, list(path.condition.prompts))][-kept:]
         samples = torch.cat([x for x, _, _ in self.memory])
         prompts = [prompt for _, _, names in self.memory for prompt in names]
         weight = normalised_weights(torch.cat([r for _, r, _ in self.memory]), Condition(prompts), self.kl_weight)
         chosen = torch.randperm(len(weight), generator=generator, device=weight.device)[: len(rewards)]
         condition = self.policy.condition([prompts[i] for i in chosen.tolist()])
         self.metrics = {"policy/effective_samples": float(weight.sum() ** 2 / weight.square().sum())}
-        rows, index = self.noised(samples[chosen], trajectory.ts, condition, generator)
+        rows, index = self.noised(samples[chosen], path.ts, condition, generator)
         return Weighted(weight[chosen][index], rows)
 
     def loss(self, rows: Weighted) -> tuple[Tensor, Metrics]:

@@ -18,7 +18,7 @@ from .problems import Job
 def least_calls(config: Config) -> tuple[int, int]:
     """Network and reward calls without which no iteration can be made: the paths it learns from."""
     rule = find_rule(config.algorithm)
-    rollouts = (config.reference_batches if rule.critic else 0) + (not config.rule.get("reuse_reference", 0))
+    rollouts = (config.reference_batches if rule.fits_value else 0) + (not config.rule.get("reuse_reference", 0))
     return config.batch_size * config.steps * rollouts, config.batch_size * rollouts
 
 

@@ -38,16 +38,16 @@ def search_space(rule: str, config: Config) -> dict[str, Any]:
     if kind.transitions_only:
         space["max_kl"] = (0.05, 2.0, "log")
         cheaper["kl_states"] = (32, (1, 8))
-    if kind.critic:
+    if kind.fits_value:
         cheaper["reference_batches"] = (1, (1, 2, 4))
-    if kind.critic and config.value != "linear":  # which is solved for, without steps
+    if kind.fits_value and config.value != "linear":  # which is solved for, without steps
         space["value_learning_rate"] = (config.value_learning_rate / 2, config.value_learning_rate * 5, "log")
         cheaper["value_batch_size"] = (2, (1, 2, 4, 8))
         cheaper["value_steps"] = cheaper["value_first_steps"] = (2, (1, 2, 4))
     for name, (least, parts) in cheaper.items():
         whole = getattr(config, name)
         space[name] = sorted({max(min(least, whole), whole // part) for part in parts}, reverse=True)
-    if kind.critic:
+    if kind.fits_value:
         for name in {"reference_batches", "value_steps"} & set(space):  # more of them where a batch is small
             space[name] = [2 * getattr(config, name), *space[name]]
     space |= getattr(kind, "search", {})

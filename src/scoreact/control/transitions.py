@@ -1,9 +1,10 @@
-"""Transitions: the rows that a loss looks at, flattened from paths."""
+"""Transitions: the rows that a loss looks at, and the paths that they are flattened from."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, Self
 
 import torch
@@ -68,41 +69,74 @@ def in_parts(
     return torch.cat([function(t[i], x[i], condition[i]) for i in chunks(t)])
 
 
-def flatten(trajectory: Trajectory, keep: Tensor) -> Batch:
-    """The transitions of the steps named by `keep` (indices into the N steps), advantage and target zero."""
-    n, b = len(keep), trajectory.xs.shape[1]
-    t, x, condition = states(trajectory, keep)
+@dataclass(frozen=True)
+class Paths:
+    """A batch of paths and their rewards, as a rule receives them: N steps of B paths, of which K act.
+
+    The acting steps are flattened once, when they are first asked for: M = K B rows, step by step.
+    """
+
+    trajectory: Trajectory
+    rewards: Tensor  # [B]
+
+    @cached_property
+    def acting(self) -> Tensor:
+        """Indices [K] of the steps that are actions."""
+        return torch.nonzero(self.trajectory.acts).flatten()
+
+    @cached_property
+    def batch(self) -> Batch:
+        """The transitions of the acting steps, advantage and target zero."""
+        return _rows(self.trajectory, self.acting, self._acting_states)
+
+    @cached_property
+    def _acting_states(self) -> tuple[Tensor, Tensor, Condition]:
+        return _states(self.trajectory, self.acting)
+
+    def states(self, steps: Tensor) -> tuple[Tensor, Tensor, Condition]:
+        """t [M], x [M, *D] and condition of the states before the named steps; step N is the path's end."""
+        return self._acting_states if torch.equal(steps, self.acting) else _states(self.trajectory, steps)
+
+    def rows(self, values: Tensor) -> Tensor:
+        """What is known of each step of each path, [N, B, ...], for the rows of `batch`: [M, ...]."""
+        return values[self.acting].flatten(0, 1)
+
+    def costs(self, kl_weight: float) -> Tensor:
+        """kl_weight times the path KL that each step pays, in units of the reward, [N, B]."""
+        return torch.stack([kl_weight * girsanov.kl(w) for w in self.trajectory.controls])
+
+    def sampled_costs(self, kl_weight: float) -> Tensor:
+        """The same with each step's sampled log-ratio to the reference, whose mean is its KL, [N, B]."""
+        pairs = zip(self.trajectory.controls, self.trajectory.noise, strict=True)
+        return torch.stack([kl_weight * girsanov.stochastic_cost(w, z) for w, z in pairs])
+
+
+def flatten(trajectory: Trajectory, steps: Tensor) -> Batch:
+    """The transitions of the steps named by index (among the N), advantage and target zero. All that act: `Paths.batch`."""
+    return _rows(trajectory, steps, _states(trajectory, steps))
+
+
+def _states(trajectory: Trajectory, steps: Tensor) -> tuple[Tensor, Tensor, Condition]:
+    b = trajectory.xs.shape[1]
+    t = trajectory.ts[steps].repeat_interleave(b)
+    return t, trajectory.xs[steps].flatten(0, 1), trajectory.condition[torch.arange(b).repeat(len(steps))]
+
+
+def _rows(trajectory: Trajectory, steps: Tensor, states: tuple[Tensor, Tensor, Condition]) -> Batch:
+    b, (t, x, condition) = trajectory.xs.shape[1], states
     return Batch(
         t0=t,
-        t1=trajectory.ts[keep + 1].repeat_interleave(b),
+        t1=trajectory.ts[steps + 1].repeat_interleave(b),
         x=x,
-        noise=trajectory.noise[keep].flatten(0, 1),
-        mean=trajectory.means[keep].flatten(0, 1),
-        std=trajectory.std[keep].repeat_interleave(b),
-        control=trajectory.controls[keep].flatten(0, 1),
+        noise=trajectory.noise[steps].flatten(0, 1),
+        mean=trajectory.means[steps].flatten(0, 1),
+        std=trajectory.std[steps].repeat_interleave(b),
+        control=trajectory.controls[steps].flatten(0, 1),
         advantage=torch.zeros_like(t),
         target=torch.zeros_like(x),
         condition=condition,
-        steps=n,
+        steps=len(steps),
     )
-
-
-def acting_steps(trajectory: Trajectory) -> Tensor:
-    """Indices of the steps that are actions."""
-    return torch.nonzero(trajectory.acts).flatten()
-
-
-def sampled_costs(trajectory: Trajectory, kl_weight: float) -> Tensor:
-    """Costs of the steps counted as sampled log-ratios to the reference, in units of the reward, [N, B]."""
-    pairs = zip(trajectory.controls, trajectory.noise, strict=True)
-    return torch.stack([kl_weight * girsanov.stochastic_cost(w, z) for w, z in pairs])
-
-
-def states(trajectory: Trajectory, keep: Tensor) -> tuple[Tensor, Tensor, Condition]:
-    """t [M], x [M, *D] and condition of the states before the named steps, flattened."""
-    b = trajectory.xs.shape[1]
-    t = trajectory.ts[keep].repeat_interleave(b)
-    return t, trajectory.xs[keep].flatten(0, 1), trajectory.condition[torch.arange(b).repeat(len(keep))]
 
 
 def shift_of(policy: Policy, sde: SDE, solver: Solver, batch: Batch) -> Tensor:

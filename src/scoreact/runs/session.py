@@ -24,6 +24,7 @@ from ..support.errors import Diverged, RunError, RunExists
 from ..support.files import Line, append_line, read_lines, read_tensors, truncate_lines, write_json, write_tensors
 from ..training.kl_price import has_kl_term, sees_kl
 from ..training.loop import Hook, Stop, training_loop
+from ..training.state import restore, state_of
 from ..training.trainer import Trainer
 from ..types import Metrics
 from .checkpoint import load_checkpoint, read_run, save_checkpoint
@@ -228,7 +229,7 @@ class Session(Hook):
         self._looked_at = trainer.iteration
         self._check_reference(out, state.get("digest"))
         self.final, self.best_iteration, self.seconds = state["final"], state["best_iteration"], state["seconds"]
-        trainer.load_state_dict(state)
+        restore(trainer, state)
         if distributed.rank() > 0:  # the checkpoint's is process 0's
             trainer.generator.manual_seed(trainer.process_seed() + trainer.iteration)
         if self.out is not None:
@@ -290,7 +291,7 @@ class Session(Hook):
             "seconds": self.seconds,
             "digest": self.digest,
         }
-        save_checkpoint(self.out / "checkpoints", self.trainer.iteration, {**self.trainer.state_dict(), **own})
+        save_checkpoint(self.out / "checkpoints", self.trainer.iteration, {**state_of(self.trainer), **own})
         self._tell("checkpoint", {"iteration": self.trainer.iteration})
 
     def _write_weights(self, folder: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..algorithms.base import Rule
 from ..algorithms.registry import find_rule
+from ..control.critic import Critic
 from ..control.linear_value import LinearHead, RidgeFit
 from ..control.policy import Policy
 from ..control.rollout import Exploration, epsilon_greedy, gaussian_actions
@@ -91,33 +92,33 @@ def check_value(value: ValueNetwork, model: ScoreModel, prompts: Sequence[str]) 
         ) from error
 
 
-def value_fit(config: Config, value: ValueNetwork) -> ValueFit:
-    """How the settings fit it."""
+def build_critic(config: Config, value: ValueNetwork, policy: Policy, sde: SDE) -> Critic:
+    """The critic of the policy, which learns `value` as the settings say."""
     c = config
     if c.value == "linear":
-        return RidgeFit(value, c.kl_weight, c.value_loss, replay=c.value_replay)
-    return ValueFit(
-        value, c.kl_weight, c.value_loss, c.value_learning_rate, c.value_steps, c.value_first_steps, c.value_batch_size,
-        c.value_replay, weight_decay=c.value_weight_decay,
-    )  # fmt: skip
+        fitter: ValueFit = RidgeFit(value, c.kl_weight, c.value_loss, replay=c.value_replay)
+    else:
+        fitter = ValueFit(
+            value, c.kl_weight, c.value_loss, c.value_learning_rate, c.value_steps, c.value_first_steps,
+            c.value_batch_size, c.value_replay, weight_decay=c.value_weight_decay,
+        )  # fmt: skip
+    return Critic(fitter, policy, sde, SOLVERS[c.solver])
 
 
-def build_rule(
-    config: Config, policy: Policy, sde: SDE, value: ValueFit, reward: Checked, prompts: Sequence[str]
-) -> Rule:
+def build_rule(config: Config, critic: Critic, reward: Checked, prompts: Sequence[str]) -> Rule:
     """The update rule that the settings name. Raises ValueError when it needs the reward's gradient and there is none."""
     kind = find_rule(config.algorithm)
     if kind.differentiates_reward:
-        check_differentiable(config.algorithm, policy.model, reward, prompts)
-    critic = value if kind.critic else None
-    return kind(policy, sde, SOLVERS[config.solver], critic, config.kl_weight, reward, **config.rule)
+        check_differentiable(config.algorithm, critic.policy.model, reward, prompts)
+    own = critic if kind.fits_value else None
+    return kind(critic.policy, critic.sde, critic.solver, own, config.kl_weight, reward, **config.rule)
 
 
 def build_minimiser(config: Config, rule: Rule) -> AdamSteps | NaturalGradient:
     """What turns the rule's loss into a step."""
     c, parameters = config, rule.policy.trainable()
     if rule.minimiser == "natural_gradient":
-        return NaturalGradient(parameters, c.kl_weight, c.max_kl, c.rule["damping"], c.rule["cg_steps"])
+        return NaturalGradient(parameters, c.max_kl, c.rule["damping"], c.rule["cg_steps"])
     return AdamSteps(
         parameters, c.learning_rate, c.epochs, c.minibatch_size, c.accumulate, c.max_kl, c.max_gradient_norm,
         kl_states=c.kl_states,

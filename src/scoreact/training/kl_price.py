@@ -6,11 +6,9 @@ Source: Ziegler et al. 2019 (adaptive KL weight, arXiv 1909.08593).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..algorithms.base import Rule
-from ..control.value_fit import ValueFit
-from .optim import NaturalGradient
 
 
 @dataclass
@@ -50,18 +48,11 @@ class KLPrice:
         return self.factor
 
 
-def reprice(kl_weight: float, rule: Rule, value: ValueFit, minimiser: object) -> None:
-    """Let training pay `kl_weight` for a nat from now on; the returns that the value remembers are counted anew."""
-    ratio = kl_weight / rule.kl_weight
-    rule.kl_weight = value.kl_weight = kl_weight
-    if value.value.log_sigmoid is not None:
-        value.value.log_sigmoid = kl_weight
-    if isinstance(minimiser, NaturalGradient):
-        minimiser.kl_weight = kl_weight
-    for i, sample in enumerate(value.memory):
-        if sample.later_costs is not None:  # target = reward - later costs, and these are proportional to the price
-            later = ratio * sample.later_costs
-            value.memory[i] = replace(sample, target=sample.target + sample.later_costs - later, later_costs=later)
+def reprice(kl_weight: float, rule: Rule) -> None:
+    """Let training pay `kl_weight` for a nat from now on; the returns that a critic remembers are counted anew."""
+    rule.kl_weight = kl_weight
+    if rule.critic is not None:
+        rule.critic.reprice(kl_weight)
 
 
 def has_kl_term(rule: Rule) -> bool:

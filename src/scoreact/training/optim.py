@@ -133,7 +133,6 @@ class NaturalGradient:
     """
 
     parameters: list[nn.Parameter]
-    kl_weight: float = 1.0
     max_kl: float = 0.5
     damping: float = 1e-4
     cg_steps: int = 20
@@ -149,7 +148,7 @@ class NaturalGradient:
                 f"the policy's gradient is not finite (loss {loss.item()}); clip the reward or lower max_kl."
             )
         order = torch.randperm(len(batch), generator=generator, device=batch.t0.device)[: self.states]
-        direction = self._solve(shift, batch[order], -gradient)
+        direction = self._solve(shift, batch[order], algorithm.kl_weight, -gradient)
         before = [p.detach().clone() for p in self.parameters]
         start = loss.item()
         step_kl = StepKL(shift, batch, len(batch))
@@ -179,14 +178,14 @@ class NaturalGradient:
             ):
                 p.copy_(start + part.view_as(p))
 
-    def _solve(self, shift: Shift, batch: Batch, target: Tensor) -> Tensor:
+    def _solve(self, shift: Shift, batch: Batch, kl_weight: float, target: Tensor) -> Tensor:
         """Conjugate gradients on (kl_weight F + damping trace-scale) s = target."""
         output = shift(batch)
         probe = torch.zeros_like(output, requires_grad=True)
         # J^T probe, linear in the probe: differentiating it once more gives J s without forward mode
         vjp = torch.autograd.grad(output, self.parameters, probe, create_graph=True)
         flat_vjp = torch.cat([v.flatten() for v in vjp])
-        factor = self.kl_weight * batch.steps / len(batch)
+        factor = kl_weight * batch.steps / len(batch)
 
         def product(s: Tensor) -> Tensor:
             (jvp,) = torch.autograd.grad(flat_vjp, probe, s, retain_graph=True)

@@ -6,7 +6,6 @@ Devices live here. Knows nothing of files: what surrounds the iterations of a ru
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +13,8 @@ from torch import Tensor, nn
 from ..control.policy import Policy
 from ..control.rollout import rollout
 from ..control.trajectory import Trajectory
-from ..control.transitions import acting_steps, states
-from ..control.value_fit import Sample
+from ..control.transitions import Paths
+from ..control.value_fit import ValueFit
 from ..dynamics.grids import GRIDS
 from ..dynamics.sde import NOISES, SDE
 from ..dynamics.solvers import SOLVERS
@@ -30,7 +29,7 @@ from ..sampling.draw import balanced
 from ..support import distributed
 from ..support.devices import choose_device
 from ..types import Condition, Metrics
-from .assembly import build_minimiser, build_rule, build_value, check_ratio, check_value, exploration_of, value_fit
+from .assembly import build_critic, build_minimiser, build_rule, build_value, check_ratio, check_value, exploration_of
 from .config import Config
 from .guard import Guard
 from .kl_price import KLPrice, reprice, sees_kl
@@ -91,9 +90,9 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)  # initial weights of the value network: a seed gives the same run
             value = build_value(config, self.policy, self.sde, value_network, self._reward_of_state)
-            self.value = value_fit(config, value.to(self.device))
-            self.algorithm = build_rule(config, self.policy, self.sde, self.value, self.reward, self.prompts)
-        if self.algorithm.critic:
+            self.critic = build_critic(config, value.to(self.device), self.policy, self.sde)
+            self.algorithm = build_rule(config, self.critic, self.reward, self.prompts)
+        if self.algorithm.fits_value:
             check_value(value, model, self.prompts)
         self.average = Average(model, config.average)
         self.minimise = build_minimiser(config, self.algorithm)
@@ -104,7 +103,7 @@ class Trainer:
         self.iteration = 0
         self.reference: Metrics = {}
         self.start: Metrics = {}  # held-out J before the first update
-        self.saved: list[tuple[Trajectory, Tensor]] = []  # the reference's paths that the first iterations learn from
+        self.saved: list[Paths] = []  # the reference's paths that the first iterations learn from
 
     # --- the loop -----------------------------------------------------------------------------------------------
 
@@ -116,9 +115,9 @@ class Trainer:
         if self.algorithm.own_rows:
             batch = self.algorithm.rows_for(self._batch_of_prompts(), self.grid(), self.generator)
         else:
-            trajectory, rewards = self.saved.pop() if self.saved else self.rollout()
-            batch = self.algorithm.prepare(trajectory, rewards, self.generator, rate)
-            drawn = {name: distributed.mean(value) for name, value in self._drawn(trajectory, rewards).items()}
+            paths = self.saved.pop() if self.saved else self.rollout()
+            batch = self.algorithm.prepare(paths, self.generator, rate)
+            drawn = {name: distributed.mean(value) for name, value in self._drawn(paths).items()}
         if self.iteration == 0 and self.exploration is None:
             check_ratio(self.algorithm, batch)
         metrics = self.minimise(self.algorithm, batch, self.generator, rate)
@@ -148,10 +147,11 @@ class Trainer:
         """Towards target_kl by another price of a nat in training; J and J* stay those of kl_weight."""
         if self.config.target_kl > 0:
             price = self.config.kl_weight * self.price.update(kl, iterations)
-            reprice(price, self.algorithm, self.value, self.minimise)
+            reprice(price, self.algorithm)
 
-    def _drawn(self, trajectory: Trajectory, rewards: Tensor) -> Metrics:
+    def _drawn(self, paths: Paths) -> Metrics:
         """What a rollout says of the policy that drew it."""
+        trajectory, rewards = paths.trajectory, paths.rewards
         metrics = {"reward/mean": float(rewards.mean()), "reward/std": float(rewards.std())}
         if self.algorithm.reads_reference and bool(trajectory.acts.any()):  # otherwise nobody knows the path KL
             kl = trajectory.path_kl()
@@ -170,10 +170,10 @@ class Trainer:
     def _reward_of_state(self, x_data: Tensor, condition: Condition) -> Tensor:
         return self.reward(self.policy.model.decode(x_data), condition)
 
-    def rollout(self) -> tuple[Trajectory, Tensor]:
-        """Paths of a batch of prompts, and their rewards [B]."""
+    def rollout(self) -> Paths:
+        """Paths of a batch of prompts, and their rewards."""
         trajectory, scores = self.draw()
-        return trajectory, scores.result()
+        return Paths(trajectory, scores.result())
 
     def draw(self, reference_only: bool = False) -> tuple[Trajectory, Scores]:
         """Paths of a batch of prompts; a reward elsewhere scores a part of them while the next is drawn."""
@@ -203,6 +203,8 @@ class Trainer:
     def look_at_reference(self) -> Metrics:
         """J_ref and J* from the reference's paths; a critic learns from them too, for other rules they only measure."""
         rewards, prompts = [], []
+        # a policy that starts elsewhere did not draw the reference's paths
+        reused = 0 if self.starts_elsewhere else self.config.rule.get("reuse_reference", 0)
         spent = self.policy.network_calls, self.reward.calls
         for trajectory, r in one_ahead(self.draw(True) for _ in range(self.config.reference_batches)):
             if self.config.value_loss == "log_probability" and float(r.max()) > 0:
@@ -212,13 +214,12 @@ class Trainer:
             rewards.append(r)
             prompts += list(trajectory.condition.prompts)
             self.guard.remember(self.policy.model.decode, trajectory.xs[-1], self.config.heldout_samples)
-            if self.algorithm.critic:
-                self._remember(trajectory, r)
-            if (
-                len(self.saved) < self.config.rule.get("reuse_reference", 0) and not self.starts_elsewhere
-            ):  # not its paths
-                self.saved.append((trajectory, r))
-        if not self.algorithm.critic:
+            paths = Paths(trajectory, r)
+            if self.algorithm.critic is not None:
+                self.algorithm.critic.remember(paths)
+            if len(self.saved) < reused:
+                self.saved.append(paths)
+        if self.algorithm.critic is None:
             self.policy.network_calls, self.reward.calls = spent
         beta, found = self.config.kl_weight, distributed.gathered(torch.cat(rewards))
         rows = distributed.gathered(torch.tensor([self.prompts.index(prompt) for prompt in prompts]))
@@ -230,19 +231,6 @@ class Trainer:
             below, above = self.optimum(0.999 * beta), self.optimum(1.001 * beta)
             metrics["objective/KL_star_exact"] = (below - above) / (0.002 * beta)
         return metrics
-
-    @torch.no_grad()
-    def _remember(self, trajectory: Trajectory, rewards: Tensor) -> None:
-        keep = acting_steps(trajectory)
-        if len(keep) == 0:
-            raise ValueError(
-                "no step of the path has noise, so there is no action to learn; raise noise_scale or steps."
-            )
-        seen = torch.unique(torch.cat([keep, keep + 1]))  # where steps start, and where they lead
-        seen = seen[seen < len(trajectory.references)]
-        t, x, condition = states(trajectory, seen)
-        features = self.value.value.features(t, x, condition, trajectory.references[seen].flatten(0, 1))
-        self.value.add(Sample(t, features, rewards.repeat(len(seen)), condition))
 
     def evaluate(self, of_reference: bool = False) -> Metrics:
         """The averaged policy, or the reference, on held-out noise, against J_ref and J*; the first look is the start."""
@@ -275,6 +263,11 @@ class Trainer:
 
     # --- what it is made of ------------------------------------------------------------------------------------
 
+    @property
+    def value(self) -> ValueFit:
+        """How the critic's value is fitted, and what it remembers."""
+        return self.critic.fitter
+
     def averaged(self) -> Policy:
         """The averaged weights beside the same reference: what is evaluated and returned."""
         return Policy(self.average.model, self.policy.reference, self.config.act_until)  # type: ignore[arg-type]
@@ -292,78 +285,3 @@ class Trainer:
     def weights(self) -> dict[str, Tensor]:
         trained = {name for name, p in self.policy.model.named_parameters() if p.requires_grad}  # type: ignore[attr-defined]
         return {name: p for name, p in self.average.model.named_parameters() if name in trained}
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that an exact continuation needs, as nested tensors and plain values."""
-        return {
-            "policy": {n: p for n, p in self.policy.model.named_parameters() if p.requires_grad},  # type: ignore[attr-defined]
-            "average": self.weights(),
-            "average_updates": self.average.updates,
-            "minimiser": self.minimise.state_dict(),
-            "rule": self.algorithm.state_dict(),
-            "value": self.value.value.state_dict(),
-            "value_fit": self.value.state_dict(),
-            "memory": [
-                {
-                    "t": s.t,
-                    "features": s.features,
-                    "target": s.target,
-                    "later_costs": s.later_costs,
-                    "prompts": list(s.condition.prompts),
-                }
-                for s in self.value.memory
-            ],
-            "saved": [
-                {"rewards": r, "prompts": list(path.condition.prompts), **path.tensors()} for path, r in self.saved
-            ],
-            "generator": self.generator.get_state(),
-            "network_calls": self.policy.network_calls,
-            "value_calls": self.value.value.calls,
-            "reward_calls": self.reward.calls,
-            "reference": self.reference,
-            "start": self.start,
-            "guard": self.guard.state_dict(),
-            "price": [self.price.log_factor, self.price.error, self.algorithm.kl_weight],
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put back what `state_dict` took. Raises ValueError when the checkpoint is another model's."""
-        load_parameters(self.policy.model, state["policy"])  # type: ignore[arg-type]
-        load_parameters(self.average.model, state["average"])
-        self.average.updates = state["average_updates"]
-        self.minimise.load_state_dict(_optimizer_state(state["minimiser"]))
-        self.algorithm.load_state_dict(state["rule"])
-        try:
-            self.value.value.load_state_dict(state["value"])
-        except RuntimeError as error:
-            raise ValueError(f"the checkpoint's value network is another one: {' '.join(str(error).split())}") from None
-        fit = state["value_fit"]
-        if "optimizer" in fit:
-            fit = {**fit, "optimizer": _optimizer_state(fit["optimizer"])}
-        self.value.load_state_dict(fit)
-        self.value.memory = [
-            Sample(s["t"], s["features"], s["target"], self.policy.model.condition(s["prompts"]), s["later_costs"])
-            for s in state["memory"]
-        ]
-        self.saved = [
-            (Trajectory.of(entry, self.policy.model.condition(entry["prompts"])), entry["rewards"])
-            for entry in state["saved"]
-        ]
-        self.generator.set_state(state["generator"].cpu())
-        self.policy.network_calls, self.reward.calls = state["network_calls"], state["reward_calls"]
-        self.value.value.calls = state["value_calls"]
-        self.reference, self.start = state["reference"], state["start"]
-        self.guard.load_state_dict(state["guard"])
-        self.price.log_factor, self.price.error, price = state["price"]
-        if price != self.algorithm.kl_weight:
-            # what the value remembers was stored at that price already
-            memory, self.value.memory = self.value.memory, []
-            reprice(price, self.algorithm, self.value, self.minimise)
-            self.value.memory = memory
-
-
-def _optimizer_state(state: Any) -> Any:
-    """JSON made the parameter numbers strings; torch wants integers."""
-    if not state:
-        return state
-    return {**state, "state": {int(k): v for k, v in state["state"].items()}}

@@ -1,0 +1,100 @@
+"""What a run must keep to go on as if it had never stopped: out of a trainer, and back into one.
+
+Knows every part's state; does not know files (`runs.checkpoint`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..control.trajectory import Trajectory
+from ..control.transitions import Paths
+from ..control.value_fit import Sample
+from ..models.weights import load_parameters
+from .kl_price import reprice
+from .trainer import Trainer
+
+
+def state_of(trainer: Trainer) -> dict[str, Any]:
+    """All that an exact continuation needs, as nested tensors and plain values."""
+    return {
+        "policy": {n: p for n, p in trainer.policy.model.named_parameters() if p.requires_grad},  # type: ignore[attr-defined]
+        "average": trainer.weights(),
+        "average_updates": trainer.average.updates,
+        "minimiser": trainer.minimise.state_dict(),
+        "rule": trainer.algorithm.state_dict(),
+        "value": trainer.critic.value.state_dict(),
+        "value_fit": trainer.critic.fitter.state_dict(),
+        "memory": [
+            {
+                "t": s.t,
+                "features": s.features,
+                "target": s.target,
+                "later_costs": s.later_costs,
+                "prompts": list(s.condition.prompts),
+            }
+            for s in trainer.critic.fitter.memory
+        ],
+        "saved": [
+            {
+                "rewards": paths.rewards,
+                "prompts": list(paths.trajectory.condition.prompts),
+                **paths.trajectory.tensors(),
+            }
+            for paths in trainer.saved
+        ],
+        "generator": trainer.generator.get_state(),
+        "network_calls": trainer.policy.network_calls,
+        "value_calls": trainer.critic.value.calls,
+        "reward_calls": trainer.reward.calls,
+        "reference": trainer.reference,
+        "start": trainer.start,
+        "guard": trainer.guard.state_dict(),
+        "price": [trainer.price.log_factor, trainer.price.error, trainer.algorithm.kl_weight],
+    }
+
+
+def restore(trainer: Trainer, state: Mapping[str, Any]) -> None:
+    """Put back what `state_of` took.
+
+    Args:
+        trainer: one just made with the same model, reward and settings.
+        state: of `state_of`, or as a checkpoint gives it back.
+    Raises: ValueError when the state is another model's, or another value network's.
+    """
+    critic, condition = trainer.critic, trainer.policy.model.condition
+    load_parameters(trainer.policy.model, state["policy"])  # type: ignore[arg-type]
+    load_parameters(trainer.average.model, state["average"])
+    trainer.average.updates = state["average_updates"]
+    trainer.minimise.load_state_dict(_optimizer_state(state["minimiser"]))
+    trainer.algorithm.load_state_dict(state["rule"])
+    try:
+        critic.value.load_state_dict(state["value"])
+    except RuntimeError as error:
+        raise ValueError(f"the checkpoint's value network is another one: {' '.join(str(error).split())}") from None
+    fit = state["value_fit"]
+    if "optimizer" in fit:
+        fit = {**fit, "optimizer": _optimizer_state(fit["optimizer"])}
+    critic.fitter.load_state_dict(fit)
+    trainer.price.log_factor, trainer.price.error, price = state["price"]
+    if price != trainer.algorithm.kl_weight:
+        reprice(price, trainer.algorithm)  # before the memory is back, which was stored at this price
+    critic.fitter.memory = [
+        Sample(s["t"], s["features"], s["target"], condition(s["prompts"]), s["later_costs"]) for s in state["memory"]
+    ]
+    trainer.saved = [
+        Paths(Trajectory.of(entry, condition(entry["prompts"])), entry["rewards"]) for entry in state["saved"]
+    ]
+    trainer.generator.set_state(state["generator"].cpu())
+    trainer.policy.network_calls, trainer.reward.calls = state["network_calls"], state["reward_calls"]
+    critic.value.calls = state["value_calls"]
+    trainer.reference, trainer.start = state["reference"], state["start"]
+    trainer.guard.load_state_dict(state["guard"])
+
+
+def _optimizer_state(state: Any) -> Any:
+    """JSON made the parameter numbers strings; torch wants integers."""
+    if not state:
+        return state
+    return {**state, "state": {int(k): v for k, v in state["state"].items()}}
