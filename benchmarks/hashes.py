@@ -51,9 +51,12 @@ def runs(folder: Path) -> Iterator[tuple[str, str]]:
         yield f"gaussian/ctrl/settings/{seed}", f"gaussian --algorithm ctrl {extra} {SMALL} {VALUE} --seed {seed}"
     if (folder / "pipeline").is_dir():
         common = "--batch-size 6 --steps 2 --iterations 2 --reference-batches 1 --heldout-samples 4 --device cpu"
-        common += " --value-batch-size 8 --value-steps 2 --value-first-steps 2 --minibatch-size 12 --option lora_rank=2"
-        for rule in ("ctrl", "ddpo"):
-            words = f"{folder / 'pipeline'} --reward jpeg_compressibility --prompts cat --algorithm {rule} {common}"
+        common += " --minibatch-size 12 --option lora_rank=2"
+        value = " --value-batch-size 8 --value-steps 2 --value-first-steps 2"
+        for rule, more in (("ctrl", value), ("ddpo", "")):
+            words = (
+                f"{folder / 'pipeline'} --reward jpeg_compressibility --prompts cat --algorithm {rule} {common}{more}"
+            )
             yield f"pipeline/{rule}/0", words
 
 

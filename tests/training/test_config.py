@@ -14,6 +14,11 @@ from scoreact.algorithms.registry import rules
 from scoreact.support.settings import fields_of
 from scoreact.training.config import Config, read, rule_fields, updated
 
+# each with settings under which those that need a choice are used
+USED: dict[str, dict[str, Any]] = {
+    "exploration_scale": {"exploration": "gaussian"},
+    "value_replay": {"value_loss": "soft"},
+}
 HINTS = typing.get_type_hints(Config)
 FIELDS = [f for f, _ in fields_of(Config)]
 NUMBERS = [f for f in FIELDS if HINTS[f.name] in (int, float)]
@@ -55,7 +60,8 @@ def test_numbers_below_their_range_are_refused(field: Any) -> None:
 
 @pytest.mark.parametrize("field", [f for f in NUMBERS if not f.metadata["above"]], ids=lambda f: f.name)
 def test_the_low_end_itself_is_accepted(field: Any) -> None:
-    assert getattr(Config(**{field.name: field.metadata["low"]}), field.name) == field.metadata["low"]
+    low = field.metadata["low"]
+    assert getattr(Config(**{**USED.get(field.name, {}), field.name: low}), field.name) == low
 
 
 @pytest.mark.parametrize("field", [f for f in NUMBERS if f.metadata["high"] < math.inf], ids=lambda f: f.name)
@@ -113,7 +119,7 @@ def test_a_short_word_finds_a_long_name() -> None:
 
 
 def test_device_is_a_word() -> None:
-    assert refusal(device=0) == "device is 0 (int); expected str (auto, cpu, cuda, cuda:N or mps)."
+    assert refusal(device=0) == "device is 0 (int); expected str (Where to compute: auto, cpu, cuda, cuda:N or mps)."
 
 
 def test_text_that_yaml_left_as_text_becomes_a_number() -> None:
@@ -131,7 +137,8 @@ def test_updated_names_the_source_the_key_and_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"^mine\.yaml: unknown key 'batchsize'; did you mean 'batch_size'\?$"):
         updated(Config(), {"batchsize": 3}, "mine.yaml")
     with pytest.raises(
-        ValueError, match=r"^settings: unknown key 'zzz'\. Known: algorithm, rule, seed, .*, reuse_reference\.$"
+        ValueError,
+        match=r"^settings: unknown key 'zzz'\. Known: algorithm, rule, seed, .*, reuse_reference, .*, ratio_weight, advantage\.$",
     ):
         updated(Config(), {"zzz": 3})
     changed = updated(Config(), {"batch_size": 3, "steps": 4})
@@ -143,7 +150,9 @@ def test_a_rules_settings_are_settings() -> None:
     assert config.rule["clip_range"] == 0.5
     assert config.rule["trace"] == 1.0, "complete, so that the saved config says everything"
     assert updated(config, {"steps": 3}).rule == config.rule
-    with pytest.raises(ValueError, match=r"^trace is 2\.0; it must be at least 0 and at most 1 \(GAE"):
+    with pytest.raises(
+        ValueError, match=r"^trace is 2\.0; it must be at least 0 and at most 1 \(Lambda of generalised"
+    ):
         updated(config, {"trace": 2.0})
     with pytest.raises(ValueError, match=r"^ctrl has no setting 'clip_rang'; did you mean 'clip_range'\?$"):
         Config(rule={"clip_rang": 1.0})
@@ -155,7 +164,10 @@ def test_another_algorithm_brings_its_own_settings() -> None:
     config = updated(Config(), {"clip_range": 0.5})
     other = updated(config, {"algorithm": "ctrl_pathwise", "transitions": 7})
     assert other.rule == {**Config(algorithm="ctrl_pathwise").rule, "transitions": 7}
-    with pytest.raises(ValueError, match=r"^settings: transitions is a setting of ctrl_pathwise, not of ctrl\.$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^settings: transitions is a setting of ctrl_pathwise, not of ctrl\. Leave out transitions 7, or set algorithm to ctrl_pathwise\.$",
+    ):
         updated(config, {"transitions": 7})
     with pytest.raises(ValueError, match=r"^algorithm is 'ctrl_tpro'; known: .*\. Did you mean 'ctrl_trpo'\?$"):
         updated(config, {"algorithm": "ctrl_tpro"})

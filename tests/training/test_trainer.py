@@ -72,7 +72,7 @@ RULES = [
     {"algorithm": "ctrl"},
     {"algorithm": "ctrl", "gradient_at": "next", "exploration": "gaussian"},
     {"algorithm": "ctrl_pathwise", "value_loss": "soft", "value_replay": 3, "reuse_reference": 2, "grid": "random"},
-    {"algorithm": "ctrl_trpo", "value": "residual", "value_inputs": "x_data_hat"},
+    {"algorithm": "ctrl_trpo", "value": "residual"},
     {"algorithm": "ctrl_trpo", "reuse_reference": 1},
 ]
 

@@ -16,8 +16,6 @@ from ..control.rollout import rollout
 from ..control.trajectory import Trajectory
 from ..control.transitions import acting_steps, states
 from ..control.value_fit import Sample
-from ..dynamics.grids import GRIDS
-from ..dynamics.sde import NOISES, SDE
 from ..dynamics.solvers import SOLVERS
 from ..evaluation.evaluate import Features, Judge, evaluate
 from ..evaluation.optimum import estimate_optimum, optimal_kl, recovered
@@ -38,6 +36,7 @@ from .optim import AdamSteps, Average
 from .rounding import rounding_kl
 
 EVALUATION_SEED = 1_000_003  # held-out noise: never a training seed's stream
+NATURAL_STEP = 1e-4  # of a weight, where rounding is measured under a rule whose steps have no learning rate
 
 
 class Trainer:
@@ -79,7 +78,7 @@ class Trainer:
             config.kl_weight, config.guard, config.target_kl, config.least_diversity, config.patience, features, judge
         )
         self.price = KLPrice(config.target_kl)  # used with target_kl > 0 only
-        self.sde = SDE(model.schedule, NOISES[config.noise](config.noise_scale))
+        self.sde = config.sde(model.schedule)
         self.solver = SOLVERS[config.solver]
         self.exploration = exploration_of(config, self.sde)
         self.generator = torch.Generator(device=self.device).manual_seed(self.process_seed())
@@ -156,7 +155,7 @@ class Trainer:
 
     def grid(self) -> Tensor:
         """The times of a path, [steps + 1]; another draw each time where the grid is random."""
-        return GRIDS[self.config.grid](self.policy.model.schedule, self.config.steps, self.generator)
+        return self.config.times(self.policy.model.schedule, self.generator)
 
     def _batch_of_prompts(self) -> list[str]:
         """Prompts of this process' part of a batch."""
@@ -240,9 +239,7 @@ class Trainer:
     def evaluate(self) -> Metrics:
         """The averaged policy on held-out noise, against J_ref and J*."""
         c = self.config
-        ts = GRIDS[c.grid](
-            self.policy.model.schedule, c.steps, torch.Generator(self.device).manual_seed(EVALUATION_SEED)
-        )
+        ts = c.times(self.policy.model.schedule, torch.Generator(self.device).manual_seed(EVALUATION_SEED))
         metrics = evaluate(
             self.averaged(), self.sde, self.solver, ts, self.heldout_reward, self.prompts, c.kl_weight,
             c.heldout_samples, EVALUATION_SEED, self._look_at_samples, self.features, self.device,
@@ -257,9 +254,10 @@ class Trainer:
         if not getattr(model, "rounds", False):
             return {}
         generator = torch.Generator(self.device).manual_seed(EVALUATION_SEED)
-        ts = GRIDS[c.grid](model.schedule, c.steps, generator)
+        ts = c.times(model.schedule, generator)
+        step = c.learning_rate if c.uses("learning_rate") else NATURAL_STEP
         condition = model.condition(balanced(self.prompts, min(8, c.heldout_samples), generator))
-        found = rounding_kl(self.policy, self.sde, self.solver, ts, condition, generator, c.learning_rate)
+        found = rounding_kl(self.policy, self.sde, self.solver, ts, condition, generator, step)
         return {"policy/kl_rounding": found}
 
     def _look_at_samples(self, samples: Tensor, condition: Condition) -> Metrics:
@@ -308,13 +306,7 @@ class Trainer:
             "price": [self.price.log_factor, self.price.error, self.algorithm.kl_weight],
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put back what `state_dict` took. Raises ValueError when the checkpoint is another model's."""
-        load_parameters(self.policy.model, state["policy"])  # type: ignore[arg-type]
-        load_parameters(self.average.model, state["average"])
-        self.average.updates = state["average_updates"]
-        self.minimise.load_state_dict(_optimizer_state(state["minimiser"]))
-        self.algorithm.load_state_dict(state["rule"])
+    def _load_value(self, state: Mapping[str, Any]) -> None:
         try:
             self.value.value.load_state_dict(state["value"])
         except RuntimeError as error:
@@ -323,6 +315,16 @@ class Trainer:
         if "optimizer" in fit:
             fit = {**fit, "optimizer": _optimizer_state(fit["optimizer"])}
         self.value.load_state_dict(fit)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what `state_dict` took. Raises ValueError when the checkpoint is another model's."""
+        load_parameters(self.policy.model, state["policy"])  # type: ignore[arg-type]
+        load_parameters(self.average.model, state["average"])
+        self.average.updates = state["average_updates"]
+        self.minimise.load_state_dict(_optimizer_state(state["minimiser"]))
+        self.algorithm.load_state_dict(state["rule"])
+        if self.algorithm.critic:  # of others earlier versions stored a value by settings that nobody reads
+            self._load_value(state)
         self.value.memory = [
             Sample(s["t"], s["features"], s["target"], self.policy.model.condition(s["prompts"]), s["later_costs"])
             for s in state["memory"]
