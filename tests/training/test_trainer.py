@@ -25,7 +25,7 @@ from scoreact.runs import checkpoint
 from scoreact.runs.checkpoint import load_checkpoint, read_run
 from scoreact.runs.run import Result, finetune
 from scoreact.support.files import read_lines
-from scoreact.training.config import Config
+from scoreact.training.config import Config, usable
 from scoreact.training.optim import Diverged
 from scoreact.training.trainer import Trainer
 from scoreact.types import Condition, Metrics
@@ -54,7 +54,7 @@ def train(out: Path | None = None, *, tuned: ResidualModel | None = None, **sett
         value_network=lambda: VectorValue(inputs, 16),
         out=out,
         **run,
-        **{**SMALL, **settings},
+        **usable(Config(), {**SMALL, **settings}),
     )
 
 

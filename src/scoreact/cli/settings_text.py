@@ -24,17 +24,11 @@ def setting_range(field: dataclasses.Field[Any]) -> list[str]:
     return bounds + [f"at most {high:g}"] * (high < math.inf)
 
 
-def setting_users(field: dataclasses.Field[Any]) -> list[str]:
-    """The choices with which a setting is used, a line each; [] where it always is."""
-    return [", ".join(users_of(field, choice)) for choice in field.metadata["needs"]]
-
-
 def setting_help(field: dataclasses.Field[Any], default: Any) -> str:
     """What a setting is, its range, its default and the choices that use it, in one line of help."""
-    shown = f"{default:g}" if isinstance(default, float) else str(default)
-    # the rules that fit a value are said once, in the heading
+    # not which rules: only the rule's own are shown
     users = [", ".join(users_of(field, choice)) for choice in field.metadata["needs"] if choice not in TRAITS]
-    notes = [*setting_range(field), f"default {shown}", *(f"with {words}" for words in users)]
+    notes = [*setting_range(field), f"default {_shown(default)}", *(f"with {words}" for words in users)]
     return f"{field.metadata['help']} [{', '.join(notes)}]"
 
 
@@ -42,6 +36,10 @@ def setting_metavar(field: dataclasses.Field[Any], hint: Any) -> str:
     """int, float, str, or the known values of a choice."""
     known = field.metadata["known"]() if field.metadata["known"] else typing.get_args(hint)
     return "{" + ",".join(known) + "}" if known else str(hint.__name__).upper()
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _yaml(content: Any) -> str:
@@ -76,62 +74,86 @@ recipe's own defaults; this page shows the library's.
 A choice brings its own settings. One that the choice does not use is refused, with the choices that use it:
 `value_steps is a setting of value network, residual, surrogate, not of value linear.` Another rule also brings the settings
 of the run that its paper uses. Defaults of a recipe that the choice does not use are left out.
-
-## Eight words for path KL
-
-The path KL is the Kullback-Leibler divergence, in nats, of the tuned model's paths from the pretrained model's. It is zero
-before training. Eight settings have to do with it, each with another question.
-
-| setting | question | what it does |
-| --- | --- | --- |
-| `kl_weight` | What does a nat cost? | The price in the objective J = reward - kl_weight x path KL, and in J*, the best that any policy can reach. Most rules train against this price. |
-| `target_kl` | How many nats shall the run spend? | Steers the price *in training* until the path KL is about this. J keeps `kl_weight`. 0 is off. |
-| `kl_limit` | When has the run failed? | A rollout with a larger path KL ends the run as diverged. It is a fuse, not a target. |
-| `max_kl` | How far may one iteration go? | The path KL between the policy before and after an iteration's update. A longer step is shortened. |
-| `kl_states` | Where is that step measured? | The number of states at which it is. 0 turns the measuring and the bound off. |
-| `trust` | How close does the loss keep to the policy that drew the paths? | Weight, in units of `kl_weight`, of the squared distance to it inside the loss. Of {trust}. |
-| `kl_share` | How much of the price does the loss hold? | Weight, in units of `kl_weight`, of the term that pulls towards the pretrained model. 0 leaves it out. Of {kl_share}. |
-| `reference_kl` | Does the loss hold the price at all? | A switch of the same term. Of {reference_kl}. |
-
-`kl_weight` and `target_kl` are about the run as a whole, `max_kl`, `kl_states` and `trust` about one step, `kl_share` and
-`reference_kl` about a rule whose paper leaves the price out of its loss. To get closer to the pretrained model, raise
-`kl_weight`; to make training steadier, lower `max_kl`.
 """
+KL = (
+    ("kl_weight", "What does a nat cost?",
+     "The price in the objective J = reward - kl_weight x path KL, and in J*, the best J that there is. Most rules train "
+     "against this price."),
+    ("target_kl", "How many nats shall the run spend?",
+     "Steers the price *in training* until the path KL is about this. J keeps `kl_weight`. 0 is off."),
+    ("kl_limit", "When has the run failed?",
+     "A rollout with a larger path KL ends the run as diverged. It is a fuse, not a target."),
+    ("max_kl", "How far may one iteration go?",
+     "Bounds the path KL between the policy before and after an iteration's update. A longer step is shortened."),
+    ("kl_states", "Where is that step measured?",
+     "At so many states. 0 turns the measuring and the bound off."),
+    ("trust", "How close does the loss keep to the policy that drew the paths?",
+     "Weight, in units of `kl_weight`, of the squared distance to it inside the loss."),
+    ("kl_share", "How much of the price does the loss hold?",
+     "Weight, in units of `kl_weight`, of the term that pulls towards the pretrained model. 0 leaves it out."),
+    ("reference_kl", "Does the loss hold the price at all?", "Switches that term on or off."),
+)  # fmt: skip
+TRAIT_WORDS = {
+    "critic": "rules that fit a value",
+    "minimiser": "rules that take Adam steps",
+    "transitions_only": "rules that learn from steps of paths",
+}
 
 
 def settings_page() -> str:
     """docs/settings.md: every setting of the run and of every rule, from the records."""
     from ..algorithms.registry import rules
 
-    owners = {
-        word: ", ".join(f"`{name}`" for name in rules() if word in {f.name for f, _ in rule_fields(name)})
-        for word in ("trust", "kl_share", "reference_kl")
-    }
-    parts = [INTRODUCTION.format(**owners)]
+    parts = [INTRODUCTION, _kl_table()]
     for record in RECORDS:
-        parts.append(
-            f"## {record.heading[0].upper()}{record.heading[1:]}\n\n{record.__doc__}\n\n{_table_of(fields_of(record))}"
-        )
-    parts.append(
-        "## Settings of one rule\n\nThese stand beside the rule. `defaults` are settings of the run that the rule changes.\n"
-    )
+        title = f"{record.heading[0].upper()}{record.heading[1:]}"
+        parts += [f"## {title}\n", f"{record.__doc__}\n", _table_of(fields_of(record))]
+    parts.append("Some settings are used by some rules only:\n")
+    for trait, words in TRAIT_WORDS.items():
+        field = next(f for record in RECORDS for f, _ in fields_of(record) if trait in f.metadata["needs"])
+        parts.append(f"- {words}: {', '.join(f'`{rule}`' for rule in users_of(field, trait))}")
+    parts.append("\n## Settings of one rule\n")
     for name, kind in rules().items():
-        defaults = ", ".join(f"`{key}` {value}" for key, value in kind.defaults.items())
-        said = f"Defaults: {defaults}.\n\n" if defaults else ""
-        parts.append(f"### {name}\n\n{said}{_table_of(rule_fields(name))}")
+        parts.append(f"### {name}\n")
+        if kind.defaults:
+            changed = ", ".join(f"`{key}` is {value}" for key, value in kind.defaults.items())
+            parts.append(f"Under this rule, unless told otherwise, {changed}.\n")
+        parts.append(_table_of(rule_fields(name)))
     return "\n".join(parts)
+
+
+def _kl_table() -> str:
+    from ..algorithms.registry import rules
+
+    lines = [
+        "## Eight words for path KL\n",
+        "The path KL is the Kullback-Leibler divergence, in nats, of the tuned model's paths from the pretrained model's. It",
+        "is zero before training. Eight settings have to do with it. Each answers another question.\n",
+        "| setting | question | what it does | of |",
+        "| --- | --- | --- | --- |",
+    ]
+    for word, question, answer in KL:
+        owners = ", ".join(f"`{name}`" for name in rules() if word in {f.name for f, _ in rule_fields(name)})
+        lines.append(f"| `{word}` | {question} | {answer} | {owners or 'the run'} |")
+    return "\n".join(lines) + (
+        "\n\nTo stay closer to the pretrained model, raise `kl_weight`. To make training steadier, lower `max_kl`.\n"
+    )
 
 
 def _table_of(fields: Iterable[tuple[dataclasses.Field[Any], Any]]) -> str:
     lines = ["| setting | default | range | meaning | used with |", "| --- | --- | --- | --- | --- |"]
     for field, hint in fields:
         known = field.metadata["known"]() if field.metadata["known"] else typing.get_args(hint)
-        span = ", ".join(f"`{word}`" for word in known) or " and ".join(setting_range(field)) or hint.__name__
-        default = f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
-        users = "; ".join(setting_users(field)) or "everything"
-        cells = [f"`{field.name}`", f"`{default}`" if default else "empty", span, field.metadata["help"], users]
+        span = ", ".join(f"`{word}`" for word in known) or " and ".join(setting_range(field)) or KINDS[hint]
+        default = f"`{_shown(field.default)}`" if field.default != "" else "empty"
+        needs = field.metadata["needs"]
+        users = [TRAIT_WORDS.get(choice) or ", ".join(users_of(field, choice)) for choice in needs]
+        cells = [f"`{field.name}`", default, span, field.metadata["help"], "; ".join(users) or "all"]
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines) + "\n"
+
+
+KINDS = {bool: "true or false", str: "text"}
 
 
 if __name__ == "__main__":

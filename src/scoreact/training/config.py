@@ -153,7 +153,7 @@ def updated(
     """
     if below:
         if _choices() & changes.keys():
-            kept = usable(config, {**below, **changes})
+            kept = usable(config, {**below, **changes}, source)
             below = {name: value for name, value in kept.items() if name in below}
         rules = [part["rule"] for part in (below, changes) if isinstance(part.get("rule"), Mapping)]
         changes = {**below, **changes, **({"rule": {k: v for part in rules for k, v in part.items()}} if rules else {})}
@@ -171,7 +171,7 @@ def updated(
     return Config(**values)
 
 
-def usable(config: Config, changes: Mapping[str, Any]) -> dict[str, Any]:
+def usable(config: Config, changes: Mapping[str, Any], source: str = "settings") -> dict[str, Any]:
     """`changes` without the settings that the choices of `config` and of `changes` do not use, and other rules' own.
 
     For settings that nobody gives by hand for this rule: those of a run's file, of all rules of a comparison, of a search.
@@ -181,7 +181,7 @@ def usable(config: Config, changes: Mapping[str, Any]) -> dict[str, Any]:
     known = {name: value for name, value in changes.items() if name in fields or name not in foreign}
     if isinstance(known.get("rule"), Mapping):
         known["rule"] = {k: v for k, v in known["rule"].items() if k in fields or k not in foreign}
-    values = _merged(config, known, "settings")
+    values = _merged(config, known, source)
     idle = _unused(values["algorithm"], _flat_of(values))
     kept = {name: value for name, value in known.items() if name not in idle}
     if isinstance(kept.get("rule"), Mapping):
@@ -194,7 +194,7 @@ def from_stored(content: Mapping[str, Any], source: str = "config.json") -> Conf
 
     Earlier versions stored settings that the run's choices did not use; these are left out.
     """
-    return updated(Config(), usable(Config(), content), source)
+    return updated(Config(), usable(Config(), content, source), source)
 
 
 def _merged(config: Config, changes: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -282,7 +282,7 @@ def _not_used(f: Field, choice: str, values: Mapping[str, Any]) -> str:
     """X is a setting of A, B, not of C; and what to do."""
     allowed, users, now = f.metadata["needs"][choice], users_of(f, choice), values[choice]
     if choice in TRAITS:
-        now, remedy = values["algorithm"], f"set algorithm to {users[0]}"
+        now, remedy = values["algorithm"], f"set algorithm to {'ctrl' if 'ctrl' in users else users[0]}"
     elif isinstance(allowed, Above):
         now, remedy = f"{choice} {_word(now)}", f"set {choice} above {allowed.low:g}"
     else:
