@@ -41,7 +41,7 @@ from scoreact.dynamics.sde import SDE, noise_level
 from scoreact.dynamics.solvers import ddim
 from scoreact.models.pipelines.model import PipelineModel
 from scoreact.models.pipelines.opening import pipeline_model
-from scoreact.training.config import Config
+from scoreact.training.config import Config, updated, usable
 from scoreact.training.rounding import rounding_kl
 from scoreact.training.trainer import Trainer
 from scoreact.types import Condition
@@ -231,12 +231,13 @@ def measure(options: argparse.Namespace, batch: int) -> list[str]:
         draw()
     plain = sum(number * bare(model, kind, device) for kind, number in calls.items())
 
-    settings = Config(
+    settings = dict(
         algorithm=options.algorithm, iterations=100, batch_size=batch, steps=steps, minibatch_size=min(options.rows, batch),
         accumulate=steps, epochs=1, reference_batches=1, kl_states=min(options.rows, batch), learning_rate=1e-5,
         value_inputs="x_data_hat", value_batch_size=64, heldout_samples=2, guard="off", device=device,
     )  # fmt: skip
-    trainer = Trainer(model, brightness, PROMPTS, model.feature_value, settings)
+    config = updated(Config(), usable(Config(), settings))
+    trainer = Trainer(model, brightness, PROMPTS, model.feature_value, config)
     trainer.look_at_reference()
     trainer.iterate()
     if device == "cuda":

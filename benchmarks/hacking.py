@@ -28,7 +28,7 @@ from torch import Tensor
 from scoreact.api.start import finetune
 from scoreact.recipes.base import Problem, recipes
 from scoreact.rewards.base import FunctionReward
-from scoreact.training.config import updated
+from scoreact.training.config import updated, usable
 from scoreact.types import Condition
 
 BONUS, CORNER = 10.0, 8  # reward of a white corner, and its side in pixels (in the model's pictures: 0.06 +- 0.07)
@@ -66,7 +66,7 @@ def with_shortcut(problem: Problem) -> Problem:
 def one(name: str, arm: str, settings: dict[str, Any]) -> dict[str, Any]:
     """A run, and its evaluations at the start, at the end and where best/ is from."""
     recipe = recipes()["classifier"]
-    config = updated(recipe.config, {**SETTINGS, **ARMS[arm], **settings})
+    config = updated(recipe.config, usable(recipe.config, {**SETTINGS, **ARMS[arm], **settings}))
     problem = recipe.build()
     if name == "shortcut":
         problem = with_shortcut(problem)

@@ -39,7 +39,8 @@ def runs(folder: Path) -> Iterator[tuple[str, str]]:
     """Names and `scoreact train` words, outputs aside."""
     for seed in (0, 1):
         for rule in RULES:
-            yield f"gaussian/{rule}/{seed}", f"gaussian --algorithm {rule} {SMALL} --seed {seed}"
+            small = SMALL.replace("--minibatch-size 128 ", "") if rule == "ctrl_trpo" else SMALL  # which takes all rows
+            yield f"gaussian/{rule}/{seed}", f"gaussian --algorithm {rule} {small} --seed {seed}"
         for value in ("residual", "surrogate"):
             words = f"plain --algorithm ctrl --value {value} --value-loss soft {SMALL} {VALUE} --seed {seed}"
             yield f"plain/ctrl/{value}/{seed}", words
@@ -51,9 +52,12 @@ def runs(folder: Path) -> Iterator[tuple[str, str]]:
         yield f"gaussian/ctrl/settings/{seed}", f"gaussian --algorithm ctrl {extra} {SMALL} {VALUE} --seed {seed}"
     if (folder / "pipeline").is_dir():
         common = "--batch-size 6 --steps 2 --iterations 2 --reference-batches 1 --heldout-samples 4 --device cpu"
-        common += " --value-batch-size 8 --value-steps 2 --value-first-steps 2 --minibatch-size 12 --option lora_rank=2"
-        for rule in ("ctrl", "ddpo"):
-            words = f"{folder / 'pipeline'} --reward jpeg_compressibility --prompts cat --algorithm {rule} {common}"
+        common += " --minibatch-size 12 --option lora_rank=2"
+        value = " --value-batch-size 8 --value-steps 2 --value-first-steps 2"
+        for rule, more in (("ctrl", value), ("ddpo", "")):
+            words = (
+                f"{folder / 'pipeline'} --reward jpeg_compressibility --prompts cat --algorithm {rule} {common}{more}"
+            )
             yield f"pipeline/{rule}/0", words
 
 

@@ -26,7 +26,6 @@ import torch
 from scoreact.api.start import finetune
 from scoreact.control.policy import Policy
 from scoreact.control.rollout import rollout
-from scoreact.dynamics.grids import GRIDS
 from scoreact.dynamics.sde import SDE, noise_level
 from scoreact.dynamics.solvers import SOLVERS
 from scoreact.evaluation.evaluate import diversity, evaluate
@@ -63,7 +62,7 @@ def one(recipe_name: str, seed: int, samples: int, settings: dict[str, Any]) -> 
     seconds = time.perf_counter() - begin
     model = problem.model
     sde = SDE(model.schedule, noise_level(config.noise_scale))
-    ts = GRIDS[config.grid](model.schedule, config.steps, None)
+    ts = config.times(model.schedule)
     untrained = Policy(result.policy.reference, result.policy.reference)
     found = [
         evaluate(policy, sde, SOLVERS[config.solver], ts, problem.reward, problem.prompts, config.kl_weight, samples,
@@ -81,7 +80,7 @@ def optimum(recipe_name: str, samples: int, times: int = 12) -> dict[str, Any]:
     recipe = recipes()[recipe_name]
     problem, config = recipe.build(), recipe.config
     sde = SDE(problem.model.schedule, noise_level(config.noise_scale))
-    ts = GRIDS[config.grid](problem.model.schedule, config.steps, None)
+    ts = config.times(problem.model.schedule)
     policy = Policy(problem.model, problem.model)
     generator = torch.Generator().manual_seed(EVALUATION_SEED + 1)
     names = balanced(problem.prompts, samples * times, generator)

@@ -318,7 +318,7 @@ def train(folder: Path, out: Path | None, picture: Path | None, each: int, setti
 
     torch.manual_seed(0)  # of the adapter's initial weights
     model = pipeline_model(str(folder), lora_rank=8, guidance_scale=GUIDANCE, vae_slicing=False)
-    config = updated(sa.Config(), {**SETTINGS, **settings})
+    config = updated(sa.Config(), settings, below=SETTINGS)
     begin = time.process_time()
 
     def show(kind: str, metrics: dict[str, float]) -> None:

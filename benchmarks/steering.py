@@ -23,8 +23,6 @@ import torch
 
 from scoreact.api.start import train_source
 from scoreact.control.policy import Policy
-from scoreact.dynamics.grids import GRIDS
-from scoreact.dynamics.sde import NOISES, SDE
 from scoreact.dynamics.solvers import SOLVERS
 from scoreact.evaluation.evaluate import evaluate
 from scoreact.evaluation.optimum import mean_and_error
@@ -55,8 +53,8 @@ def rows(folder: Path, samples: int, seed: int, particles: list[int], chunk: int
     reward = checked(problem.reward)
     path = folder / ("best" if weights == "best" else "") / "value.safetensors"
     value, kl_weight = load_value(path, problem.value_network, config, policy, reward)
-    sde, device = SDE(policy.schedule, NOISES[config.noise](config.noise_scale)), next(iter(policy.parameters())).device
-    ts = GRIDS["uniform" if config.grid == "random" else config.grid](policy.schedule, config.steps, None)
+    sde, device = config.sde(policy.schedule), next(iter(policy.parameters())).device
+    ts = config.times(policy.schedule)
     names = balanced(problem.prompts, samples, torch.Generator().manual_seed(seed))
 
     def line(method: str, base: str, strength: float, count: int, value: Any) -> list[str]:

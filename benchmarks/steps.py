@@ -36,7 +36,7 @@ from scoreact.recipes.base import Problem, recipes
 from scoreact.recipes.gaussian import mixture, quadratic_reward
 from scoreact.support.files import append_line, resume_lines
 from scoreact.support.workers import Workers
-from scoreact.training.config import Config, updated
+from scoreact.training.config import Config, updated, usable
 
 RULES = ("ctrl", "ctrl_pathwise", "ctrl_trpo", "dpok", "flow_grpo", "ddpo")
 STEPS = (5, 10, 20, 50)
@@ -92,7 +92,7 @@ def run(rule: str, steps: int, seed: int) -> dict[str, Any]:
         "seed": seed,
         "minibatch_size": size,
     }
-    config = updated(Config(), given)
+    config = updated(Config(), usable(Config(), given))
     result = finetune(
         problem.model, problem.reward, problem.prompts, value_network=problem.value_network, config=config
     )

@@ -66,6 +66,7 @@ def ours(run: Run) -> Run:
     from scoreact import rewards
     from scoreact.models.pipelines.opening import pipeline_model
     from scoreact.models.value_networks import Encoder
+    from scoreact.training.config import Config, usable
 
     torch.set_num_threads(1)
     torch.manual_seed(run["seed"])  # of the adapter's initial weights
@@ -96,8 +97,9 @@ def ours(run: Run) -> Run:
         "kl_states": 0, "kl_weight": 0.1, "kl_limit": 1e9, "value_inputs": "x_data_hat",
         "value_batch_size": 128,
     }  # fmt: skip
+    given = usable(Config(), {**settings, **run["settings"]})
     sa.finetune(
-        model, rewards.load(reward, folder=run["folder"]), CAPTIONS, on_event=note, **{**settings, **run["settings"]},
+        model, rewards.load(reward, folder=run["folder"]), CAPTIONS, on_event=note, **given,
         value_network=lambda: Encoder(model.shape[0], classes=len(CAPTIONS)),
     )  # fmt: skip
     return found

@@ -20,7 +20,7 @@ from scoreact.dynamics.schedule import Cosine, RectifiedFlow
 from scoreact.models.network import NetworkModel
 from scoreact.models.value_networks import VectorValue
 from scoreact.rewards.base import FunctionReward
-from scoreact.training.config import Config, updated
+from scoreact.training.config import Config, updated, usable
 from scoreact.training.trainer import Trainer
 from scoreact.types import Condition, Metrics
 
@@ -92,7 +92,7 @@ LEVEL = FunctionReward(lambda x, c: x[:, :, 6:].mean((1, 2)), "level", different
 def train(rule: str, out: Path | None = None, reward: Any = LEVEL, schedule: Any = None, **settings: Any) -> Result:
     """A few iterations on the series."""
     run = {k: settings.pop(k) for k in ("resume", "on_event") if k in settings}
-    config = updated(Config(), {"algorithm": rule, **SMALL, **settings})
+    config = updated(Config(), {**usable(Config(), {**SMALL, "algorithm": rule}), **settings})
     return finetune(
         series_model(schedule or RectifiedFlow()), reward, ["a", "b", "c"], value_network=Classes, config=config,
         out=out, **run,
@@ -105,7 +105,7 @@ def weights(result: Result) -> Tensor:
 
 @pytest.mark.parametrize("rule", NAMES)
 def test_ratio_is_one_before_the_first_update(rule: str) -> None:
-    config = updated(Config(), {"algorithm": rule, **SMALL})
+    config = updated(Config(), usable(Config(), {**SMALL, "algorithm": rule}))
     trainer = Trainer(series_model(RectifiedFlow()), LEVEL, ["a", "b", "c"], Classes, config)
     trainer.look_at_reference()
     rows = trainer.algorithm.prepare(trainer.rollout(), trainer.generator, 1.0)

@@ -149,10 +149,10 @@ def test_train_help_shows_every_setting_with_the_recipes_default(say: Callable[.
         assert f"--{field.name.replace('_', '-')} " in out
         # a line break may fall anywhere, even behind a hyphen
         assert field.metadata["help"].replace(" ", "") in out.replace(" ", "")
-    assert "kernel of a step in training [default euler_maruyama]" in out, "the recipe's, not Config's ddim"
+    assert "takes a step in training [default euler_maruyama]" in out, "the recipe's, not Config's ddim"
     assert "[above 0, default 0.5]" in out, "kl_weight of the recipe"
     assert "--option mixture_seed=0" in out
-    assert "kernel of a step in training [default ddim]" in " ".join(say("train", "--help")[1].split())
+    assert "takes a step in training [default ddim]" in " ".join(say("train", "--help")[1].split())
 
 
 def test_the_overview_does_not_import_torch() -> None:
@@ -233,7 +233,7 @@ def test_a_mistake_in_the_program_is_named_as_such(say: Callable[..., Said], mon
     ("content", "said"),
     [
         ("itertions: 5\n", "config file 'a.yaml': unknown key 'itertions'; did you mean 'iterations'?"),
-        ("steps: many\n", "steps is 'many' (str); expected int (steps of a path in training)."),
+        ("steps: many\n", "steps is 'many' (str); expected int (Number of steps of a path in training)."),
         ("steps: [1\n", "config file 'a.yaml' cannot be read: "),
         ("options: 3\n", "config file 'a.yaml': options is 3; expected `name: value` lines."),
         ("options: {dmi: 3}\n", "recipe gaussian has no option 'dmi'"),

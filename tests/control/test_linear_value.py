@@ -31,7 +31,7 @@ from scoreact.runs.session import Event
 from scoreact.runs.source import load_value
 from scoreact.support.files import read_tensors, write_tensors
 from scoreact.training.assembly import build_critic, build_value
-from scoreact.training.config import Config
+from scoreact.training.config import Config, updated, usable
 from scoreact.types import Condition, Metrics
 
 BETA = 0.5
@@ -202,7 +202,7 @@ def train(out: Path | None = None, on_event: Event | None = None, **settings: An
         algorithm="ctrl_pathwise", value="linear", value_loss="soft", value_replay=8, iterations=4, batch_size=16, steps=5,
         reference_batches=3, minibatch_size=16, heldout_samples=8, evaluate_every=2, checkpoint_every=2, device="cpu",
     )  # fmt: skip
-    config = Config(**{**given, **settings})
+    config = updated(Config(), usable(Config(), {**given, **settings}))
     return finetune(
         pictures(), bright, ["cat", "dog"], config=config, out=out, resume=bool(out and out.exists()), on_event=on_event
     )

@@ -23,7 +23,7 @@ from scoreact.models.pipelines.model import PipelineModel
 from scoreact.models.pipelines.opening import pipeline_model
 from scoreact.recipes.pipeline import SETTINGS, build
 from scoreact.support import files as checkpoint
-from scoreact.training.config import Config, updated
+from scoreact.training.config import Config, updated, usable
 from scoreact.training.trainer import Trainer
 
 diffusers = pytest.importorskip("diffusers")
@@ -238,7 +238,11 @@ def test_the_features_carry_a_value(rule: str, tmp_path: Path) -> None:
             heldout_samples=4, device="cpu", value="linear" if kind == "linear" else "network",
         )  # fmt: skip
         trainer = Trainer(
-            problem.model, lambda s, c: 100 * light(s, c), ["cat"], problem.value_network, updated(SETTINGS, changes)
+            problem.model,
+            lambda s, c: 100 * light(s, c),
+            ["cat"],
+            problem.value_network,
+            updated(SETTINGS, usable(SETTINGS, changes)),
         )
         trainer.look_at_reference()
         assert trainer.policy.network_calls == 2 * 32 * 3

@@ -39,7 +39,7 @@ from scoreact.rewards.remote import client as remote
 from scoreact.rewards.remote.client import Elsewhere, RemoteError, request
 from scoreact.rewards.remote.server import RewardServer
 from scoreact.training import trainer
-from scoreact.training.config import Config
+from scoreact.training.config import Config, updated, usable
 from scoreact.types import Condition
 
 CPU = torch.device("cpu")
@@ -699,7 +699,7 @@ class Drawing(ResidualModel):
 
 
 def make(model: Drawing, reward: Reward, **settings: Any) -> trainer.Trainer:
-    config = Config(**{**SMALL, **settings})
+    config = updated(Config(), usable(Config(), {**SMALL, **settings}))
     return trainer.Trainer(model, reward, [""], lambda: VectorValue(4, 16), config)
 
 
@@ -747,7 +747,11 @@ def test_a_batch_of_the_reference_is_scored_while_the_next_is_drawn(
 def outcome(reward: Reward, **settings: Any) -> tuple[Tensor, list[dict[str, Any]]]:
     """Weights, and metrics without the clock's."""
     result = finetune(
-        Drawing(), reward, ["a", "b", "c"], value_network=lambda: VectorValue(4, 16), **{**SMALL, **settings}
+        Drawing(),
+        reward,
+        ["a", "b", "c"],
+        value_network=lambda: VectorValue(4, 16),
+        **usable(Config(), {**SMALL, **settings}),
     )
     parameters = list(result.policy.model.parameters())  # type: ignore[attr-defined]
     history = [{k: v for k, v in line.items() if k != "seconds"} for line in result.history]

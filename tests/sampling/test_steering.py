@@ -32,7 +32,7 @@ from scoreact.sampling.draw import draw
 from scoreact.sampling.guided import Guided, Interpolated, RewardOfEstimate
 from scoreact.sampling.particles import best_of, best_of_kl, smc, systematic
 from scoreact.sampling.steering import METHODS, Steering
-from scoreact.training.config import Config
+from scoreact.training.config import Config, usable
 from scoreact.training.trainer import Trainer
 from scoreact.types import Condition, ScoreFn
 
@@ -346,7 +346,9 @@ def test_a_run_leaves_its_value(tmp_path: Path, settings: dict[str, Any], monkey
 
 def test_a_rule_without_a_value_leaves_none(tmp_path: Path) -> None:
     model = ResidualModel(mixture(2, 3, 0), 2, width=16)
-    result = finetune(model, linear_reward(2, 0), [""], out=tmp_path / "run", **{**SMALL, "algorithm": "ddpo"})
+    result = finetune(
+        model, linear_reward(2, 0), [""], out=tmp_path / "run", **usable(Config(), {**SMALL, "algorithm": "ddpo"})
+    )
     assert not (tmp_path / "run" / "value.safetensors").exists()
     with pytest.raises(ValueError, match=r"does not exist: this run's rule fits no value \(ctrl\)"):
         load_value(tmp_path / "run" / "value.safetensors", None, Config(), result.policy, linear_reward(2, 0))

@@ -29,7 +29,7 @@ from scoreact.report.words import what_happened
 from scoreact.runs.checkpoint import load_checkpoint
 from scoreact.runs.record import read_record
 from scoreact.support.files import read_lines
-from scoreact.training.config import Config, read, updated
+from scoreact.training.config import Config, read, updated, usable
 from scoreact.training.guard import Guard
 from scoreact.training.kl_price import KLPrice, has_kl_term, reprice, sees_kl
 from scoreact.types import Condition, Metrics
@@ -321,7 +321,7 @@ def train(out: Path | None = None, problem: Any = None, seed_of_model: int = 0, 
         problem = problem or build(width=8)
     return finetune(
         problem.model, problem.reward, problem.prompts, value_network=problem.value_network, out=out,
-        optimum=problem.optimum, **run, **{**SMALL, **settings},
+        optimum=problem.optimum, **run, **usable(Config(), {**SMALL, **settings}),
     )  # fmt: skip
 
 

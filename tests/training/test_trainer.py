@@ -27,7 +27,7 @@ from scoreact.runs import checkpoint
 from scoreact.runs.checkpoint import load_checkpoint, read_run
 from scoreact.support.errors import SettingError
 from scoreact.support.files import read_lines
-from scoreact.training.config import Config
+from scoreact.training.config import Config, usable
 from scoreact.training.optim import Diverged
 from scoreact.training.trainer import Trainer
 from scoreact.types import Condition, Metrics
@@ -56,7 +56,7 @@ def train(out: Path | None = None, *, tuned: ResidualModel | None = None, **sett
         value_network=lambda: VectorValue(inputs, 16),
         out=out,
         **run,
-        **{**SMALL, **settings},
+        **usable(Config(), {**SMALL, **settings}),
     )
 
 
@@ -74,7 +74,7 @@ RULES = [
     {"algorithm": "ctrl"},
     {"algorithm": "ctrl", "gradient_at": "next", "exploration": "gaussian"},
     {"algorithm": "ctrl_pathwise", "value_loss": "soft", "value_replay": 3, "reuse_reference": 2, "grid": "random"},
-    {"algorithm": "ctrl_trpo", "value": "residual", "value_inputs": "x_data_hat"},
+    {"algorithm": "ctrl_trpo", "value": "residual"},
     {"algorithm": "ctrl_trpo", "reuse_reference": 1},
 ]
 

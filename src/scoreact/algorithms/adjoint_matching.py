@@ -45,8 +45,8 @@ class AdjointMatching(Rule):
     reads_reference = False  # the adjoint asks the reference at every state, after the rollout
     differentiates_reward = True
 
-    matched_steps: int = setting(0, "steps a path in the loss, half of them its last; 0 is all", 0)
-    loss_limit: float = setting(0.0, "largest |u - u*|^2 beta^2 that still has a gradient; 0 is no limit", 0)
+    matched_steps: int = setting(0, "Number of steps of a path in the loss, half of them its last; 0: all", 0)
+    loss_limit: float = setting(0.0, "Largest |u - u*|^2 beta^2 that still has a gradient; 0: no limit", 0)
 
     def prepare(self, paths: Paths, generator: torch.Generator, rate: float) -> Batch:
         """The adjoints of every path, and from them the controls to regress to."""

@@ -25,48 +25,66 @@ from torch import Tensor
 from ..control.advantage import believed, control_variate, gae, returns_to_go, standardised_per_step
 from ..control.transitions import Batch, Paths
 from ..dynamics import girsanov
-from ..support.settings import setting
+from ..support.settings import Above, setting
 from ..types import Metrics
 from .base import Rule
 from .surrogate import surrogate
 
 
 @dataclass
-class CTRL(Rule):
-    """Settings of the rule.
+class ControlRule(Rule):
+    """What `ctrl`, `ctrl_trpo` and `ctrl_pathwise` share: a value, its force S grad V, and these settings.
 
-    kl_weight: beta. clip_range: per square root of unit time, the ratio of a step of length dt is clipped at
-    1 +- clip_range sqrt(dt). trace: GAE's lambda per unit time. ratio_weight: weight of the ratio term, 1 the unbiased
-    gradient; its noise grows with the dimension, and less (down to 0, the pathwise rule) learns faster there.
-    trust: weight of the squared distance to the behaviour policy, in units of kl_weight.
-    gradient_at: where the force S grad V is taken. "next": at (t_{k+1}, x'), x' drawn from the step's kernel: its mean is
-    the kernel's exact policy gradient on any grid. "state": at (t_k, x_k), the continuous-time form.
-    reuse_reference: the first iteration is then on-policy without a rollout; later ones are off it, under the clipped ratio.
+    kl_weight: beta. trust: weight of the squared distance to the behaviour policy, in units of kl_weight.
+    gradient_at: where the force is taken. "next": at (t_{k+1}, x'), x' drawn from the step's kernel: its mean is the
+    kernel's exact policy gradient on any grid. "state": at (t_k, x_k), the continuous-time form.
+    reuse_reference: the first iteration is then on-policy without a rollout; later ones are off it.
     """
 
-    search: ClassVar[Mapping[str, Any]] = {
-        "ratio_weight": (0.1, 1.0, "log"), "clip_range": (0.3, 3.0, "log"), "reuse_reference": [0, 1],
-    }  # fmt: skip
     fits_value = True
 
-    clip_range: float = setting(1.0, "ratio clipping, per square root of unit time", 0, above=True)
-    trace: float = setting(1.0, "GAE's lambda per unit time", 0, 1)
-    ratio_weight: float = setting(1.0, "weight of the ratio term beside the value's gradient", 0)
-    trust: float = setting(0.0, "weight of the squared distance to the behaviour policy, in units of kl_weight", 0)
-    advantage: Literal["gae", "standardised_value_differences"] = setting(
-        "gae", "the advantage; the second is the authors' published code"
+    trust: float = setting(
+        0.0, "Weight of the squared distance to the policy that drew the paths, in units of kl_weight", 0
     )
     gradient_at: Literal["state", "next"] = setting(
-        "next", "where the value's gradient is taken: where the step leads (exact on any grid), or where it begins"
+        "next", "Where the value's gradient is taken: where a step leads (exact on any grid), or where it begins"
     )
     reuse_reference: int = setting(
-        0, "first iterations that learn from the reference's own paths, not new ones; at most reference_batches", 0
+        0, "Number of first iterations that learn from the reference's paths; at most reference_batches", 0
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.kl_weight <= 0:
             raise ValueError(f"kl_weight must be positive, got {self.kl_weight}.")
+
+
+@dataclass
+class CTRL(ControlRule):
+    """Settings of the rule.
+
+    clip_range: per square root of unit time, the ratio of a step of length dt is clipped at 1 +- clip_range sqrt(dt).
+    trace: GAE's lambda per unit time. ratio_weight: weight of the ratio term, 1 the unbiased gradient; its noise grows
+    with the dimension, and less (down to 0, the pathwise rule) learns faster there.
+    """
+
+    search: ClassVar[Mapping[str, Any]] = {
+        "ratio_weight": (0.1, 1.0, "log"), "clip_range": (0.3, 3.0, "log"), "reuse_reference": [0, 1],
+    }  # fmt: skip
+    clip_range: float = setting(
+        1.0,
+        "Distance from 1 at which a step's ratio is clipped, per square root of unit time",
+        0,
+        above=True,
+        needs={"ratio_weight": Above(0)},
+    )
+    trace: float = setting(
+        1.0, "Lambda of generalised advantage estimation (GAE), per unit time", 0, 1, needs={"advantage": ("gae",)}
+    )
+    ratio_weight: float = setting(1.0, "Weight of the ratio term beside the value's gradient; 1 is unbiased", 0)
+    advantage: Literal["gae", "standardised_value_differences"] = setting(
+        "gae", "How an action's advantage is estimated; the second is the authors' published code"
+    )
 
     def prepare(self, paths: Paths, generator: torch.Generator, rate: float) -> Batch:
         """Fit V to the returns, then advantages [N, B] and forces h [N, B, *D]."""

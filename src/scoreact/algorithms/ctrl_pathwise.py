@@ -24,17 +24,19 @@ from ..dynamics import girsanov
 from ..dynamics.solvers import step_of
 from ..support.settings import setting
 from ..types import Metrics, expand, sum_over_data
-from .ctrl import CTRL
+from .ctrl import ControlRule
+
+CLAMPED = {"form": ("clamped_displacement",)}
 
 
 @dataclass
-class CTRLPathwise(CTRL):
-    """Settings of the rule; clip_range, trace, ratio_weight and advantage are `ctrl`'s and unused here.
+class CTRLPathwise(ControlRule):
+    """Settings of the rule.
 
     transitions: at how many states a rollout to take the value's gradient and regress; 0 is all.
     force: 1 is the rule at its fixed point. Far from it following the optimal value's gradient brings more at once than that
     value says, and a value fitted on few samples is shrunk: 0 takes the slope of the returns on V, which becomes 1.
-    displacement_clamp, loss_clamp: of the published variant only (0.1 and 1 in their code).
+    displacement_clamp, loss_clamp: of the published variant, with the values of its code.
     """
 
     search: ClassVar[Mapping[str, Any]] = {
@@ -42,16 +44,18 @@ class CTRLPathwise(CTRL):
     }  # fmt: skip
 
     form: Literal["regression", "clamped_displacement"] = setting(
-        "regression", "the loss; the second is the authors' published code"
+        "regression", "The loss; the second is the authors' published code"
     )
-    transitions: int = setting(0, "states a rollout at which to regress; 0 is all of them", 0)
+    transitions: int = setting(0, "Number of states of a rollout at which the score is regressed; 0: all of them", 0)
     force: float = setting(
         0.0,
-        "multiplier of the value's gradient; 0: the slope of the returns on the value, measured in every iteration",
+        "Multiplier of the value's gradient; 0: the slope of the returns on the value, measured in each iteration",
         0,
     )
-    displacement_clamp: float = 0.1
-    loss_clamp: float = 1.0
+    displacement_clamp: float = setting(
+        0.1, "Largest displacement of a number of the state that the loss counts", 0, above=True, needs=CLAMPED
+    )
+    loss_clamp: float = setting(1.0, "Largest loss of a step, either way", 0, above=True, needs=CLAMPED)
 
     def prepare(self, paths: Paths, generator: torch.Generator, rate: float) -> Batch:
         """Fit V to the returns; the controls to regress to, at `transitions` random states of the paths."""

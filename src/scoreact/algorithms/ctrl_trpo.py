@@ -22,10 +22,12 @@ class CTRLTrustRegion(CTRL):
     search: ClassVar[Mapping[str, Any]] = {"ratio_weight": (0.1, 1.0, "log"), "reuse_reference": [0, 1]}
     minimiser = "natural_gradient"
 
-    clip_range: float = float("inf")
-    cg_steps: int = setting(20, "conjugate-gradient steps", 1)
+    clip_range: float = float("inf")  # no setting here
+    cg_steps: int = setting(20, "Number of conjugate-gradient steps that solve for the natural gradient", 1)
     # with much of it weakly curved directions are never learned (`benchmarks/proof.py --rules ctrl_trpo --set damping=0.01`)
-    damping: float = setting(1e-4, "added to the Fisher matrix, in units of its curvature along the gradient", 0)
+    damping: float = setting(
+        1e-4, "Damping added to the Fisher matrix, in units of its curvature along the gradient", 0
+    )
 
 
 RULES = {"ctrl_trpo": CTRLTrustRegion}

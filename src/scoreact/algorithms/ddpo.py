@@ -28,6 +28,8 @@ from ..types import Condition, Metrics, groups
 from .base import Rule
 from .surrogate import surrogate
 
+RATIO = {"estimator": ("importance",)}
+
 
 @dataclass
 class DDPO(Rule):
@@ -46,15 +48,23 @@ class DDPO(Rule):
     reads_reference = False
 
     estimator: Literal["importance", "score_function"] = setting(
-        "importance", "clipped importance ratio (DDPO-IS) or score function (DDPO-SF, one optimiser step a rollout)"
+        "importance", "Clipped importance ratio (DDPO-IS), or score function (DDPO-SF; one optimiser step a rollout)"
     )
-    clip_range: float = setting(1.0, "ratio clipping, per square root of unit time", 0, above=True)
+    clip_range: float = setting(
+        1.0,
+        "Distance from 1 at which a step's ratio is clipped, per square root of unit time",
+        0,
+        above=True,
+        needs=RATIO,
+    )
     temperature: Literal["one", "root_dimensions", "dimensions"] = setting(
-        "one", "the log-ratio is divided by 1, by the root of the number of data dimensions, or by that number"
+        "one",
+        "What the log-ratio is divided by: 1, the root of the number of data dimensions, or that number",
+        needs=RATIO,
     )
-    advantage_clip: float = setting(5.0, "largest advantage, in standard deviations of the reward", 0, above=True)
-    buffer_size: int = setting(32, "rewards remembered for each prompt", 2)
-    min_count: int = setting(16, "rewards of a prompt from which on its own mean and standard deviation are used", 2)
+    advantage_clip: float = setting(5.0, "Largest advantage, in standard deviations of the reward", 0, above=True)
+    buffer_size: int = setting(32, "Number of rewards that are remembered for each prompt", 2)
+    min_count: int = setting(16, "Number of rewards from which on a prompt's own mean and spread are used", 2)
     buffers: dict[str, list[float]] = field(default_factory=dict)  # the last rewards of each prompt
 
     def __post_init__(self) -> None:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from ..control.policy import Policy
 from ..control.transitions import Paths, Rows, in_parts
-from ..support.settings import setting
+from ..support.settings import Above, setting
 from ..types import Condition, Metrics, expand, groups, sum_over_data
 from .forward import ForwardRule, Noised
 
@@ -61,19 +61,28 @@ class DiffusionNFT(ForwardRule):
         "kl_share": (0.3, 3.0, "log"), "old_most": [0.0, 0.5],
     }  # fmt: skip
 
-    sampling: Literal["sde", "ode"] = setting("ode", "rollouts by the SDE or by its probability-flow ODE")
+    sampling: Literal["sde", "ode"] = setting(
+        "ode", "How rollouts are drawn: by the SDE, or by its probability-flow ODE (without noise)"
+    )
     mix: float = setting(
-        1.0, "b: how much of the policy is in the implicit positive and negative policies", 0, above=True
+        1.0, "Share of the policy in the implicit positive and negative policies (b in the paper)", 0, above=True
     )
     advantage_clip: float = setting(
-        5.0, "reward, in standard deviations from its mean, at which r is 0 or 1", 0, above=True
+        5.0,
+        "Reward at which a sample counts as all bad or all good, in standard deviations from the mean",
+        0,
+        above=True,
     )
-    kl_share: float = setting(1.0, "weight of the distance to the reference, in units of kl_weight", 0)
+    kl_share: float = setting(1.0, "Weight of the distance to the reference, in units of kl_weight; 0: none", 0)
     weighting: Literal["velocity", "adaptive", "epsilon", "x0", "kl"] = setting(
-        "velocity", "the squared error: of the data over its own size, of velocity, noise or data, or the path KL's"
+        "velocity", "The squared error: of velocity, data over its size (adaptive), noise, data (x0), or the path KL's"
     )
-    old_rise: float = setting(0.001, "the old policy's decay grows so much an iteration ...", 0)
-    old_most: float = setting(0.5, "... up to this; 0 makes every rollout on-policy", 0, 1)
+    old_rise: float = setting(
+        0.001, "Growth per iteration of the decay by which the sampling policy lags", 0, needs={"old_most": Above(0)}
+    )
+    old_most: float = setting(
+        0.5, "Largest decay by which the sampling policy lags; 0: every rollout is the policy's own", 0, 1
+    )
     old: Policy = field(init=False)  # draws the rollouts
     updates: int = 0
 

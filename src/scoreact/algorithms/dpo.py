@@ -61,6 +61,9 @@ class Pairs(Rows):
     steps: int
 
 
+OWN_PAIRS = {"pairs_file": ("",)}
+
+
 @dataclass
 class DPO(ForwardRule):
     """Settings of the rule; kl_weight is beta: a reward of 1 more is worth odds of e to 1.
@@ -74,20 +77,24 @@ class DPO(ForwardRule):
     search: ClassVar[Mapping[str, Any]] = {"consistency": (0.1, 1.0, "log"), "rounds": [1, 2, 4]}
 
     pairs: Literal["random", "best_worst", "all"] = setting(
-        "random", "who is compared within a prompt: random pairs, the best with the worst, or each with each"
+        "random",
+        "Which samples of a prompt are compared: random pairs, the best with the worst, or each with each",
+        needs=OWN_PAIRS,
     )
-    rounds: int = setting(2, "pairs that a sample is in, of random ones", 1)
+    rounds: int = setting(2, "Number of random pairs that a sample is in", 1, needs={**OWN_PAIRS, "pairs": ("random",)})
     labels: Literal["expected", "sampled", "hard"] = setting(
-        "expected", "Bradley-Terry's probability itself; a draw of it, as a person's choice; or the larger reward wins"
+        "expected",
+        "Who is preferred: by Bradley-Terry's probability; by a draw of it, like a person; or by the larger reward",
+        needs=OWN_PAIRS,
     )
     weighting: Literal["kl", "epsilon"] = setting(
-        "kl", "weight of each time: the path KL's, or the same for every squared error of the noise, as published"
+        "kl", "Weight of each time: the path KL's, or (epsilon) the same for every error of the noise, as published"
     )
     consistency: float = setting(
-        0.3, "weight of denoising both samples of a pair, in units of kl_weight; keeps the path KL from running away", 0
+        0.3, "Weight of denoising both samples of a pair, in units of kl_weight; holds back the path KL", 0
     )
     pairs_file: str = setting(
-        "", "safetensors file of preferences, `chosen` and `rejected`; empty: pairs by the reward"
+        "", "Safetensors file of preferences, `chosen` and `rejected`; empty: pairs of a rollout, by the reward"
     )
     stored: tuple[Tensor, Tensor, list[str]] | None = field(default=None, init=False)
 

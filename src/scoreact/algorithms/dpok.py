@@ -39,11 +39,13 @@ class DPOK(Rule):
     search: ClassVar[Mapping[str, Any]] = {"clip_range": (0.1, 3.0, "log"), "later_costs": [False, True]}
     fits_value = True
 
-    clip_range: float = setting(1.0, "ratio clipping, per square root of unit time", 0, above=True)
-    temperature: Literal["one", "root_dimensions", "dimensions"] = setting(
-        "one", "the log-ratio is divided by 1, by the root of the number of data dimensions, or by that number"
+    clip_range: float = setting(
+        1.0, "Distance from 1 at which a step's ratio is clipped, per square root of unit time", 0, above=True
     )
-    later_costs: bool = setting(False, "count what a step does to the KL of later steps (the paper leaves it out)")
+    temperature: Literal["one", "root_dimensions", "dimensions"] = setting(
+        "one", "What the log-ratio is divided by: 1, the root of the number of data dimensions, or that number"
+    )
+    later_costs: bool = setting(False, "Whether a step is charged for the KL of later steps (not so in the paper)")
 
     def prepare(self, paths: Paths, generator: torch.Generator, rate: float) -> Batch:
         """Fit V to the returns; A_k = return after step k - V(t_k, x_k)."""

@@ -63,13 +63,19 @@ class DRaFT(Rule):
     differentiates_reward = True
     transitions_only = False
 
-    variant: Literal["draft", "alignprop", "refl"] = setting("draft", "whose truncation of the gradient")
-    last_steps: int = setting(0, "last steps of a path that may receive the reward's gradient; 0 is all", 0)
-    renoise: int = setting(0, "further starts a path, by noising its end (DRaFT-LV: 2, with last_steps 1)", 0)
-    kl_share: float = setting(1.0, "weight of the path KL, in units of kl_weight; 0 is the papers'", 0)
+    variant: Literal["draft", "alignprop", "refl"] = setting(
+        "draft", "Where the reward's gradient is cut: as in DRaFT, AlignProp or ReFL"
+    )
+    last_steps: int = setting(0, "Number of last steps of a path that the reward's gradient may reach; 0: all", 0)
+    renoise: int = setting(
+        0,
+        "Number of further starts of a path, by noising its end (DRaFT-LV: 2, with last_steps 1)",
+        0,
+        needs={"variant": ("draft", "alignprop")},
+    )
+    kl_share: float = setting(1.0, "Weight of the path KL, in units of kl_weight; 0 as in the papers", 0)
     recompute: bool = setting(
-        False,
-        "keep only the states between steps, and compute each step again for its gradient: the memory of one step",
+        False, "Whether each step is computed again for its gradient: the memory of one step, more time"
     )
     simulated: list[Tensor] = field(default_factory=list, init=False)  # rewards and KL of this iteration's paths
 

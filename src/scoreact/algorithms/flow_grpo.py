@@ -30,11 +30,13 @@ from torch import Tensor
 
 from ..control.transitions import Batch, Paths
 from ..dynamics import girsanov
-from ..support.settings import setting
+from ..support.settings import Above, setting
 from ..types import Condition, Metrics, groups, sum_over_data
 from .base import Rule
 from .ddpo import with_advantages
 from .surrogate import surrogate
+
+WINDOW = {"window": Above(0)}
 
 
 @dataclass
@@ -52,22 +54,35 @@ class FlowGRPO(Rule):
         "noise": ["flow_grpo", "noise_level"], "noise_scale": [0.5, 0.7, 1.0],
     }  # fmt: skip
 
-    clip_range: float = setting(1.0, "ratio clipping, per square root of unit time", 0, above=True)
+    clip_range: float = setting(
+        1.0, "Distance from 1 at which a step's ratio is clipped, per square root of unit time", 0, above=True
+    )
     temperature: Literal["one", "root_dimensions", "dimensions"] = setting(
-        "one", "the log-ratio is divided by 1, by the root of the number of data dimensions, or by that number"
+        "one", "What the log-ratio is divided by: 1, the root of the number of data dimensions, or that number"
     )
-    advantage_clip: float = setting(5.0, "largest advantage", 0, above=True)
+    advantage_clip: float = setting(
+        5.0, "Largest advantage, in the units that advantage_scale leaves it", 0, above=True
+    )
     advantage_scale: Literal["group", "batch", "none"] = setting(
-        "group", "advantages are divided by the reward's standard deviation in the group, in the batch, or not at all"
+        "group",
+        "What advantages are divided by: the reward's standard deviation in the group, in the batch, or nothing",
     )
-    reference_kl: bool = setting(True, "hold the policy to the reference by kl_weight times the KL of each step")
-    ratio_norm: bool = setting(False, "GRPO-Guard: ratios of mean 0 in the logarithm, policy loss per unit time")
-    window: int = setting(0, "neighbouring steps drawn from the SDE, the others from the ODE; 0 is all from the SDE", 0)
-    window_until: float = setting(0.5, "first share of the steps in which the window lies", 0, 1, above=True)
+    reference_kl: bool = setting(True, "Whether the loss holds kl_weight times the KL of each step to the reference")
+    ratio_norm: bool = setting(False, "GRPO-Guard: log-ratios of mean 0, and the policy's loss per unit time")
+    window: int = setting(
+        0, "Number of neighbouring steps drawn with noise, the others without; 0: all of them with noise", 0
+    )
+    window_until: float = setting(
+        0.5, "Share of the steps, from the first on, in which the window lies", 0, 1, above=True, needs=WINDOW
+    )
     window_order: Literal["random", "sliding"] = setting(
-        "random", "the window's place: drawn anew each rollout, or sliding from noise to data and round again"
+        "random",
+        "The window's place: drawn for each rollout, or sliding from noise to data again and again",
+        needs=WINDOW,
     )
-    window_iterations: int = setting(25, "iterations a sliding window stays in one place", 1)
+    window_iterations: int = setting(
+        25, "Number of iterations that a sliding window stays", 1, needs={**WINDOW, "window_order": ("sliding",)}
+    )
     rollouts: int = 0  # so far: where a sliding window is
 
     def stochastic_steps(self, steps: int, generator: torch.Generator) -> Tensor | None:

@@ -41,8 +41,12 @@ class ForwardRule(Rule):
     reads_reference = False
     transitions_only = False
 
-    draws: int = setting(0, "steps of the grid, at random, at which each sample is denoised; 0 is all of them", 0)
-    sampling: Literal["sde", "ode"] = setting("sde", "rollouts by the SDE or by its probability-flow ODE")
+    draws: int = setting(
+        0, "Number of steps of the grid, at random, at which each sample is denoised; 0: all of them", 0
+    )
+    sampling: Literal["sde", "ode"] = setting(
+        "sde", "How rollouts are drawn: by the SDE, or by its probability-flow ODE (without noise)"
+    )
 
     def stochastic_steps(self, steps: int, generator: torch.Generator) -> Tensor | None:
         return torch.zeros(steps, dtype=torch.bool) if self.sampling == "ode" else None

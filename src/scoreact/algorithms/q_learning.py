@@ -50,9 +50,10 @@ class QLearning(Rule):
     fits_value = True
 
     regress_on: Literal["action", "action_and_noise"] = setting(
-        "action_and_noise", "what q is fitted on: the action (needs exploration), or with the SDE's noise as part of it"
+        "action_and_noise",
+        "What q is fitted on: the action alone (needs exploration), or with the path's noise as a part of it",
     )
-    trace: float = setting(1.0, "lambda per unit time: how far later martingale increments count", 0, 1)
+    trace: float = setting(1.0, "Lambda per unit time: how much later increments of the martingale count", 0, 1)
 
     def __post_init__(self) -> None:
         super().__post_init__()

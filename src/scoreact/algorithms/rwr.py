@@ -48,12 +48,14 @@ class RWR(ForwardRule):
     defaults: ClassVar[Mapping[str, Any]] = {"epochs": 1}
 
     samples: Literal["reference", "policy"] = setting(
-        "reference", "who draws: the reference (the optimum is the tilted law) or the policy (drifts to the argmax)"
+        "reference", "Who draws: the reference (optimum: the tilted law), or the policy (drifts to the largest reward)"
     )
     weighting: Literal["kl", "epsilon", "velocity", "x0"] = setting(
-        "kl", "weight of each time: the path KL's, or that of a squared error of the noise, the velocity or the data"
+        "kl", "Weight of each time: the path KL's, or that of a squared error of noise, velocity or data (x0)"
     )
-    replay: int = setting(40, "rollouts of the reference that are remembered (no more than the last, of the policy)", 1)
+    replay: int = setting(
+        40, "Number of the reference's rollouts that are remembered", 1, needs={"samples": ("reference",)}
+    )
     memory: list[tuple[Tensor, Tensor, list[str]]] = field(default_factory=list)  # samples, rewards, prompts
 
     def behaviour(self) -> Policy:

@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from ..control.policy import Policy
-from ..dynamics.grids import GRIDS
 from ..dynamics.samplers import sampler_by_name
 from ..dynamics.sde import noise_level
 from ..models.base import ScoreModel
@@ -71,8 +70,7 @@ class Sampled:
 
     def times(self, model: ScoreModel, steps: int | None) -> Tensor:
         """The grid of training, with these steps or its own; a random one is uniform."""
-        grid = "uniform" if self.config.grid == "random" else self.config.grid
-        return GRIDS[grid](model.schedule, steps or self.config.steps, None)
+        return self.config.times(model.schedule, steps=steps)
 
 
 class guided:

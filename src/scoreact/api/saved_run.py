@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..control.policy import Policy
 from ..dynamics.samplers import SAMPLERS, sampler_by_name
-from ..dynamics.sde import NOISES, SDE, noise_level
+from ..dynamics.sde import SDE, noise_level
 from ..dynamics.solvers import SOLVERS
 from ..evaluation.evaluate import evaluate, transfer_table
 from ..evaluation.optimum import recovered
@@ -195,14 +195,13 @@ class SavedRun(Sampled):
             SAMPLERS.setdefault(name, sampler_by_name(name))  # a user's solver is known by its address from here on
         policy, c = self.policy(weights), self.config
         reward, device, count = checked(self.problem.reward), device_of(policy.model), samples or c.heldout_samples
-        noise, schedule = NOISES[c.noise](c.noise_scale), policy.model.schedule
+        sde = c.sde(policy.model.schedule)
         heldout = evaluate(
-            policy, SDE(schedule, noise), SOLVERS[c.solver], self.times(policy.model, None), reward, self.problem.prompts,
+            policy, sde, SOLVERS[c.solver], self.times(policy.model, None), reward, self.problem.prompts,
             c.kl_weight, count, seed, self.problem.judge, self.problem.features, device,
         )  # fmt: skip
         rows = [(solver, n) for solver in solvers for n in steps]
-        grid = "uniform" if c.grid == "random" else c.grid
-        table = transfer_table(policy, reward, self.problem.prompts, count, seed, grid, rows, device, noise)
+        table = transfer_table(policy, reward, self.problem.prompts, count, seed, c.grid, rows, device, sde.noise)
         if self.reference:
             heldout["objective/recovered"] = recovered(heldout["objective/J"], self.reference)
         found = {
@@ -229,7 +228,7 @@ class SavedRun(Sampled):
                 value, kl_weight = load_value(path, self.problem.value_network, c, policy, reward)
         return Steering(
             method, policy, reward, SDE(policy.schedule, noise_level(noise_scale)), solver, kl_weight, strength, particles,
-            "reference" if reference else "policy", value, SDE(policy.schedule, NOISES[c.noise](c.noise_scale)), c.act_until,
+            "reference" if reference else "policy", value, c.sde(policy.schedule), c.act_until,
         )  # fmt: skip
 
     def steer(

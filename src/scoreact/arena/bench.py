@@ -17,7 +17,7 @@ from ..algorithms.registry import find_rule
 from ..support.files import Line, append_line, resume_lines, write_json
 from ..support.workers import Workers
 from .budget import check_budget, split_settings
-from .problems import HELDOUT, TUNING_SEEDS, ArenaProblem, Job, known_problem, skips
+from .problems import HELDOUT, TUNING_SEEDS, ArenaProblem, Job, check_used, known_problem, skips
 from .referee import measure
 from .run import run_one
 from .tables import report
@@ -77,6 +77,7 @@ def bench(
                     )  # fmt: skip
                     check_budget(job)
                     wanted.append(job)
+    check_used(wanted, common, of_rule)
     _open(folder, network_calls, reward_calls, common, points, transfer_samples)
     if tuned is not None:
         keep_tuned(Path(tuned), folder / "tuned", rules, [p.name for p in chosen])

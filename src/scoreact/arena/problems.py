@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from ..algorithms.registry import find_rule
 from ..recipes.base import Problem, recipes
 from ..rewards.registry import load
 from ..support.names import known_name
-from ..training.config import Config, updated
+from ..training.config import Config, updated, usable
 
 TUNING_SEEDS = 10_000_000  # seeds from here on are tuning's
 HELDOUT = {"bench": 20_000_003, "tune": 20_000_033}  # seeds of the referee's noise
@@ -50,7 +50,8 @@ class ArenaProblem:
         own = {f.name for f in dataclasses.fields(Config)} - {"rule", "algorithm"}
         base = updated(recipes()[self.recipe].config, {"device": "cpu", **self.settings}, self.name)
         # no rule's settings: what binds a rule does not bind the referee
-        return updated(base, {**{k: v for k, v in settings.items() if k in own}, "rule": {}}, self.name)
+        changes = {**{k: v for k, v in settings.items() if k in own}, "rule": {}}
+        return updated(base, usable(base, changes), self.name)
 
 
 # on pictures: half a minute of one core
@@ -113,12 +114,25 @@ class Job:
     yardstick: dict[str, Any] = field(default_factory=dict)  # what `measure` found
 
     def config(self) -> Config:
-        """The settings of training. Raises ValueError for what does not fit."""
+        """The settings of training: of those of all runs, and of tuned ones, what the rule uses.
+
+        Raises ValueError for what does not fit.
+        """
         base = updated(recipes()[self.problem.recipe].config, {"device": "cpu", **self.problem.settings})
         changes = {**self.common, **self.settings, "algorithm": self.rule, "kl_weight": self.kl_weight}
-        return updated(base, {**changes, "seed": self.seed}, f"{self.rule} on {self.problem.name}")
+        return updated(base, {**usable(base, changes), "seed": self.seed}, f"{self.rule} on {self.problem.name}")
 
     @property
     def key(self) -> str:
         given = {**self.common, **self.settings}
         return json.dumps([self.rule, self.problem.name, self.kl_weight, self.seed, given], sort_keys=True)
+
+
+def check_used(jobs: Sequence[Job], common: Mapping[str, Any], of_rule: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises SettingError where a setting of all runs is used by none of them, or one of a rule not by that rule."""
+    configs = {(job.rule, job.problem.name): job.config() for job in jobs}
+    for (rule, problem), config in configs.items():
+        updated(config, of_rule.get(rule, {}), f"{rule} on {problem}")
+    for name, value in common.items():
+        if configs and not any(config.uses(name) for config in configs.values()):
+            updated(next(iter(configs.values())), {name: value}, "a setting of all runs")

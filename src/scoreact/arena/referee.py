@@ -10,9 +10,8 @@ from torch import Tensor
 
 from ..control.policy import Policy
 from ..control.rollout import rollout
-from ..dynamics.grids import GRIDS
 from ..dynamics.samplers import sampler_by_name
-from ..dynamics.sde import NOISES, SDE
+from ..dynamics.sde import SDE
 from ..dynamics.solvers import SOLVERS
 from ..evaluation.evaluate import TRANSFER, evaluate
 from ..evaluation.optimum import estimate_optimum
@@ -39,8 +38,8 @@ def heldout(policy: Policy, problem: Problem, config: Config, seed: int, judge: 
 
 def _sde_and_grid(policy: Policy, config: Config, seed: int) -> tuple[SDE, Tensor]:
     schedule = policy.reference.schedule
-    ts = GRIDS[config.grid](schedule, config.steps, torch.Generator().manual_seed(seed))
-    return SDE(schedule, NOISES[config.noise](config.noise_scale)), ts
+    ts = config.times(schedule, torch.Generator().manual_seed(seed))
+    return config.sde(schedule), ts
 
 
 @torch.no_grad()
@@ -49,9 +48,9 @@ def transfer(policy: Policy, problem: Problem, config: Config, samples: int, see
     if samples == 0:
         return {}
     names = balanced(problem.prompts, samples, torch.Generator().manual_seed(seed))
-    grid, found = "uniform" if config.grid == "random" else config.grid, {}
+    found = {}
     for solver, steps in TRANSFER:
-        ts = GRIDS[grid](policy.schedule, steps, None)
+        ts = config.times(policy.schedule, steps=steps)
         _, decoded = draw(policy, names, sampler_by_name(solver), ts, seed, device_of(policy.model))
         found[f"{solver} {steps}"] = float(problem.reward(decoded, policy.condition(names)).mean())
     return found

@@ -15,7 +15,7 @@ from ..support.files import Line, append_line, finite, resume_lines, write_json
 from ..support.workers import Workers
 from ..training.config import Config
 from .budget import check_budget, counts, split_settings
-from .problems import HELDOUT, TUNING_SEEDS, ArenaProblem, Job, known_problem, skips
+from .problems import HELDOUT, TUNING_SEEDS, ArenaProblem, Job, check_used, known_problem, skips
 from .referee import measure
 from .run import run_one
 
@@ -23,34 +23,33 @@ from .run import run_one
 def search_space(rule: str, config: Config) -> dict[str, Any]:
     """What is searched for a rule: name -> (low, high, "log" or "linear") or a list of choices.
 
-    The same few settings of the run for every rule, where the rule uses them, and the rule's own `search`.
+    The same few settings of the run for every rule, and the rule's own `search`: those that its choices use.
     """
-    kind = find_rule(rule)
-    space: dict[str, Any] = {"average": [0.0, 0.5, 0.7, 0.9, 0.95], "warmup": sorted({0, 1, config.warmup})}
-    if kind.minimiser == "adam":
-        space["learning_rate"] = (config.learning_rate / 10, config.learning_rate * 10, "log")
-        space["epochs"] = [1, 2, 4]
+    kind, whole = find_rule(rule), config.minibatch_size
+    space: dict[str, Any] = {
+        "average": [0.0, 0.5, 0.7, 0.9, 0.95],
+        "warmup": sorted({0, 1, config.warmup}),
+        "learning_rate": (config.learning_rate / 10, config.learning_rate * 10, "log"),
+        "epochs": [1, 2, 4],
         # small ones: more optimiser steps for the same network calls
-        whole = config.minibatch_size
-        space["minibatch_size"] = sorted({whole, max(2, whole // 4), max(2, whole // 16)}, reverse=True)
+        "minibatch_size": sorted({whole, max(2, whole // 4), max(2, whole // 16)}, reverse=True),
+        "max_kl": (0.05, 2.0, "log"),
+        "value_learning_rate": (config.value_learning_rate / 2, config.value_learning_rate * 5, "log"),
+    }
     # less than the defaults: at a fixed budget that buys iterations. name -> the least, and the parts of the default
-    cheaper: dict[str, tuple[int, tuple[int, ...]]] = {"batch_size": (8, (1, 4, 8, 16, 32))}
-    if kind.transitions_only:
-        space["max_kl"] = (0.05, 2.0, "log")
-        cheaper["kl_states"] = (32, (1, 8))
-    if kind.fits_value:
-        cheaper["reference_batches"] = (1, (1, 2, 4))
-    if kind.fits_value and config.value != "linear":  # which is solved for, without steps
-        space["value_learning_rate"] = (config.value_learning_rate / 2, config.value_learning_rate * 5, "log")
-        cheaper["value_batch_size"] = (2, (1, 2, 4, 8))
-        cheaper["value_steps"] = cheaper["value_first_steps"] = (2, (1, 2, 4))
+    cheaper: dict[str, tuple[int, tuple[int, ...]]] = {
+        "batch_size": (8, (1, 4, 8, 16, 32)), "kl_states": (32, (1, 8)), "reference_batches": (1, (1, 2, 4)),
+        "value_batch_size": (2, (1, 2, 4, 8)), "value_steps": (2, (1, 2, 4)), "value_first_steps": (2, (1, 2, 4)),
+    }  # fmt: skip
+    if not kind.fits_value:
+        del cheaper["reference_batches"]  # not counted: they only measure
     for name, (least, parts) in cheaper.items():
         whole = getattr(config, name)
         space[name] = sorted({max(min(least, whole), whole // part) for part in parts}, reverse=True)
-    if kind.fits_value:
-        for name in {"reference_batches", "value_steps"} & set(space):  # more of them where a batch is small
-            space[name] = [2 * getattr(config, name), *space[name]]
-    space |= getattr(kind, "search", {})
+    for name in {"reference_batches", "value_steps"} & set(cheaper):  # more of them where a batch is small
+        space[name] = [2 * getattr(config, name), *space[name]]
+    idle = {f.name for f, _ in config.unused()}
+    space = {name: choices for name, choices in {**space, **kind.search}.items() if name not in idle}
     current = {**config.to_dict(), **config.rule}
     for name, choices in space.items():
         if name not in current:
@@ -97,6 +96,7 @@ def tune(
         rule, where, TUNING_SEEDS, where.config(common).kl_weight, network_calls or where.network_calls,
         reward_calls or where.reward_calls, common, transfer_samples=0, points=1, heldout_seed=HELDOUT["tune"],
     )  # fmt: skip
+    check_used([base], {}, {rule: common})
     check_budget(base)
     earlier = found_before(start, rule)
     config = base.config()

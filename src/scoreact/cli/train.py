@@ -25,7 +25,7 @@ from ..runs.source import (
 )
 from ..support.errors import RewardError, RunError, SettingError
 from ..support.settings import fields_of
-from ..training.config import Config, read, rule_fields, updated
+from ..training.config import Config, read, rule_fields, updated, usable
 from .errors import Failed, sentence_of
 from .parser import Parser, assignments, whole
 from .settings_text import config_yaml, setting_help, setting_metavar
@@ -125,7 +125,7 @@ def train_source(options: argparse.Namespace) -> Source:
         described = content.get("description") or {}
         own = described.get("recipe", recipe.name) == recipe.name
         content = {
-            **content["config"],
+            **usable(base.config, content["config"], str(options.config)),
             **({k: described.get(k) for k in ("reward", "reward_options", "options")} if own else {}),
         }
     in_file = content.pop("options", None) or {}
@@ -144,7 +144,8 @@ def train_source(options: argparse.Namespace) -> Source:
     }
     if ":" in str(settings.get("algorithm", "")):
         settings["algorithm"] = _portable(settings["algorithm"])
-    config = updated(base.config, {**content, **settings}, f"config file {options.config!r}")
+    source = f"config file {options.config!r}" if options.config else "settings"
+    config = updated(base.config, settings, source, below=content)
     for key, value in assignments(options.reward_option, "--reward-option").items():
         file = Path(value).expanduser() if isinstance(value, str) else None  # by its full path, as the reward itself
         reward_options[key] = str(file.resolve()) if file is not None and file.exists() else value

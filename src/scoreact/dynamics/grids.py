@@ -65,3 +65,8 @@ def random(schedule: Schedule, steps: int, generator: torch.Generator | None = N
 
 
 GRIDS: dict[str, Grid] = {"uniform": uniform, "log_snr": uniform_log_snr, "karras": karras, "random": random}
+
+
+def grid_times(name: str, schedule: Schedule, steps: int, generator: torch.Generator | None = None) -> Tensor:
+    """The times of the grid `name`, [steps + 1]; uniform where it is random and there is no generator to draw it."""
+    return GRIDS["uniform" if name == "random" and generator is None else name](schedule, steps, generator)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..control.policy import Policy
 from ..control.rollout import rollout
-from ..dynamics.grids import GRIDS
+from ..dynamics.grids import grid_times
 from ..dynamics.samplers import sampler_by_name
 from ..dynamics.sde import SDE, Noise
 from ..dynamics.solvers import Solver
@@ -104,7 +104,7 @@ def transfer_table(
     table: list[dict[str, float | str]] = []
     for solver, steps in rows:
         row: dict[str, float | str] = {"solver": solver, "steps": steps}
-        ts = GRIDS["uniform" if grid == "random" else grid](policy.model.schedule, steps, None)
+        ts = grid_times(grid, policy.model.schedule, steps)
         found = {}
         for prefix, model in (("", policy), ("reference_", policy.reference)):
             rewards = []

@@ -25,7 +25,6 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from ..control.policy import Policy
-from ..dynamics.sde import NOISES
 from ..evaluation.evaluate import TRANSFER, transfer_table
 from ..models.weights import load_weights
 from ..recipes.base import Problem
@@ -35,7 +34,7 @@ from ..support.devices import choose_device, device_of
 from ..support.errors import ModelError
 from ..support.files import write_json
 from ..support.settings import fields_of
-from ..training.config import Config, rule_fields
+from ..training.config import RECORDS, setting_groups
 from . import figures
 from .figures import CURVES, Curve
 from .numbers import aligned, duration, number
@@ -140,11 +139,6 @@ def _load_policy(run: Record, problem: Problem) -> Policy:
     return policy
 
 
-def _grid(config: Config) -> str:
-    """A random grid would differ between before and after."""
-    return "uniform" if config.grid == "random" else config.grid
-
-
 def _samples(run: Record, problem: Problem, policy: Policy) -> str:
     """Before and after from the same noise."""
     found = before_and_after(policy, problem, run.settings)
@@ -167,8 +161,8 @@ def _transfer(run: Record, problem: Problem, policy: Policy) -> str:
         config = run.settings
         rows = [(config.solver, config.steps), *(row for row in TRANSFER if row != (config.solver, config.steps))]
         table = transfer_table(
-            policy, problem.reward, problem.prompts, min(200, config.heldout_samples), 1, _grid(config), rows, device,
-            NOISES[config.noise](config.noise_scale),
+            policy, problem.reward, problem.prompts, min(200, config.heldout_samples), 1, config.grid, rows, device,
+            config.sde(policy.schedule).noise,
         )  # fmt: skip
         kept = {"weights": digest.hexdigest(), "rows": table}
         write_json(path, kept)
@@ -200,18 +194,23 @@ def _judged(run: Record) -> str:
 
 
 def _configuration(run: Record) -> str:
-    """Every setting with its meaning; a star marks what differs from the library's default."""
-    fields = {f.name: f for f, _ in fields_of(Config)}
-    settings = {name: setting for name, setting in run.config.items() if name != "rule"}
-    with contextlib.suppress(ValueError, KeyError):  # a rule of the user's own that is not here any more
-        fields |= {f.name: f for f, _ in rule_fields(run.config["algorithm"])}
-    rows = []
-    for name, setting in {**settings, **run.config.get("rule", {})}.items():
-        known = fields.get(name)
-        changed = known is None or setting != known.default
-        rows.append([name, f"{setting}{' *' if changed else ''}", known.metadata["help"] if known else ""])
-    table = _table(("setting", "value (* not the default)", "meaning"), rows)
-    return f"<details><summary>All settings</summary>{table}</details>\n"
+    """Every setting that the run used with its meaning, a table for each part; a star marks what is not the default."""
+    stored, groups = run.config, [(record.heading, fields_of(record)) for record in RECORDS]
+    with contextlib.suppress(ValueError):  # a rule of the user's own that is not here any more
+        stored, groups = run.settings.to_dict(), list(setting_groups(run.config["algorithm"]))
+    left, tables = {**stored, **stored.get("rule", {})}, []
+    left.pop("rule", None)
+    for heading, fields in groups:
+        rows = []
+        for field in [f for f, _ in fields if f.name in left]:
+            setting = left.pop(field.name)
+            rows.append([field.name, f"{setting}{'' if setting == field.default else ' *'}", field.metadata["help"]])
+        tables.append(_table((heading, "value (* not the default)", "meaning"), rows) if rows else "")
+    if left:
+        tables.append(
+            _table(("others", "value", "meaning"), [[name, str(setting), ""] for name, setting in left.items()])
+        )
+    return f"<details><summary>All settings</summary>{''.join(tables)}</details>\n"
 
 
 def _origin(run: Record) -> str:

@@ -14,9 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..control.policy import Policy
-from ..dynamics.grids import GRIDS
 from ..dynamics.samplers import SAMPLERS
-from ..dynamics.sde import NOISES
 from ..models.base import ScoreModel
 from ..recipes.base import Problem
 from ..rewards.base import Reward
@@ -90,8 +88,6 @@ def _at_first_prompt(reward: Reward, model: ScoreModel, prompts: Sequence[str]) 
 
 def _draw(model: ScoreModel, names: Sequence[str], config: Config) -> tuple[Tensor, Tensor, Tensor]:
     """Times, states and decoded samples; the same noise for every model."""
-    grid = "uniform" if config.grid == "random" else config.grid  # a random one would differ between before and after
-    ts = GRIDS[grid](model.schedule, config.steps, None)
-    noise = NOISES[config.noise](config.noise_scale)
+    ts, noise = config.times(model.schedule), config.sde(model.schedule).noise
     xs, decoded = draw(model, names, SAMPLERS[config.solver], ts, config.seed + 1, device_of(model), noise)
     return ts, xs, decoded

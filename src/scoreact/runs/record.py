@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..training.config import Config, updated
+from ..training.config import Config, from_stored
 from .checkpoint import read_run
 
 Row = dict[str, Any]  # a metrics line
@@ -72,7 +72,7 @@ class Record(Lines):
 
     @property
     def settings(self) -> Config:
-        return updated(Config(), self.config, str(self.path / "config.json"))
+        return from_stored(self.config, str(self.path / "config.json"))
 
 
 def read_record(path: Path) -> Record:

@@ -22,6 +22,7 @@ from ..models.weights import digest_of
 from ..support import distributed
 from ..support.errors import Diverged, RunError, RunExists
 from ..support.files import Line, append_line, read_lines, read_tensors, truncate_lines, write_json, write_tensors
+from ..training.config import from_stored
 from ..training.kl_price import has_kl_term, sees_kl
 from ..training.loop import Hook, Stop, training_loop
 from ..training.state import restore, state_of
@@ -240,7 +241,7 @@ class Session(Hook):
 
     def _check_settings(self, out: Path, stored: Mapping[str, Any], extend: bool) -> None:
         """The settings are those that the run was started with, but for the iterations where it is extended."""
-        theirs, mine = stored["config"], self.trainer.config.to_dict()
+        theirs, mine = from_stored(stored["config"]).to_dict(), self.trainer.config.to_dict()
         same = {"iterations"} if extend else set()
         changed = [f"{k} {theirs.get(k)!r} -> {mine[k]!r}" for k in mine if theirs.get(k) != mine[k] and k not in same]
         if changed:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..support.errors import ModelError, RewardError, RunError, SettingError
 from ..support.loading import is_spec, load_named
 from ..support.names import known_name
-from ..training.config import Config, updated
+from ..training.config import Config, from_stored
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -186,7 +186,7 @@ def source_of_run(folder: Path) -> Source:
 
 def stored_config(folder: Path, content: Mapping[str, Any]) -> Config:
     """The settings in a run's config.json."""
-    return updated(Config(), content["config"], str(folder / "config.json"))
+    return from_stored(content["config"], str(folder / "config.json"))
 
 
 def open_source(name: str) -> Source:
@@ -281,7 +281,6 @@ def load_value(
     """
     import torch
 
-    from ..dynamics.sde import NOISES, SDE
     from ..support.files import read_tensors
     from ..training.assembly import build_value
 
@@ -292,7 +291,7 @@ def load_value(
         )
     tensors = read_tensors(path)
     kl_weight = float(tensors.pop("kl_weight", torch.tensor(config.kl_weight)))
-    sde = SDE(policy.schedule, NOISES[config.noise](config.noise_scale))
+    sde = config.sde(policy.schedule)
 
     def reward_of_state(x_data: Tensor, condition: Condition) -> Tensor:
         return reward(policy.decode(x_data), condition)

@@ -1,15 +1,31 @@
-"""A setting: a dataclass field with its help text, its range and its known values; and how a given value is checked."""
+"""A setting: a dataclass field with its help text, its range, its known values, and the choices that use it.
+
+Knows how a given value is checked and which settings a set of choices uses; knows none of them by name.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import typing
-from collections.abc import Callable, Iterable
-from dataclasses import field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from .names import did_you_mean, nearest
+
+
+@dataclass(frozen=True)
+class Above:
+    """The numbers above `low`, as the values of a choice with which a setting is used."""
+
+    low: float
+
+    def __contains__(self, value: Any) -> bool:
+        return bool(value > self.low)
+
+
+Allowed = tuple[Any, ...] | Above
 
 
 def setting(
@@ -19,18 +35,39 @@ def setting(
     high: float = math.inf,
     above: bool = False,
     known: Callable[[], Iterable[str]] | None = None,
+    needs: Mapping[str, Allowed] | None = None,
 ) -> Any:
-    """A field with its help text (unit included) and the range it must lie in; above: the low end itself is excluded.
+    """A field of a record that is a setting.
 
-    known: the names that a string may be, asked for when one is checked.
+    Args:
+        default: its value where nobody gives another.
+        text: what it is, with its unit.
+        low, high: the range that a number must lie in.
+        above: the low end itself is excluded.
+        known: the names that a string may be, asked for when one is checked.
+        needs: name of a choice -> its values with which this setting is used. A choice is another setting, or an
+            attribute of the update rule (`critic`, `minimiser`, ...). Without needs the setting is always used.
     """
-    return field(default=default, metadata={"help": text, "low": low, "high": high, "above": above, "known": known})
+    more = {"low": low, "high": high, "above": above, "known": known, "needs": needs or {}}
+    return field(default=default, metadata={"help": text, **more})
 
 
 def fields_of(record: type) -> list[tuple[dataclasses.Field[Any], Any]]:
     """The settings among a dataclass's fields, those with a help text, each with its type."""
     hints = typing.get_type_hints(record)
     return [(f, hints[f.name]) for f in dataclasses.fields(record) if "help" in f.metadata]
+
+
+def unmet(name: str, fields: Mapping[str, dataclasses.Field[Any]], values: Mapping[str, Any]) -> str | None:
+    """The choice because of which the setting `name` is not used; None where it is.
+
+    values: of every choice, by name. A choice that is itself a setting which is not used counts with its default.
+    """
+    for choice, allowed in fields[name].metadata["needs"].items():
+        idle = choice in fields and unmet(choice, fields, values) is not None
+        if (fields[choice].default if idle else values[choice]) not in allowed:
+            return str(choice)
+    return None
 
 
 def nearest_or_known(word: Any, known: Iterable[str]) -> str:

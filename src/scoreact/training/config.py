@@ -1,144 +1,108 @@
-"""The settings of a run: one flat typed record, its checks, and its YAML/JSON form. Recipes give other defaults."""
+"""The settings of a run: one flat record, its checks, and its YAML and JSON form. Recipes give other defaults.
+
+The settings stand beside what they set: paths and the value in `control`, the run, the update and the watch in
+`run_settings`, a rule's own in its file. Here they become one record, in which every setting has a name of its own.
+A choice (an update rule, a form of the value, ...) brings its own settings: those of another are refused where a user
+gives them, and have their default where a recipe or an older run does.
+
+Imports of torch, directly or through other parts, stand inside functions: `scoreact --help` reads this module, and torch
+takes seconds to import.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from ..control.path_settings import PathSettings
+from ..control.value_settings import ValueSettings
 from ..support.errors import SettingError
-from ..support.settings import checked_setting, fields_of, nearest_or_known, setting
+from ..support.settings import Above, checked_setting, fields_of, nearest_or_known, unmet
+from .run_settings import RunSettings, UpdateSettings, WatchSettings
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from ..algorithms.base import Rule
+    from ..dynamics.schedule import Schedule
+    from ..dynamics.sde import SDE
 
+Field = dataclasses.Field[Any]
 
-def _rules() -> Iterable[str]:
-    from ..algorithms.registry import rules
-
-    return rules()
-
-
-def _solvers() -> Iterable[str]:
-    from ..dynamics.solvers import SOLVERS
-
-    return SOLVERS
-
-
-def _grids() -> Iterable[str]:
-    from ..dynamics.grids import GRIDS
-
-    return GRIDS
+RECORDS = (RunSettings, PathSettings, UpdateSettings, ValueSettings, WatchSettings)
+TRAITS = ("critic", "minimiser", "transitions_only")  # attributes of a rule that decide which settings it uses
 
 
 @dataclass(frozen=True)
-class Config:
-    """Everything that decides the outcome of a run besides the model, the reward and the prompts."""
+class Config(WatchSettings, ValueSettings, UpdateSettings, PathSettings, RunSettings):
+    """Everything that decides the outcome of a run besides the model, the reward and the prompts.
 
-    algorithm: str = setting("ctrl", "update rule, or your own: file.py:Class", known=_rules)
-    rule: dict[str, Any] = field(default_factory=dict)  # the rule's own settings; complete once checked
-    seed: int = setting(0, "seed of every random number of the run", 0)
-    iterations: int = setting(40, "iterations: one rollout, one update each", 1)
-    batch_size: int = setting(512, "paths a rollout (samples)", 2)
-    reference_batches: int = setting(
-        4, "rollouts of the reference first, for J_ref and J*; the value learns from them too", 1
-    )
-    kl_weight: float = setting(1.0, "beta: nats of path KL cost this much reward each", 0, above=True)
-
-    steps: int = setting(10, "steps of a path in training", 1)
-    grid: str = setting("uniform", "time grid", known=_grids)
-    solver: str = setting("ddim", "kernel of a step in training", known=_solvers)
-    noise: Literal["noise_level", "constant", "flow_grpo"] = setting(
-        "noise_level", "family of the diffusion coefficient"
-    )
-    noise_scale: float = setting(
-        1.0,
-        "its parameter: eta of noise_level (1 = reverse SDE, memoryless), g of constant, a of flow_grpo",
-        0,
-        above=True,
-    )
-    act_until: float = setting(
-        1.0, "time from which the pretrained model acts: late steps decide little and cost most KL", 0, 1, above=True
-    )
-    exploration: Literal["none", "gaussian", "epsilon_greedy"] = setting("none", "exploration beyond the SDE's noise")
-    exploration_scale: float = setting(
-        0.1, "standard deviation of the action noise times sigma(t), or the probability of a reference step", 0
-    )
-
-    learning_rate: float = setting(2e-3, "policy learning rate (Adam)", 0, above=True)
-    epochs: int = setting(2, "sweeps over a rollout's transitions an iteration", 1)
-    minibatch_size: int = setting(2048, "transitions a forward and backward pass", 1)
-    accumulate: int = setting(1, "minibatches an optimiser step", 1)
-    warmup: int = setting(3, "iterations over which learning rates rise", 0)
-    decay_from: float = setting(0.5, "share of the run after which learning rates fall linearly to 0 at its end", 0, 1)
-    max_kl: float = setting(
-        0.5, "most path KL (nats) one iteration may move the policy; longer steps are shortened", 0, above=True
-    )
-    kl_states: int = setting(512, "states at which the path KL of an iteration's step is measured; 0: no bound", 0)
-    max_gradient_norm: float = setting(1e6, "gradient clipping", 0, above=True)
-    average: float = setting(
-        0.9, "decay per iteration of the averaged weights, which are evaluated and saved", 0, 0.9999
-    )
-
-    value: Literal["network", "linear", "residual", "surrogate"] = setting(
-        "network",
-        "V = F; F linear in the pretrained network's features, solved for; or c_skip R(x_data_hat) + c_out F with the "
-        "reward itself (counted) or a learned stand-in",
-    )
-    value_loss: Literal["martingale", "soft", "log_probability"] = setting(
-        "martingale", "mean return of the policy; the optimal value; the same when the reward is a log-probability"
-    )
-    value_inputs: Literal["x", "x_data_hat", "both"] = setting("both", "what the value network sees")
-    value_learning_rate: float = setting(2e-3, "value learning rate (AdamW)", 0, above=True)
-    value_steps: int = setting(15, "value steps an iteration", 0)
-    value_first_steps: int = setting(120, "value steps on the reference's paths, before the first update", 0)
-    value_batch_size: int = setting(256, "states a value step", 1)
-    value_replay: int = setting(
-        1, "rollouts kept for the value's fit (more than 1 is sound with value_loss soft only)", 1
-    )
-    value_weight_decay: float = setting(0.0, "weight decay of the value network", 0)
-
-    heldout_samples: int = setting(512, "paths of a held-out evaluation", 2)
-    evaluate_every: int = setting(10, "iterations between held-out evaluations", 1)
-    checkpoint_every: int = setting(10, "iterations between checkpoints", 1)
-    kl_limit: float = setting(50.0, "path KL (nats) at which the run stops as diverged", 0, above=True)
-    patience: int = setting(4, "evaluations with falling held-out J and rising training reward before the run stops", 1)
-    guard: Literal["off", "warn", "stop"] = setting(
-        "warn",
-        "watch held-out J, path KL, diversity and the judge: say what looks wrong and keep best/ free of it, or stop",
-    )
-    least_diversity: float = setting(
-        0.5, "share of the pretrained model's diversity under which the guard speaks", 0, 1
-    )
-    target_kl: float = setting(
-        0.0, "path KL (nats) towards which the price of KL in training is steered; 0 keeps kl_weight. J keeps it too", 0
-    )
-    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
+    Frozen: `updated` makes another. Settings that the choices do not use hold their default. Raises SettingError.
+    """
 
     def __post_init__(self) -> None:
         for f, hint in fields_of(Config):
             object.__setattr__(self, f.name, checked_setting(f, hint, getattr(self, f.name)))
         object.__setattr__(self, "rule", _checked_rule(self.algorithm, self.rule))
+        values = _flat(self)
+        for f, choice in self.unused():
+            if values[f.name] != f.default:
+                raise SettingError(_not_used(f, choice, values))
         if self.value_replay > 1 and self.value_loss == "martingale":
-            raise ValueError(
+            raise SettingError(
                 f"value_replay is {self.value_replay} but value_loss {self.value_loss!r} is on-policy; "
                 "use value_replay 1, or value_loss soft or log_probability."
             )
         if self.value not in ("network", "linear") and self.value_loss == "log_probability":
-            raise ValueError(
+            raise SettingError(
                 f"value is {self.value!r} but value_loss log_probability needs value network or linear; or use soft."
             )
 
+    def unused(self) -> list[tuple[Field, str]]:
+        """The settings that the choices do not use, each with the choice because of which it is not used."""
+        fields = _fields(self.algorithm)
+        found = _unused(self.algorithm, _flat(self))
+        return [(fields[name], choice) for name, choice in found.items()]
+
+    def uses(self, name: str) -> bool:
+        """Whether the setting of this name, of the run or of its rule, does anything with these choices."""
+        return name in _fields(self.algorithm) and all(f.name != name for f, _ in self.unused())
+
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """The settings that are used, for JSON: those of the run by name, the rule's own as a dictionary `rule`."""
+        idle = {f.name for f, _ in self.unused()}
+        whole = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in idle}
+        return {**whole, "rule": {name: value for name, value in self.rule.items() if name not in idle}}
+
+    def times(self, schedule: Schedule, generator: torch.Generator | None = None, steps: int | None = None) -> Tensor:
+        """The times of a path, [steps + 1], increasing.
+
+        Args:
+            schedule: of the model.
+            generator: draws the times where `grid` is random; without one they are uniform, so that two models can be
+                compared on the same times.
+            steps: another number of steps than training's.
+        """
+        from ..dynamics.grids import grid_times
+
+        return grid_times(self.grid, schedule, steps or self.steps, generator)
+
+    def sde(self, schedule: Schedule) -> SDE:
+        """The SDE of a model with this schedule, under the noise of training."""
+        from ..dynamics.sde import NOISES, SDE
+
+        return SDE(schedule, NOISES[self.noise](self.noise_scale))
 
 
-def rule_fields(algorithm: str) -> list[tuple[dataclasses.Field[Any], Any]]:
+def rule_fields(algorithm: str) -> list[tuple[Field, Any]]:
     """The settings of an update rule."""
     return fields_of(rule_class(algorithm))
 
@@ -156,55 +120,213 @@ def rule_class(algorithm: str) -> type[Rule]:
     return kind
 
 
-def _checked_rule(algorithm: str, given: Any) -> dict[str, Any]:
-    if not isinstance(given, Mapping):
-        raise ValueError(f"rule is {given!r}; expected the settings of {algorithm} as `name: value` lines.")
-    own = {f.name: (f, hint) for f, hint in rule_fields(algorithm)}
-    for key in given:
-        if key not in own:
-            raise ValueError(f"{algorithm} has no setting {key!r}{nearest_or_known(key, own)}")
-    return {name: checked_setting(f, hint, given.get(name, f.default)) for name, (f, hint) in own.items()}
+def setting_groups(algorithm: str) -> Iterator[tuple[str, list[tuple[Field, Any]]]]:
+    """Heading and settings of each record, the run's in the order of its parts, the rule's last."""
+    for record in RECORDS:
+        yield record.heading, fields_of(record)
+    yield f"the rule: {algorithm}", rule_fields(algorithm)
 
 
-def updated(config: Config, changes: Mapping[str, Any], source: str = "settings") -> Config:
-    """The config with some fields changed, its own or its rule's; unknown keys raise ValueError with the nearest known.
+# --- changes ---------------------------------------------------------------------------------------------------------
 
-    Another algorithm brings its own defaults, of the rule and of the run (`Rule.defaults`), where `changes` say nothing.
+
+def updated(
+    config: Config,
+    changes: Mapping[str, Any],
+    source: str = "settings",
+    below: Mapping[str, Any] | None = None,
+) -> Config:
+    """The config with some settings changed, its own or its rule's.
+
+    Another choice brings its own settings and defaults: of what `config` holds, the settings that it does not use return
+    to their default. Another algorithm also brings the settings of the run that its paper uses (`Rule.defaults`).
+
+    Args:
+        config: what is changed.
+        changes: settings by name; `rule` may hold the rule's own.
+        source: where the changes come from, for the messages.
+        below: changes that `changes` go before, as a file's under the command line. Those that are not used are left
+            out where `changes` hold a choice, and refused like the others where they hold none.
+    Raises:
+        SettingError: a key is unknown (with the nearest known), a value is not accepted, or a setting is not used by the
+            choices (with those that use it).
     """
-    from ..algorithms.registry import rules
+    if below:
+        if _choices() & changes.keys():
+            kept = usable(config, {**below, **changes}, source)
+            below = {name: value for name, value in kept.items() if name in below}
+        rules = [part["rule"] for part in (below, changes) if isinstance(part.get("rule"), Mapping)]
+        changes = {**below, **changes, **({"rule": {k: v for part in rules for k, v in part.items()}} if rules else {})}
+    values = _merged(config, changes, source)
+    idle = _unused(values["algorithm"], _flat_of(values))
+    given = {*changes, *(changes["rule"] if isinstance(changes.get("rule"), Mapping) else ())}
+    fields = _fields(values["algorithm"])
+    for name, choice in idle.items():
+        if name in given:
+            raise SettingError(f"{source}: {_not_used(fields[name], choice, _flat_of(values))}")
+        if name in values:
+            values[name] = fields[name].default
+        else:
+            values["rule"][name] = fields[name].default
+    return Config(**values)
 
+
+def usable(config: Config, changes: Mapping[str, Any], source: str = "settings") -> dict[str, Any]:
+    """`changes` without the settings that the choices of `config` and of `changes` do not use, and other rules' own.
+
+    For settings that nobody gives by hand for this rule: those of a run's file, of all rules of a comparison, of a search.
+    """
+    algorithm = str(changes.get("algorithm", config.algorithm))
+    fields, foreign = _fields(algorithm), _owners()
+    known = {name: value for name, value in changes.items() if name in fields or name not in foreign}
+    if isinstance(known.get("rule"), Mapping):
+        known["rule"] = {k: v for k, v in known["rule"].items() if k in fields or k not in foreign}
+    values = _merged(config, known, source)
+    idle = _unused(values["algorithm"], _flat_of(values))
+    kept = {name: value for name, value in known.items() if name not in idle}
+    if isinstance(kept.get("rule"), Mapping):
+        kept["rule"] = {name: value for name, value in kept["rule"].items() if name not in idle}
+    return kept
+
+
+def from_stored(content: Mapping[str, Any], source: str = "config.json") -> Config:
+    """The settings in a run's config.json, whichever version wrote it.
+
+    Earlier versions stored settings that the run's choices did not use; these are left out.
+    """
+    return updated(Config(), usable(Config(), content, source), source)
+
+
+def _merged(config: Config, changes: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Every field of the changed config, checked one by one; settings that are not used are still as given."""
     algorithm = changes.get("algorithm", config.algorithm)
     kind = rule_class(str(algorithm))
     own = [f.name for f in dataclasses.fields(Config)]
     of_rule = [f.name for f, _ in rule_fields(algorithm)]
     for key in changes:
         if key not in own and key not in of_rule:
-            others = [name for name in rules() if key in [f.name for f, _ in rule_fields(name)]]
-            if others:
-                raise ValueError(f"{source}: {key} is a setting of {', '.join(others)}, not of {algorithm}.")
-            raise ValueError(f"{source}: unknown key {key!r}{nearest_or_known(key, [*own, *of_rule])}")
-    base: dict[str, Any] = {"rule": dict(config.rule)}
+            if owners := _owners().get(key):
+                remedy = f"Leave out {key} {changes[key]!r}, or set algorithm to {owners[0]}."
+                raise SettingError(f"{source}: {key} is a setting of {', '.join(owners)}, not of {algorithm}. {remedy}")
+            raise SettingError(f"{source}: unknown key {key!r}{nearest_or_known(key, [*own, *of_rule])}")
+    base: dict[str, Any] = {name: getattr(config, name) for name in own}
     if algorithm != config.algorithm:
-        base = {**kind.defaults, "rule": {}}
+        base |= {**kind.defaults, "rule": {}}
     rule = changes.get("rule", base["rule"])
     if isinstance(rule, Mapping):
         rule = {**rule, **{key: value for key, value in changes.items() if key in of_rule}}
-    ours = {key: value for key, value in changes.items() if key in own}
-    return dataclasses.replace(config, **{**base, **ours, "rule": rule})
+    values = {**base, **{key: value for key, value in changes.items() if key in own}}
+    for f, hint in fields_of(Config):
+        values[f.name] = checked_setting(f, hint, values[f.name])
+    return {**values, "rule": _checked_rule(algorithm, rule)}
+
+
+def _checked_rule(algorithm: str, given: Any) -> dict[str, Any]:
+    if not isinstance(given, Mapping):
+        raise SettingError(f"rule is {given!r}; expected the settings of {algorithm} as `name: value` lines.")
+    own = {f.name: (f, hint) for f, hint in rule_fields(algorithm)}
+    for key in given:
+        if key not in own:
+            raise SettingError(f"{algorithm} has no setting {key!r}{nearest_or_known(key, own)}")
+    return {name: checked_setting(f, hint, given.get(name, f.default)) for name, (f, hint) in own.items()}
+
+
+# --- which settings the choices use ----------------------------------------------------------------------------------
+
+
+def _fields(algorithm: str) -> dict[str, Field]:
+    """Every setting by name, the run's and the rule's."""
+    return {f.name: f for f, _ in [*fields_of(Config), *rule_fields(algorithm)]}
+
+
+@functools.cache
+def _owners() -> dict[str, list[str]]:
+    """Of each setting that is a rule's own, the rules that have it."""
+    from ..algorithms.registry import rules
+
+    found: dict[str, list[str]] = {}
+    for rule, kind in rules().items():
+        for f, _ in fields_of(kind):
+            found.setdefault(f.name, []).append(rule)
+    return found
+
+
+def _flat_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Every choice by name: the settings of the run and of its rule, and the rule's traits."""
+    kind = rule_class(values["algorithm"])
+    return {**values, **values["rule"], **{trait: getattr(kind, trait) for trait in TRAITS}}
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    return _flat_of({f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
+
+
+def _unused(algorithm: str, values: Mapping[str, Any]) -> dict[str, str]:
+    """Name -> the choice because of which it is not used."""
+    fields = _fields(algorithm)
+    found = {name: unmet(name, fields, values) for name in fields}
+    return {name: choice for name, choice in found.items() if choice is not None}
+
+
+@functools.cache
+def _choices() -> frozenset[str]:
+    """The settings on which it depends which others are used."""
+    from ..algorithms.registry import rules
+
+    records: list[type] = [Config, *rules().values()]
+    needs = [f.metadata["needs"] for record in records for f, _ in fields_of(record)]
+    return frozenset({"algorithm", *(choice for need in needs for choice in need)})
+
+
+def _not_used(f: Field, choice: str, values: Mapping[str, Any]) -> str:
+    """X is a setting of A, B, not of C; and what to do."""
+    allowed, users, now = f.metadata["needs"][choice], users_of(f, choice), values[choice]
+    if choice in TRAITS:
+        now, remedy = values["algorithm"], f"set algorithm to {'ctrl' if 'ctrl' in users else users[0]}"
+    elif isinstance(allowed, Above):
+        now, remedy = f"{choice} {_word(now)}", f"set {choice} above {allowed.low:g}"
+    else:
+        now = f"{choice} {_word(now)}" if now != "" else f"no {choice}"
+        remedy = f"set {choice} to {_word(allowed[0])}" if allowed[0] != "" else f"leave {choice} empty"
+    return (
+        f"{f.name} is a setting of {', '.join(users)}, not of {now}. "
+        f"Leave out {f.name} {_word(values[f.name])}, or {remedy}."
+    )
+
+
+def users_of(f: Field, choice: str) -> list[str]:
+    """In words, the values of a choice with which a setting is used; of a rule's trait, the rules that have it."""
+    from ..algorithms.registry import rules
+
+    allowed = f.metadata["needs"][choice]
+    if choice in TRAITS:
+        return [name for name, kind in rules().items() if getattr(kind, choice) in allowed]
+    if isinstance(allowed, Above):
+        return [f"{choice} above {allowed.low:g}"]
+    if allowed == ("",):
+        return [f"no {choice}"]
+    return [f"{choice} {_word(allowed[0])}", *map(_word, allowed[1:])]
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML or JSON file. Raises ValueError with the file's name and what to do."""
+    """The mapping in a YAML or JSON file. Raises SettingError with the file's name and what to do."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(
+        raise SettingError(
             f"config file {str(path)!r} does not exist. `scoreact train RECIPE --print-config` writes one."
         )
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, json.JSONDecodeError) as error:
-        raise ValueError(f"config file {str(path)!r} cannot be read: {' '.join(str(error).split())}") from None
+        raise SettingError(f"config file {str(path)!r} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"config file {str(path)!r} holds {type(content).__name__}; expected `key: value` lines.")
+        raise SettingError(f"config file {str(path)!r} holds {type(content).__name__}; expected `key: value` lines.")
     return content

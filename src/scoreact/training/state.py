@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..control.critic import Critic
 from ..control.trajectory import Trajectory
 from ..control.transitions import Paths
 from ..control.value_fit import Sample
 from ..models.weights import load_parameters
+from ..support.errors import RunError
 from .kl_price import reprice
 from .trainer import Trainer
 
@@ -69,14 +71,8 @@ def restore(trainer: Trainer, state: Mapping[str, Any]) -> None:
     trainer.average.updates = state["average_updates"]
     trainer.minimise.load_state_dict(_optimizer_state(state["minimiser"]))
     trainer.algorithm.load_state_dict(state["rule"])
-    try:
-        critic.value.load_state_dict(state["value"])
-    except RuntimeError as error:
-        raise ValueError(f"the checkpoint's value network is another one: {' '.join(str(error).split())}") from None
-    fit = state["value_fit"]
-    if "optimizer" in fit:
-        fit = {**fit, "optimizer": _optimizer_state(fit["optimizer"])}
-    critic.fitter.load_state_dict(fit)
+    if trainer.algorithm.critic is not None:  # of others earlier versions stored a value by settings that nobody reads
+        _restore_value(critic, state)
     trainer.price.log_factor, trainer.price.error, price = state["price"]
     if price != trainer.algorithm.kl_weight:
         reprice(price, trainer.algorithm)  # before the memory is back, which was stored at this price
@@ -91,6 +87,17 @@ def restore(trainer: Trainer, state: Mapping[str, Any]) -> None:
     critic.value.calls = state["value_calls"]
     trainer.reference, trainer.start = state["reference"], state["start"]
     trainer.guard.load_state_dict(state["guard"])
+
+
+def _restore_value(critic: Critic, state: Mapping[str, Any]) -> None:
+    try:
+        critic.value.load_state_dict(state["value"])
+    except RuntimeError as error:
+        raise RunError(f"the checkpoint's value network is another one: {' '.join(str(error).split())}") from None
+    fit = state["value_fit"]
+    if "optimizer" in fit:
+        fit = {**fit, "optimizer": _optimizer_state(fit["optimizer"])}
+    critic.fitter.load_state_dict(fit)
 
 
 def _optimizer_state(state: Any) -> Any:

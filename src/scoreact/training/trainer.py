@@ -15,8 +15,6 @@ from ..control.rollout import rollout
 from ..control.trajectory import Trajectory
 from ..control.transitions import Paths
 from ..control.value_fit import ValueFit
-from ..dynamics.grids import GRIDS
-from ..dynamics.sde import NOISES, SDE
 from ..dynamics.solvers import SOLVERS
 from ..evaluation.evaluate import Features, Judge, evaluate
 from ..evaluation.optimum import estimate_optimum, optimal_kl, recovered
@@ -37,6 +35,7 @@ from .optim import AdamSteps, Average
 from .rounding import rounding_kl
 
 EVALUATION_SEED = 1_000_003  # held-out noise: never a training seed's stream
+NATURAL_STEP = 1e-4  # of a weight, where rounding is measured under a rule whose steps have no learning rate
 
 
 class Trainer:
@@ -83,7 +82,7 @@ class Trainer:
             config.kl_weight, config.guard, config.target_kl, config.least_diversity, config.patience, features, judge
         )
         self.price = KLPrice(config.target_kl)  # used with target_kl > 0 only
-        self.sde = SDE(model.schedule, NOISES[config.noise](config.noise_scale))
+        self.sde = config.sde(model.schedule)
         self.solver = SOLVERS[config.solver]
         self.exploration = exploration_of(config, self.sde)
         self.generator = torch.Generator(device=self.device).manual_seed(self.process_seed())
@@ -161,7 +160,7 @@ class Trainer:
 
     def grid(self) -> Tensor:
         """The times of a path, [steps + 1]; another draw each time where the grid is random."""
-        return GRIDS[self.config.grid](self.policy.model.schedule, self.config.steps, self.generator)
+        return self.config.times(self.policy.model.schedule, self.generator)
 
     def _batch_of_prompts(self) -> list[str]:
         """Prompts of this process' part of a batch."""
@@ -235,9 +234,7 @@ class Trainer:
     def evaluate(self, of_reference: bool = False) -> Metrics:
         """The averaged policy, or the reference, on held-out noise, against J_ref and J*; the first look is the start."""
         c = self.config
-        ts = GRIDS[c.grid](
-            self.policy.model.schedule, c.steps, torch.Generator(self.device).manual_seed(EVALUATION_SEED)
-        )
+        ts = c.times(self.policy.model.schedule, torch.Generator(self.device).manual_seed(EVALUATION_SEED))
         policy = Policy(self.policy.reference, self.policy.reference) if of_reference else self.averaged()
         metrics = evaluate(
             policy, self.sde, self.solver, ts, self.heldout_reward, self.prompts, c.kl_weight,
@@ -253,9 +250,10 @@ class Trainer:
         if not getattr(model, "rounds", False):
             return {}
         generator = torch.Generator(self.device).manual_seed(EVALUATION_SEED)
-        ts = GRIDS[c.grid](model.schedule, c.steps, generator)
+        ts = c.times(model.schedule, generator)
+        step = c.learning_rate if c.uses("learning_rate") else NATURAL_STEP
         condition = model.condition(balanced(self.prompts, min(8, c.heldout_samples), generator))
-        found = rounding_kl(self.policy, self.sde, self.solver, ts, condition, generator, c.learning_rate)
+        found = rounding_kl(self.policy, self.sde, self.solver, ts, condition, generator, step)
         return {"policy/kl_rounding": found}
 
     def _look_at_samples(self, samples: Tensor, condition: Condition) -> Metrics:
