@@ -177,12 +177,12 @@ def test_a_rollout_leaves_the_features_of_its_states() -> None:
     order = torch.tensor([2, 0, 1])
     t, x, condition = path.ts[:1].expand(3), path.xs[0], path.condition
     with torch.no_grad():
-        together = value.features(t, x, condition)
-        assert torch.equal(value.features(t, x[order], condition[order]), together[order])
+        together = value.inputs_at(t, x, condition)
+        assert torch.equal(value.inputs_at(t, x[order], condition[order]), together[order])
         assert policy.network_calls == calls
-        value.features(t + 1e-3, x, condition)
-        value.features(t, x.roll(1, 3), condition)
-        value.features(t[:2], x[:2], model.condition(["two dogs", "a cat"]))
+        value.inputs_at(t + 1e-3, x, condition)
+        value.inputs_at(t, x.roll(1, 3), condition)
+        value.inputs_at(t[:2], x[:2], model.condition(["two dogs", "a cat"]))
         assert policy.network_calls == calls + 8
     reference = policy.reference
     assert isinstance(reference, PipelineModel)

@@ -144,7 +144,7 @@ def fit_value(
         if len(known) < len(fitted):  # the path's end, where nobody has asked the reference yet
             last = torch.arange(len(references), len(t), device=t.device)
             references = torch.cat([references, rule.policy.reference_score(t[last], x[last], condition[last])])
-        features = value.features(t, x, condition, references)
+        features = value.inputs_at(t, x, condition, references)
         later = (returns[-1] - returns[fitted]).flatten()
         rule.value.add(Sample(t, features, returns[fitted].flatten(), condition, later))
     return rule.value.fit(generator, rate)

@@ -30,7 +30,7 @@ from ..dynamics.grids import GRIDS
 from ..dynamics.samplers import SAMPLERS
 from ..dynamics.sde import NOISES
 from ..evaluation.evaluate import TRANSFER, transfer_table
-from ..models.base import ScoreModel
+from ..models.base import HasExactLaw, ScoreModel
 from ..models.weights import load_weights
 from ..recipes.base import Problem
 from ..runs.record import Record, Row, read_json, read_record, value
@@ -186,11 +186,16 @@ def _points(run: Record, problem: Problem, policy: Policy) -> str:
     names = balanced(problem.prompts, POINTS, generator)
     pairs = (("before", policy.reference), ("after", policy.model))
     clouds = [(title, _draw(run, model, names)[2].cpu()) for title, model in pairs]
-    tilted = getattr(getattr(problem.model, "base", None), "tilted", None)
-    parts = [getattr(problem.reward, name, None) for name in ("linear", "quadratic")]
+    law = problem.model.exact_law() if isinstance(problem.model, HasExactLaw) else None
+    parts: list[Any] = [getattr(problem.reward, name, None) for name in ("linear", "quadratic")]
     memoryless = (config.noise, config.noise_scale) == ("noise_level", 1.0)  # with other noise the optimum is another
-    if memoryless and tilted is not None and all(part is not None for part in parts):
-        clouds.append(("optimum, closed form", tilted(*parts, config.kl_weight)[0].cpu().sample(POINTS, generator)))
+    if memoryless and law is not None and all(part is not None for part in parts):
+        clouds.append(
+            (
+                "optimum, closed form",
+                law.tilted(parts[0], parts[1], config.kl_weight)[0].cpu().sample(POINTS, generator),
+            )
+        )
 
     def reward(points: Tensor) -> Tensor:
         with torch.no_grad():

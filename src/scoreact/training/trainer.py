@@ -21,7 +21,7 @@ from ..dynamics.sde import NOISES, SDE
 from ..dynamics.solvers import SOLVERS
 from ..evaluation.evaluate import Features, Judge, evaluate
 from ..evaluation.optimum import estimate_optimum, optimal_kl, recovered
-from ..models.base import ScoreModel
+from ..models.base import Rounds, ScoreModel
 from ..models.weights import load_parameters
 from ..rewards.base import Reward
 from ..rewards.check import Checked, checked
@@ -234,7 +234,7 @@ class Trainer:
         seen = torch.unique(torch.cat([keep, keep + 1]))  # where steps start, and where they lead
         seen = seen[seen < len(trajectory.references)]
         t, x, condition = states(trajectory, seen)
-        features = self.value.value.features(t, x, condition, trajectory.references[seen].flatten(0, 1))
+        features = self.value.value.inputs_at(t, x, condition, trajectory.references[seen].flatten(0, 1))
         self.value.add(Sample(t, features, rewards.repeat(len(seen)), condition))
 
     def evaluate(self) -> Metrics:
@@ -254,7 +254,7 @@ class Trainer:
     def rounding(self) -> Metrics:
         """The path KL that rounding alone costs, where the model's network has less than float32; else {}."""
         c, model = self.config, self.policy.model
-        if not getattr(model, "rounds", False):
+        if not (isinstance(model, Rounds) and model.rounds):
             return {}
         generator = torch.Generator(self.device).manual_seed(EVALUATION_SEED)
         ts = GRIDS[c.grid](model.schedule, c.steps, generator)

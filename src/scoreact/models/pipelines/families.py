@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...dynamics.schedule import ShiftedFlow
+from ...dynamics.schedule import ShiftedFlow, step_number
 from ...types import Condition
 from .features import reading
 from .scheduler import read_scheduler
@@ -121,9 +121,7 @@ class Family:
         """The network's time at t, float32; at a knot of the table the very integer it was trained with."""
         if isinstance(self.schedule, ShiftedFlow):
             return self.schedule.sigma(t) * self.steps
-        index = ((1 - t) * self.steps - 1).clamp(0, self.steps - 1)
-        nearest = index.round()
-        return torch.where((index - nearest).abs() < 1e-3, nearest, index)  # 1e-3: t is a float32
+        return step_number(t, self.steps)
 
     @property
     def guides(self) -> bool:
@@ -163,8 +161,8 @@ class Family:
 
     def _rows(self, condition: Condition) -> Tensor:
         """Of the table, [B]."""
-        assert condition.embedding is not None  # every family's `condition` gives one
-        return condition.embedding
+        assert condition.rows is not None  # every family's `condition` gives one
+        return condition.rows
 
     def _calls(self, x: Tensor) -> Iterator[tuple[Tensor, int]]:
         """The rows of each call of the network, and how many of them are not there to fill it up."""

@@ -156,8 +156,8 @@ class PipelineModel(nn.Module):
         self.family.guidance_scale = scale
 
     @property
-    def use_bfloat16(self) -> bool:
-        """Whether a sample's score may have other last bits in another batch; the trainer then asks for no ratio of exactly 1.
+    def batch_dependent(self) -> bool:
+        """Whether a sample's score may have other last bits in another batch: where no rows_per_call fixes the batch.
 
         In float32 too: guidance and 1 / alpha near the noise turn a rounding of 1e-7 into log-ratios of 1e-3.
         """
