@@ -15,13 +15,17 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class Condition:
-    """What a batch is generated for: one prompt, one embedding row and one metadata entry a sample.
+    """What a batch of B samples is generated for.
 
-    embedding: tensor [B, ...] or None for an unconditional model. Guidance's "no condition" row belongs to the model.
+    Args:
+        prompts: B strings.
+        rows: where each sample's prompt stands in the model's own table (of classes, of encoded prompts), [B] integers;
+            None for a model without prompts. Guidance's row for "no prompt" is the model's business.
+        metadata: B mappings that a reward may read, or none at all.
     """
 
     prompts: Sequence[str]
-    embedding: Tensor | None = None
+    rows: Tensor | None = None  # [B] int64
     metadata: Sequence[Mapping[str, Any]] = field(default=())
 
     def __len__(self) -> int:
@@ -29,11 +33,11 @@ class Condition:
 
     def __getitem__(self, index: Tensor) -> Condition:
         """The condition of the samples named by an index tensor [b] (a minibatch, or every sample repeated)."""
-        rows = index.tolist()
+        kept = index.tolist()
         return Condition(
-            [self.prompts[i] for i in rows],
-            None if self.embedding is None else self.embedding[index],
-            [self.metadata[i] for i in rows] if self.metadata else (),
+            [self.prompts[i] for i in kept],
+            None if self.rows is None else self.rows[index],
+            [self.metadata[i] for i in kept] if self.metadata else (),
         )
 
 

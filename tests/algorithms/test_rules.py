@@ -73,8 +73,8 @@ class Classes(nn.Module):
         self.net, self.label = VectorValue(24, 16), nn.Embedding(4, 1)
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        assert condition.embedding is not None
-        value: Tensor = self.net(x, t, condition) + self.label(condition.embedding)[:, 0]
+        assert condition.rows is not None
+        value: Tensor = self.net(x, t, condition) + self.label(condition.rows)[:, 0]
         return value
 
 
@@ -83,7 +83,9 @@ def series_model(schedule: Any) -> NetworkModel:
     with torch.random.fork_rng():
         torch.manual_seed(3)
         network = Series()
-    return NetworkModel(network, schedule, prediction.velocity, (1, 12), ("a", "b", "c"), guidance_scale=2.0)
+    return NetworkModel(
+        network, schedule, prediction.velocity, (1, 12), ("a", "b", "c"), guidance_scale=2.0, low=-1, high=1
+    )
 
 
 LEVEL = FunctionReward(lambda x, c: x[:, :, 6:].mean((1, 2)), "level", differentiable=True)

@@ -83,7 +83,7 @@ def sample(value: ValueNetwork, path: Trajectory, rewards: Tensor) -> Sample:
     t, x, condition = paths.states(keep)
     later = BETA * (path.controls * path.noise + path.controls.square() / 2).flatten(2).sum(2)
     later = later.flip(0).cumsum(0).flip(0)[keep].flatten()
-    return Sample(t, value.features(t, x, condition), rewards.repeat(len(keep)) - later, condition, later)
+    return Sample(t, value.inputs_at(t, x, condition), rewards.repeat(len(keep)) - later, condition, later)
 
 
 def places(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,7 +190,7 @@ def pictures() -> NetworkModel:
     torch.manual_seed(0)
     network = UNet(widths=(8, 16), classes=2)
     nn.init.normal_(network.head.weight, std=0.05)
-    return NetworkModel(network, RectifiedFlow(), prediction.velocity, (1, 8, 8), ["cat", "dog"])
+    return NetworkModel(network, RectifiedFlow(), prediction.velocity, (1, 8, 8), ["cat", "dog"], low=-1, high=1)
 
 
 def bright(images: Tensor, condition: Condition) -> Tensor:
@@ -224,10 +224,10 @@ def test_the_features_come_with_the_score_and_a_gradient_takes_a_pass() -> None:
     value = build_value(Config(value="linear"), policy, SDE(model.schedule, noise_level(1.0)), None, lambda x, c: x)
     t, x, condition = torch.full((4,), 0.5), torch.randn(4, 1, 8, 8), model.condition(["cat", "dog"] * 2)
     policy.reference_score(t, x, condition)
-    features = value.features(t, x, condition)
+    features = value.inputs_at(t, x, condition)
     assert policy.network_calls == 4
-    assert torch.allclose(features, policy.reference.network.with_features(x, t, condition.embedding)[1])  # type: ignore[union-attr, operator, arg-type]
-    value.features(t, x + 1, condition)
+    assert torch.allclose(features, policy.reference.network.with_features(x, t, condition.rows)[1])  # type: ignore[union-attr, operator, arg-type]
+    value.inputs_at(t, x + 1, condition)
     assert policy.network_calls == 8
     head = value.network
     assert isinstance(head, LinearHead)

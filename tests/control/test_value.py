@@ -107,7 +107,7 @@ def test_value_of_a_log_probability_is_the_mean_probability(generator: torch.Gen
         value.log_spread.copy_(torch.linspace(0.3, -0.7, 11))
         spread = math.exp(0.3 - 0.55)
         torch.testing.assert_close(value.spread(t), torch.full((4,), spread))
-        output = value.network(value.features(t, x, empty), t, empty)
+        output = value.network(value.inputs_at(t, x, empty), t, empty)
         draws = -0.5 + 2.0 * (output + spread * torch.randn(200_000, 1, generator=generator))
         torch.testing.assert_close((value(t, x, empty) / BETA).exp(), draws.sigmoid().mean(0), rtol=0, atol=0.02)
 
@@ -178,14 +178,14 @@ def test_residual_value_is_the_reward_at_the_end(generator: torch.Generator) -> 
     assert float((middle - reward(x, empty)).abs().mean()) > 0.1
 
 
-def test_of_features_is_the_value(generator: torch.Generator) -> None:
+def test_of_inputs_is_the_value(generator: torch.Generator) -> None:
     policy, sde = problem()
     value = ValueNetwork(network(2), sde, policy)
     t, x, empty = torch.rand(6, generator=generator), torch.randn(6, 2, generator=generator), Condition([""] * 6)
-    features = value.features(t, x, empty)
-    known = value.features(t, x, empty, policy.reference_score(t, x, empty))
+    features = value.inputs_at(t, x, empty)
+    known = value.inputs_at(t, x, empty, policy.reference_score(t, x, empty))
     torch.testing.assert_close(features, known)
-    torch.testing.assert_close(value.of_features(t, features, empty), value(t, x, empty))
+    torch.testing.assert_close(value.of_inputs(t, features, empty), value(t, x, empty))
     alpha, sigma = sde.schedule.alpha(t), sde.schedule.sigma(t)
     torch.testing.assert_close(features[:, :2], (alpha / (alpha**2 + sigma**2).sqrt()).unsqueeze(1) * x)
 
@@ -221,7 +221,7 @@ def samples(policy: Policy, sde: SDE, seed: int, offset: float = 0.0) -> Sample:
     t = ts[:-1].repeat_interleave(256)
     condition = Condition([""] * len(t))
     rewards = linear_reward(2, 0)(path.xs[-1], condition[torch.arange(256)]) + offset
-    features = ValueNetwork(network(2), sde, policy).features(t, x, condition)
+    features = ValueNetwork(network(2), sde, policy).inputs_at(t, x, condition)
     return Sample(t, features, rewards.repeat(8), condition)
 
 
@@ -233,7 +233,7 @@ def test_fit_explains_returns_on_fresh_paths(generator: torch.Generator) -> None
     fit.fit(generator)
     fresh = samples(policy, sde, 99, 100.0)
     with torch.no_grad():
-        value = fit.value.of_features(fresh.t, fresh.features, fresh.condition)
+        value = fit.value.of_inputs(fresh.t, fresh.features, fresh.condition)
     last = fresh.t > 0.8  # there the state decides the reward; at the start nothing can be known
     assert explained_variance(value[last], fresh.target[last]) > 0.8
     assert explained_variance(value, fresh.target) > 0.3
@@ -249,7 +249,7 @@ def test_the_slope_of_returns_on_the_value(generator: torch.Generator, monkeypat
     """Returns 3 V + noise of a path: slope 3, and the error that 40 repetitions show, however many states a path has."""
     policy, sde = problem()
     fit = ValueFit(ValueNetwork(network(2), sde, policy), BETA)
-    monkeypatch.setattr(fit.value, "of_features", lambda t, features, condition: features[:, 0])
+    monkeypatch.setattr(fit.value, "of_inputs", lambda t, features, condition: features[:, 0])
     for states in (1, 6):
         found: list[tuple[float, float]] = []
         for _ in range(40):
@@ -266,7 +266,7 @@ def test_the_slope_of_returns_on_the_value(generator: torch.Generator, monkeypat
         assert float(slopes.mean()) == pytest.approx(3.0, abs=3 * float(slopes.std()) / 40**0.5)
         assert 0.75 < float(slopes.std()) / float(errors.mean()) < 1.33
         assert float(errors.mean()) == pytest.approx(2 / 40**0.5, rel=0.15)
-    monkeypatch.setattr(fit.value, "of_features", lambda t, features, condition: torch.zeros_like(t))
+    monkeypatch.setattr(fit.value, "of_inputs", lambda t, features, condition: torch.zeros_like(t))
     assert "value/slope" not in one(fit, sample).slope_of_newest(1, generator)  # V the same everywhere
 
 

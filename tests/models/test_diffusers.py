@@ -285,10 +285,10 @@ def test_each_prompt_is_encoded_once(build: Callable[..., PipelineModel], monkey
     first = model.condition(["a cat", "two dogs", "a cat"])
     again = copy.deepcopy(model).condition(["two dogs", "a bird"])
     assert calls == ["a cat", "two dogs", "a bird"]
-    assert first.embedding is not None
-    assert again.embedding is not None
-    assert first.embedding.tolist() == [0, 1, 0]
-    assert again.embedding.tolist() == [1, 2]  # copies share the table, so conditions may travel between them
+    assert first.rows is not None
+    assert again.rows is not None
+    assert first.rows.tolist() == [0, 1, 0]
+    assert again.rows.tolist() == [1, 2]  # copies share the table, so conditions may travel between them
 
 
 # --- the adapter, the reference and copies -----------------------------------------------------------------------------
@@ -424,7 +424,7 @@ def test_the_ratio_before_the_first_update_is_one_in_bfloat16(full: bool, build:
             now = step_of(sde, ddim, score, t0, t1, x)
             shift = (now.mean - path.means[k][index]) / expand(now.std, x)
             assert float(girsanov.log_ratio(shift, path.noise[k][index]).abs().max()) == 0.0
-    assert not model.use_bfloat16
+    assert not model.batch_dependent
 
 
 # --- training ------------------------------------------------------------------------------------------------------------

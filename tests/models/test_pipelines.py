@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import subprocess
@@ -19,8 +20,10 @@ from scoreact.control.rollout import rollout
 from scoreact.control.value import ResidualValue, ValueNetwork
 from scoreact.dynamics.sde import SDE, noise_level
 from scoreact.dynamics.solvers import ddim
+from scoreact.models.pipelines.features import feature_width
 from scoreact.models.pipelines.model import PipelineModel
 from scoreact.models.pipelines.opening import pipeline_model
+from scoreact.models.weights import digest_of
 from scoreact.recipes.pipeline import SETTINGS, build
 from scoreact.support import files as checkpoint
 from scoreact.training.config import Config, updated, usable
@@ -47,6 +50,30 @@ def tiny(name: str, **options: Any) -> PipelineModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)  # of the adapter's first weights
         return pipeline_model(make(name, spelling_tokenizer()), **given)
+
+
+@pytest.mark.parametrize("name", ["sd", "ddpm"])
+def test_the_digest_is_of_the_pretrained_weights(name: str) -> None:
+    model = tiny(name)
+    before = model.reference_digest()
+    assert before == tiny(name, full=True).reference_digest(), "an adapter is no part of the pretrained weights"
+    second = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in [*model.parameters(), *second.parameters()]:
+            p.add_(1)
+    assert model.reference_digest() == before == model.reference().reference_digest()
+    assert digest_of(model) != digest_of(tiny(name))
+    weight = next(p for n, p in model.family.denoiser.named_parameters() if "base_layer" in n)
+    weight.data.view(-1)[0] += 1e-3
+    assert model.reference_digest() != before
+
+
+def test_the_digest_of_a_trained_network_is_another() -> None:
+    model = tiny("ddpm", full=True)
+    reference, before = model.reference(), model.reference_digest()
+    with torch.no_grad():
+        next(model.parameters()).add_(1e-3)
+    assert model.reference_digest() != before == reference.reference_digest()
 
 
 # --- every family, rule, kind of weights and guidance --------------------------------------------------------------------
@@ -157,7 +184,7 @@ def test_features_are_those_of_the_pretrained_network_under_the_prompt(name: str
     with torch.no_grad():
         found, passes = reference.features(t.expand(3), x, model.condition(PROMPTS))
         assert passes == 3
-        assert found.shape == (3, model.family.feature_width)
+        assert found.shape == (3, feature_width(model.family))
         assert torch.allclose(found, expected, atol=1e-5)
         assert not torch.allclose(model.features(t.expand(3), x, model.condition(PROMPTS))[0], expected, atol=1e-3)
         model.family.keeps_features = True
@@ -177,12 +204,12 @@ def test_a_rollout_leaves_the_features_of_its_states() -> None:
     order = torch.tensor([2, 0, 1])
     t, x, condition = path.ts[:1].expand(3), path.xs[0], path.condition
     with torch.no_grad():
-        together = value.features(t, x, condition)
-        assert torch.equal(value.features(t, x[order], condition[order]), together[order])
+        together = value.inputs_at(t, x, condition)
+        assert torch.equal(value.inputs_at(t, x[order], condition[order]), together[order])
         assert policy.network_calls == calls
-        value.features(t + 1e-3, x, condition)
-        value.features(t, x.roll(1, 3), condition)
-        value.features(t[:2], x[:2], model.condition(["two dogs", "a cat"]))
+        value.inputs_at(t + 1e-3, x, condition)
+        value.inputs_at(t, x.roll(1, 3), condition)
+        value.inputs_at(t[:2], x[:2], model.condition(["two dogs", "a cat"]))
         assert policy.network_calls == calls + 8
     reference = policy.reference
     assert isinstance(reference, PipelineModel)

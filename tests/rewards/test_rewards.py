@@ -301,7 +301,7 @@ def test_combination_errors(build: Callable[[], object], message: str) -> None:
 
 
 def ours(samples, condition):
-    return samples.mean((1, 2, 3)) + condition.embedding if condition.embedding is not None else samples.mean((1, 2, 3))
+    return samples.mean((1, 2, 3)) + condition.rows if condition.rows is not None else samples.mean((1, 2, 3))
 
 
 def trl(images, prompts, metadata):

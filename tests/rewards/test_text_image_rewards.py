@@ -477,7 +477,7 @@ class Moving(nn.Module):
 
 
 def test_rules_that_need_a_gradient_accept_them(places: dict[str, dict[str, str]]) -> None:
-    model = NetworkModel(Moving(), RectifiedFlow(), prediction.velocity, shape=(3, SIDE, SIDE), classes=["a cat"])
+    model = NetworkModel(Moving(), RectifiedFlow(), prediction.velocity, (3, SIDE, SIDE), ["a cat"], low=-1, high=1)
     reward = rw.checked(rw.load("clip", **places["clip"]))
     check_differentiable("draft", model, reward, ["a cat"])
     with pytest.raises(ValueError, match="but reward ocr has none"):

@@ -67,7 +67,7 @@ linear = Trainer(problem.model, problem.reward, problem.prompts, None, updated(r
 linear.look_at_reference()
 linear.value.fit(linear.generator)
 [sample] = linear.value.memory
-seen = {"t": sample.t, "features": sample.features, "target": sample.target, "embedding": sample.condition.embedding}
+seen = {"t": sample.t, "features": sample.features, "target": sample.target, "rows": sample.condition.rows}
 state = {f"value.{n}": p for n, p in linear.value.value.state_dict().items()}
 write_tensors(Path(f"linear{rank}.safetensors"), {**seen, **state, "ridge": torch.tensor(linear.value.ridge)})
 """
@@ -109,8 +109,8 @@ def test_a_value_that_is_solved_for_is_that_of_all_paths(tmp_path: Path) -> None
     assert isinstance(alone, RidgeFit)
     alone.fitted, alone.ridge, alone.searched = True, float(found[0]["ridge"]), 10**6
     for each in found:
-        names = [problem.prompts[row] for row in each["embedding"].tolist()]
-        alone.memory.append(Sample(each["t"], each["features"], each["target"], Condition(names, each["embedding"])))
+        names = [problem.prompts[row] for row in each["rows"].tolist()]
+        alone.memory.append(Sample(each["t"], each["features"], each["target"], Condition(names, each["rows"])))
     weight = alone.head.weight.clone()
     alone.fit(torch.Generator())
     assert float(weight.norm()) > 0.1

@@ -18,7 +18,7 @@ from ..dynamics.sde import SDE, noise_level
 from ..dynamics.solvers import SOLVERS
 from ..evaluation.evaluate import evaluate, transfer_table
 from ..evaluation.optimum import recovered
-from ..models.weights import digest_of, load_weights, write_back
+from ..models.weights import load_weights, reference_digest_of, write_back
 from ..recipes.base import Problem
 from ..report import html
 from ..rewards.check import checked
@@ -89,11 +89,11 @@ class Given:
         digest = read_run(self.folder).get("reference_digest")
         kept, model = self.folder / REFERENCE, self.problem.model
         assert isinstance(model, nn.Module)
-        if digest is None or digest == digest_of(Policy(model).reference):
+        if digest is None or digest == reference_digest_of(Policy(model).reference):
             return
         if kept.is_file():
             load_weights(model, kept)
-        if digest != digest_of(Policy(model).reference):
+        if digest != reference_digest_of(Policy(model).reference):
             raise RunError(
                 f"{self.folder} started from another pretrained model than this one; build it as before that run."
             )

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..evaluation.evaluate import Features, Judge
-from ..models.base import ScoreModel
+from ..models.base import HasReference, ScoreModel
 from ..models.weights import digest_of
 from ..recipes.base import Problem
 from ..report import html
@@ -138,7 +138,7 @@ def train_problem(
 ) -> Result:
     model = problem.model
     assert isinstance(model, nn.Module)
-    noticed = _noticed(model, resume)
+    noticed, start = _noticed(model, start, resume)
     trainer = Trainer(
         model, problem.reward, problem.prompts, problem.value_network, config, problem.judge, problem.features,
         problem.optimum, start,
@@ -147,7 +147,6 @@ def train_problem(
         trainer, out, resume=resume, extend=extend, description=description, hooks=hooks, tensorboard=tensorboard,
         notes=noticed,
     )  # fmt: skip
-    _trained.setdefault(model, session.digest)
     shows = somebody_looks() if progress is None else progress
     if shows and distributed.rank() == 0:
         with Progress(config.iterations) as screen:
@@ -215,16 +214,24 @@ def problem_of(
     return problem
 
 
-def _noticed(model: nn.Module, resume: bool) -> list[str]:
-    """A word where this very model was trained by an earlier call; a resumed run checks its reference by itself."""
-    before = _trained.get(model)
-    if before is None or resume or digest_of(model) == before:
-        return []
+def _noticed(
+    model: nn.Module, start: Mapping[str, Tensor] | None, resume: bool
+) -> tuple[list[str], Mapping[str, Tensor] | None]:
+    """A word where this very model was trained by an earlier call, and the weights that the policy then starts from.
+
+    A resumed run checks its reference by itself.
+    """
+    now = digest_of(model)
+    if _trained.setdefault(model, now) == now or resume:
+        return [], start
+    if isinstance(model, HasReference):  # an adapter: the pretrained model is still there
+        said = "This model was trained by an earlier call: the policy starts from what it is now. The reference is the same."
+        return [said], start or {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     return [
         "This model was trained by an earlier call, and what it is now is taken for the pretrained model: path KL and the "
         "share recovered are counted from there. To start from the pretrained model, build it anew; to go on from a run and "
         "keep its reference, give start_from."
-    ]
+    ], start
 
 
 def _start(model: ScoreModel, run: Path, reference: str, resume: bool) -> Mapping[str, Tensor] | None:

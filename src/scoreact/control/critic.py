@@ -57,7 +57,7 @@ class Critic:
         seen = torch.unique(torch.cat([paths.acting, paths.acting + 1]))  # where steps start, and where they lead
         seen = seen[seen < len(references)]
         t, x, condition = paths.states(seen)
-        features = self.value.features(t, x, condition, references[seen].flatten(0, 1))
+        features = self.value.inputs_at(t, x, condition, references[seen].flatten(0, 1))
         self.fitter.add(Sample(t, features, paths.rewards.repeat(len(seen)), condition))
 
     def fit(
@@ -82,7 +82,7 @@ class Critic:
             if len(known) < len(fitted):  # the path's end, where nobody has asked the reference yet
                 last = torch.arange(len(scores), len(t), device=t.device)
                 scores = torch.cat([scores, self.policy.reference_score(t[last], x[last], condition[last])])
-            features = self.value.features(t, x, condition, scores)
+            features = self.value.inputs_at(t, x, condition, scores)
             later = (returns[-1] - returns[fitted]).flatten()
             self.fitter.add(Sample(t, features, returns[fitted].flatten(), condition, later))
         return self.fitter.fit(generator, rate)

@@ -52,7 +52,7 @@ class LinearHead(nn.Module):
         distributed.average(moments)
         self.mean = moments[0]
         self.std = (moments[1] - moments[0].square()).clamp(min=0).sqrt() + 1e-6
-        rows = [_rows(sample.condition) for sample in samples]
+        rows = [sample.condition.rows for sample in samples]
         most = max(0 if row is None else 1 + int(row.max()) for row in rows)
         self.prompts = distributed.gathered(torch.tensor([most], device=features.device)).max()
         self.weight = features.new_zeros(self._size())
@@ -63,7 +63,7 @@ class LinearHead(nn.Module):
         gate = (alpha / (alpha**2 + sigma**2).sqrt()).to(features)[:, None]
         z = gate * (features - self.mean) / (self.std * math.sqrt(len(self.mean)))
         time = (2 * t - 1).to(z)[:, None]
-        rows, offset = _rows(condition), torch.ones_like(time)
+        rows, offset = condition.rows, torch.ones_like(time)
         if rows is not None:  # a prompt that was not among the first has none
             offset = (rows[:, None] == torch.arange(int(self.prompts), device=z.device)).to(z)
         return torch.cat([z, time * z, offset, time * offset, knots(t).T.to(z)], dim=1)
@@ -86,13 +86,6 @@ class LinearHead(nn.Module):
 
     def _size(self) -> int:
         return 2 * len(self.mean) + 2 * max(1, int(self.prompts)) + KNOTS
-
-
-def _rows(condition: Condition) -> Tensor | None:
-    """Which prompt, [B], where a model says so by a number."""
-    known = condition.embedding
-    whole = isinstance(known, Tensor) and known.ndim == 1 and not known.is_floating_point()
-    return known if whole else None
 
 
 @dataclass

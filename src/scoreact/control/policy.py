@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dynamics.schedule import Schedule
-from ..models.base import ScoreModel
+from ..models.base import HasReference, ReadsFeatures, ScoreModel
 from ..types import Condition
 
 
@@ -27,8 +27,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         if reference is None:
-            own = callable(getattr(type(model), "reference", None))
-            reference = model.reference() if own else copy.deepcopy(model)  # type: ignore[attr-defined]
+            reference = model.reference() if isinstance(model, HasReference) else copy.deepcopy(model)
         self.reference = reference
         if isinstance(self.reference, nn.Module):
             self.reference.eval().requires_grad_(False)
@@ -55,8 +54,9 @@ class Policy(nn.Module):
         return self.reference.score(t, x, condition)
 
     def reference_features(self, t: Tensor, x: Tensor, condition: Condition) -> Tensor:
-        """What the pretrained network makes of the states inside, [B, F]; of models that offer it (`PipelineModel`)."""
-        features, passes = self.reference.features(t, x, condition)  # type: ignore[union-attr]
+        """What the pretrained network makes of the states inside, [B, F]; of a model that `ReadsFeatures`."""
+        assert isinstance(self.reference, ReadsFeatures)  # a value on features was made by such a model
+        features, passes = self.reference.features(t, x, condition)
         self.network_calls += passes
         return features
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dynamics.sde import SDE
+from ..models.base import ChoosesInputs, HasRowsPerCall, SaysIfCounted
 from ..types import Condition, expand
 from .policy import Policy
 
@@ -39,7 +40,8 @@ class ValueNetwork(nn.Module):
     ) -> None:
         """log_sigmoid: beta for the form of log-probabilities, None for the affine one."""
         super().__init__()
-        inputs = getattr(network, "inputs", inputs)  # one on the reference's own features can see nothing else
+        if isinstance(network, ChoosesInputs):  # one on the reference's own features can see nothing else
+            inputs = network.inputs
         if inputs not in ("x_data_hat", "x", "both", "features"):
             raise ValueError(f"value inputs {inputs!r} unknown. Known: x_data_hat, x, both.")
         self.network = network
@@ -47,7 +49,7 @@ class ValueNetwork(nn.Module):
         self._policy = (policy,)  # in a tuple: its parameters are not this module's
         self.inputs = inputs
         self.log_sigmoid = log_sigmoid
-        self.counted = getattr(network, "counted", True)
+        self.counted = network.counted if isinstance(network, SaysIfCounted) else True
         self.calls = 0  # samples through the value network, training and gradients included
         if log_sigmoid is not None:
             self.log_spread = nn.Parameter(torch.zeros(KNOTS))  # log(s / scale), linear between even times
@@ -56,7 +58,7 @@ class ValueNetwork(nn.Module):
         self.shift: Tensor
         self.scale: Tensor
 
-    def features(self, t: Tensor, x: Tensor, condition: Condition, reference: Tensor | None = None) -> Tensor:
+    def inputs_at(self, t: Tensor, x: Tensor, condition: Condition, reference: Tensor | None = None) -> Tensor:
         """What the network sees at (t [B], x [B, *D]); `reference`: the reference's score there if already known."""
         if self.inputs == "features":
             return self._policy[0].reference_features(t, x, condition)
@@ -69,8 +71,8 @@ class ValueNetwork(nn.Module):
         x_data_hat = self.sde.x_data_hat(t, x, reference)
         return x_data_hat if self.inputs == "x_data_hat" else torch.cat([scaled, x_data_hat], dim=1)
 
-    def of_features(self, t: Tensor, features: Tensor, condition: Condition) -> Tensor:
-        """V for inputs from `features`: [B]."""
+    def of_inputs(self, t: Tensor, features: Tensor, condition: Condition) -> Tensor:
+        """V for inputs from `inputs_at`: [B]."""
         self.calls += len(t) if self.counted else 0
         return self.link(t, self.network(features, t, condition).float())
 
@@ -94,11 +96,12 @@ class ValueNetwork(nn.Module):
 
     def forward(self, t: Tensor, x: Tensor, condition: Condition) -> Tensor:
         """V(t, x, c): [B]."""
-        return self.of_features(t, self.features(t, x, condition), condition)
+        return self.of_inputs(t, self.inputs_at(t, x, condition), condition)
 
     def gradient(self, t: Tensor, x: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         """V [B] and grad_x V [B, *D], both without graph; no more rows at a time than the reference's network takes."""
-        size = getattr(self._policy[0].reference, "rows_per_call", None) or len(x)
+        reference = self._policy[0].reference
+        size = (reference.rows_per_call if isinstance(reference, HasRowsPerCall) else None) or len(x)
         values, gradients = [], []
         for i in torch.arange(len(x), device=x.device).split(size):
             with torch.enable_grad():
@@ -119,7 +122,7 @@ class ResidualValue(ValueNetwork):
     """V = c_skip(t) R(x_data_hat, c) + c_out(t) F with c_skip = sin(pi t / 2), c_out = cos(pi t / 2): V(1, .) = R.
 
     terminal: (x_data_hat [B, *D], condition) -> [B], the reward of the decoded estimate (counted by the caller's
-    wrapper) or a `Surrogate`. `of_features` needs inputs "x_data_hat".
+    wrapper) or a `Surrogate`. `of_inputs` needs inputs "x_data_hat".
     """
 
     def __init__(
@@ -132,7 +135,7 @@ class ResidualValue(ValueNetwork):
             )
         self.terminal = terminal
 
-    def of_features(self, t: Tensor, features: Tensor, condition: Condition) -> Tensor:
+    def of_inputs(self, t: Tensor, features: Tensor, condition: Condition) -> Tensor:
         self.calls += len(t)
         angle = 0.5 * math.pi * t
         learned = self.shift + self.scale * self.network(features, t, condition).float()

@@ -152,7 +152,7 @@ class ValueFit:
     def values_at(self, number: int, index: Tensor) -> Tensor:
         """V at rows `index` of the remembered sample `number`."""
         sample = self.memory[number]
-        return self.value.of_features(sample.t[index], sample.features[index], sample.condition[index])
+        return self.value.of_inputs(sample.t[index], sample.features[index], sample.condition[index])
 
     def state_dict(self) -> dict[str, Any]:
         """What must survive a resume besides the network and what is remembered."""
@@ -177,5 +177,5 @@ class ValueFit:
                 sample.t[index], sample.features[index], sample.condition[index], logit_of(log_p)
             )
             return (weight * surprise).sum() / weight.sum()
-        value = self.value.of_features(sample.t[index], sample.features[index], sample.condition[index])
+        value = self.value.of_inputs(sample.t[index], sample.features[index], sample.condition[index])
         return LOSSES[self.loss](value, sample.target[index], self.kl_weight) / float(self.value.scale) ** 2

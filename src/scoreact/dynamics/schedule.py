@@ -221,6 +221,24 @@ class FromAlphasCumprod:
         return -0.5 * torch.sigmoid(-value).sqrt() * torch.sigmoid(value) * slope
 
 
+def step_number(t: Tensor, steps: int, rounded: bool = False) -> Tensor:
+    """The integer step of a table of alphas that a network trained on it knows a time by: (1 - t) T - 1.
+
+    Args:
+        t: times in [0, 1], [B] float32; 0 is noise.
+        steps: T, the table's length.
+        rounded: to the nearest step, int64. Otherwise a float, which at a knot of the table is the very integer.
+
+    Returns:
+        [B], from T - 1 at noise to 0 at t = 1 - 1 / T, the cleanest entry, and after it.
+    """
+    index = ((1 - t) * steps - 1).clamp(0, steps - 1)
+    nearest = index.round()
+    if rounded:
+        return nearest.long()
+    return torch.where((index - nearest).abs() < 1e-3, nearest, index)  # 1e-3: t is a float32
+
+
 def time_at_log_snr(schedule: Schedule, value: Tensor) -> Tensor:
     """The t at which log_snr(t) equals value, by 60 bisections in float64; values beyond the ends give the ends."""
     low = torch.full_like(value, schedule.t_min, dtype=torch.float64)

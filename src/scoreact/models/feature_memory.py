@@ -47,5 +47,5 @@ def _keys(t: Tensor, x: Tensor, condition: Condition) -> list[tuple[float, int, 
     """What tells states apart: time, prompt, and a sum over the state's bits, in integers so that no batch changes it."""
     bits = x.detach().float().contiguous().view(torch.int32).flatten(1).long()
     weights = 2 * torch.arange(bits.shape[1], device=x.device) + 1
-    rows = [0] * len(x) if condition.embedding is None else condition.embedding.tolist()
+    rows = [0] * len(x) if condition.rows is None else condition.rows.tolist()
     return list(zip(t.tolist(), rows, (bits * weights).sum(1).tolist(), strict=True))

@@ -79,6 +79,10 @@ class GaussianMixture(nn.Module):
     def decode(self, x: Tensor) -> Tensor:
         return x
 
+    def exact_law(self) -> GaussianMixture:
+        """Itself."""
+        return self
+
     # --- closed forms -------------------------------------------------------------------------------------------
 
     def _basis(self) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..dynamics.schedule import Schedule
 from ..types import Condition
-from .base import ScoreModel
+from .base import HasExactLaw, ScoreModel
+from .gaussian_mixture import GaussianMixture
 from .layers import fourier_features
 
 
@@ -61,3 +62,7 @@ class ResidualModel(nn.Module):
 
     def decode(self, x: Tensor) -> Tensor:
         return self.base.decode(x)
+
+    def exact_law(self) -> GaussianMixture | None:
+        """The base's, where it knows it."""
+        return self.base.exact_law() if isinstance(self.base, HasExactLaw) else None

@@ -62,7 +62,7 @@ class VectorValue(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A small convolutional value network F: pictures [B, C, H, W], t [B], class in `condition.embedding` -> [B].
+    """A small convolutional value network F: pictures [B, C, H, W], t [B], class in `condition.rows` -> [B].
 
     A class has its own offset. The picture's part starts at zero and is gated by t / sqrt(t^2 + (1 - t)^2): a state of pure
     noise says nothing about the sample, and what a denoiser makes of it there is error, which its gradient would amplify.
@@ -87,12 +87,12 @@ class Encoder(nn.Module):
         nn.init.zeros_(self.offset.weight)
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        assert condition.embedding is not None
-        embedding = F.silu(self.time(fourier_features(t, 64)) + self.label(condition.embedding))
+        assert condition.rows is not None
+        embedding = F.silu(self.time(fourier_features(t, 64)) + self.label(condition.rows))
         h = self.stem(fold(x, self.multiple)[0])
         for level, block in enumerate(self.blocks):
             h = block(F.avg_pool2d(h, 2) if level else h, embedding)
         h = F.silu(self.norm(h)).mean((2, 3))
         gate = t / (t**2 + (1 - t) ** 2).sqrt()
-        value: Tensor = gate * self.head(h)[:, 0] + self.offset(condition.embedding)[:, 0]
+        value: Tensor = gate * self.head(h)[:, 0] + self.offset(condition.rows)[:, 0]
         return value

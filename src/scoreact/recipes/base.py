@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..models.base import ScoreModel
+from ..models.base import HasClasses, ScoreModel
 from ..rewards.base import NO_REWARD, Reward
 from ..training.config import Config
 from ..types import Condition, Metrics
@@ -42,7 +42,11 @@ class Problem:
 
     def __post_init__(self) -> None:
         if not self.prompts:
-            object.__setattr__(self, "prompts", list(getattr(self.model, "classes", None) or [""]))
+            object.__setattr__(
+                self,
+                "prompts",
+                list(self.model.classes) if isinstance(self.model, HasClasses) and self.model.classes else [""],
+            )
 
 
 @dataclass(frozen=True)

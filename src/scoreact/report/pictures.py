@@ -8,6 +8,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ..control.policy import Policy
 from ..dynamics.samplers import SAMPLERS
-from ..models.base import ScoreModel
+from ..models.base import HasExactLaw, ScoreModel
 from ..recipes.base import Problem
 from ..rewards.base import Reward
 from ..sampling.draw import balanced, draw
@@ -68,11 +69,12 @@ def _points(policy: Policy, problem: Problem, config: Config) -> Picture:
     names = balanced(problem.prompts, POINTS, generator)
     pairs = (("before", policy.reference), ("after", policy.model))
     clouds = [(title, _draw(model, names, config)[2].cpu()) for title, model in pairs]
-    tilted = getattr(getattr(problem.model, "base", None), "tilted", None)
-    parts = [getattr(problem.reward, name, None) for name in ("linear", "quadratic")]
+    law = problem.model.exact_law() if isinstance(problem.model, HasExactLaw) else None
+    parts: list[Any] = [getattr(problem.reward, name, None) for name in ("linear", "quadratic")]
     memoryless = (config.noise, config.noise_scale) == ("noise_level", 1.0)  # with other noise the optimum is another
-    if memoryless and tilted is not None and all(part is not None for part in parts):
-        clouds.append(("optimum, closed form", tilted(*parts, config.kl_weight)[0].cpu().sample(POINTS, generator)))
+    if memoryless and law is not None and all(part is not None for part in parts):
+        optimum = law.tilted(parts[0], parts[1], config.kl_weight)[0].cpu()
+        clouds.append(("optimum, closed form", optimum.sample(POINTS, generator)))
     caption = f"{POINTS} samples each, before and after from the same noise. Lines: equal reward."
     figure = figures.scatter(clouds, _at_first_prompt(problem.reward, problem.model, problem.prompts))
     return Picture(figure, "samples", "Samples before and after training", caption)

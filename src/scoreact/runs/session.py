@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..models.base import HasReference
-from ..models.weights import digest_of
+from ..models.base import Exports, HasNotes, HasReference
+from ..models.weights import reference_digest_of
 from ..support import distributed
 from ..support.errors import Diverged, RunError, RunExists
 from ..support.files import Line, append_line, read_lines, read_tensors, truncate_lines, write_json, write_tensors
@@ -73,11 +73,12 @@ class Session(Hook):
         self.final: Metrics = {}
         self.seconds = 0.0
         self.best_iteration: int | None = None
+        self._said: set[str] = set()  # the model's notes
         self._looked_at = 0  # the iteration of the last evaluation
         self._interrupted = False
         self._writer: Any = None
         self._notes = list(notes)  # said before anything else
-        self.digest = digest_of(trainer.policy.reference)
+        self.digest = reference_digest_of(trainer.policy.reference)
         if out is not None and resume:
             self._restore(out, extend)
         elif self.out is not None:
@@ -115,6 +116,14 @@ class Session(Hook):
 
     # --- the hook -----------------------------------------------------------------------------------------------
 
+    def _say_notes(self) -> None:
+        """What the model itself has to say, each sentence once."""
+        for model in (self.trainer.policy.model, self.trainer.policy.reference):
+            for note in model.notes() if isinstance(model, HasNotes) else ():
+                if note not in self._said:
+                    self._said.add(note)
+                    self._record("guard", {"guard": "model", "text": note})
+
     def iteration(self, trainer: Trainer, metrics: Metrics) -> None:
         self.seconds = time.perf_counter() - self._started
         self._record("iteration", {"seconds": self.seconds, **metrics})
@@ -144,6 +153,7 @@ class Session(Hook):
         if trainer.starts_elsewhere:
             self.final = trainer.evaluate()
             self._record("evaluation", {"evaluation": True, **self.final})
+        self._say_notes()
         if c.target_kl > 0 and not has_kl_term(trainer.algorithm):
             self._say_no_kl_term()
 
@@ -158,6 +168,7 @@ class Session(Hook):
         findings, stop, best = trainer.guard.look(self.final, before, trainer.reference, rises)
         for finding in findings:
             self._record("guard", finding.line())
+        self._say_notes()
         if best:
             self.best_iteration = trainer.iteration
         if best and self.out is not None:
@@ -256,7 +267,7 @@ class Session(Hook):
         kept = out / REFERENCE
         if kept.is_file():
             self.trainer.put_reference(read_tensors(kept))
-            self.digest = digest_of(self.trainer.policy.reference)
+            self.digest = reference_digest_of(self.trainer.policy.reference)
         if digest != self.digest:
             raise RunError(
                 f"{out} started from another pretrained model (digest {digest[:12]}, and this one's is {self.digest[:12]}): "
@@ -298,9 +309,8 @@ class Session(Hook):
     def _write_weights(self, folder: Path) -> None:
         """The averaged policy's, and those of the value network that can steer its sampling."""
         write_tensors(folder / "model.safetensors", self.trainer.weights())
-        export = getattr(self.trainer.average.model, "export", None)
-        if callable(export):
-            export(folder)  # in the form that the model's own library loads
+        if isinstance(self.trainer.average.model, Exports):
+            self.trainer.average.model.export(folder)  # in the form that the model's own library loads
         if self.trainer.algorithm.critic and self.trainer.value.fitted:
             price = torch.tensor(self.trainer.value.kl_weight)  # what a nat cost when it was fitted
             write_tensors(folder / "value.safetensors", {**self.trainer.value.value.state_dict(), "kl_weight": price})

@@ -131,7 +131,7 @@ class RewardOfEstimate:
 def value_at(value: Value, t: Tensor, x: Tensor, condition: Condition, reference: Tensor | None) -> Tensor:
     """V there; the reference's score, where it is known already, is not asked for again."""
     if isinstance(value, ValueNetwork):
-        return value.of_features(t, value.features(t, x, condition, reference), condition)
+        return value.of_inputs(t, value.inputs_at(t, x, condition, reference), condition)
     if isinstance(value, RewardOfEstimate):
         return value(t, x, condition, reference)
     return value(t, x, condition)

@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Protocol, runtime_checkable
+
 import torch
 from torch import nn
+
+
+@runtime_checkable
+class HasDevice(Protocol):
+    """Says where a model computes, where its parameters do not: it has none, or they are not all of it."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where states, times and generators have to be."""
+        ...
 
 
 def choose_device(name: str) -> torch.device:
@@ -23,9 +35,8 @@ def choose_device(name: str) -> torch.device:
 
 def device_of(model: object) -> torch.device:
     """Where a model computes: its `device` if it says so, else that of its first parameter, else the CPU."""
-    own = getattr(model, "device", None)
-    if isinstance(own, torch.device):
-        return own
+    if isinstance(model, HasDevice) and isinstance(model.device, torch.device):
+        return model.device
     parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
     return next((p.device for p in parameters), torch.device("cpu"))
 

@@ -23,7 +23,7 @@ from ..control.value_fit import ValueFit
 from ..dynamics import girsanov
 from ..dynamics.sde import SDE
 from ..dynamics.solvers import SOLVERS
-from ..models.base import ScoreModel
+from ..models.base import BatchDependent, HasClasses, ReadsFeatures, ScoreModel
 from ..rewards.check import Checked, checked
 from ..support.devices import device_of
 from ..support.errors import Diverged
@@ -44,7 +44,10 @@ def _default_value_network(model: ScoreModel, inputs: str) -> nn.Module:
     """An MLP on flattened states: right for points and short series; pictures deserve a convolutional one."""
     from ..models.value_networks import VectorValue
 
-    probe = model.prior(model.condition(list(getattr(model, "classes", [""]))[:1]), torch.Generator().manual_seed(0))
+    probe = model.prior(
+        model.condition(list(model.classes if isinstance(model, HasClasses) else [""])[:1]),
+        torch.Generator().manual_seed(0),
+    )
     return VectorValue(probe[0].numel() * (2 if inputs == "both" else 1))
 
 
@@ -58,13 +61,12 @@ def build_value(
     """The value network that the settings describe, untrained; reward_of_state: of x_data_hat, for value "residual"."""
     link = config.kl_weight if config.value_loss == "log_probability" else None
     if config.value == "linear":
-        keep = getattr(policy.reference, "keep_features", None)
-        if keep is None:
+        if not isinstance(policy.reference, ReadsFeatures):
             raise ValueError(
                 f"value is 'linear', but {type(policy.reference).__name__} has no features of its own to read; "
                 "use value network."
             )
-        keep()
+        policy.reference.keep_features()
         return ValueNetwork(LinearHead(sde.schedule), sde, policy, log_sigmoid=link)
     inputs = config.value_inputs if config.value == "network" else "x_data_hat"
     network = make() if make is not None else _default_value_network(policy.model, inputs)
@@ -152,7 +154,8 @@ def check_ratio(rule: Rule, rows: Rows) -> None:
     with torch.no_grad():
         worst = float(girsanov.log_ratio(rule.shift(part), part.noise).abs().max())
     limit = 1e-5 * max(1.0, part.x[0].numel() ** 0.5)
-    if not worst <= limit and not getattr(rule.policy.model, "use_bfloat16", False):
+    model = rule.policy.model
+    if not worst <= limit and not (isinstance(model, BatchDependent) and model.batch_dependent):
         raise Diverged(
             f"before the first update log-ratios reach {worst:.2g} instead of 0: the model's score depends on the batch "
             "or is random. Put the model in eval mode and remove dropout, or compute it in float32."

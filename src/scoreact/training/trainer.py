@@ -18,7 +18,7 @@ from ..control.value_fit import ValueFit
 from ..dynamics.solvers import SOLVERS
 from ..evaluation.evaluate import Features, Judge, evaluate
 from ..evaluation.optimum import estimate_optimum, optimal_kl, recovered
-from ..models.base import ScoreModel
+from ..models.base import Rounds, ScoreModel
 from ..models.weights import load_parameters
 from ..rewards.base import Reward
 from ..rewards.check import Checked, checked
@@ -247,7 +247,7 @@ class Trainer:
     def rounding(self) -> Metrics:
         """The path KL that rounding alone costs, where the model's network has less than float32; else {}."""
         c, model = self.config, self.policy.model
-        if not getattr(model, "rounds", False):
+        if not (isinstance(model, Rounds) and model.rounds):
             return {}
         generator = torch.Generator(self.device).manual_seed(EVALUATION_SEED)
         ts = c.times(model.schedule, generator)

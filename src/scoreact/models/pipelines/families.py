@@ -7,24 +7,21 @@ Guidance: Ho & Salimans 2022.
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
-import itertools
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ...dynamics.schedule import ShiftedFlow
+from ...dynamics.schedule import ShiftedFlow, step_number
 from ...types import Condition
-from .features import reading
+from .adapters import Adapters
 from .scheduler import read_scheduler
 
 
-class Family:
+class Family(Adapters):
     """What every view of one pipeline shares: frozen networks, encoded prompts, the clock. A subclass a pipeline class.
 
     A subclass says which component is the denoiser, the latents' shape, how one prompt is encoded, and how the denoiser is
@@ -46,7 +43,7 @@ class Family:
         rows_per_call: int | None,
     ) -> None:
         self.pipeline = pipeline
-        self.denoiser: Any = getattr(pipeline, self.component)
+        super().__init__(getattr(pipeline, self.component))
         for module in self.modules():
             module.requires_grad_(False).eval()
         self.dtype: torch.dtype = self.denoiser.dtype
@@ -71,10 +68,6 @@ class Family:
         self.metadata: Mapping[str, Mapping[str, Any]] = {}  # of prompts that have any, for the reward
         self.table: dict[str, Tensor] = {}  # [P, ...] of every encoded prompt
         self.negative: dict[str, Tensor] = {}  # [1, ...]
-        self.layers: list[Any] = []  # peft's, where an adapter can act
-        self.adapter_config: Any = None
-        self.base_adapters: list[str] = []  # that the pipeline came with: part of the pretrained model
-        self._adapter_numbers = itertools.count()
 
     def modules(self) -> list[Any]:
         """The pipeline's networks that are used here."""
@@ -121,9 +114,7 @@ class Family:
         """The network's time at t, float32; at a knot of the table the very integer it was trained with."""
         if isinstance(self.schedule, ShiftedFlow):
             return self.schedule.sigma(t) * self.steps
-        index = ((1 - t) * self.steps - 1).clamp(0, self.steps - 1)
-        nearest = index.round()
-        return torch.where((index - nearest).abs() < 1e-3, nearest, index)  # 1e-3: t is a float32
+        return step_number(t, self.steps)
 
     @property
     def guides(self) -> bool:
@@ -157,53 +148,22 @@ class Family:
         With rows_per_call the network always sees that many rows (the last call is filled up with repeats), so that a
         sample's prediction has the same bits in every batch.
         """
-        rows = self._rows(condition)
-        parts = [self._predict(network, t[i], x[i], rows[i])[:count] for i, count in self._calls(x)]
+        rows = self.rows_of(condition)
+        parts = [self.predict_rows(network, t[i], x[i], rows[i])[:count] for i, count in self.calls(x)]
         return torch.cat(parts)
 
-    def _rows(self, condition: Condition) -> Tensor:
+    def rows_of(self, condition: Condition) -> Tensor:
         """Of the table, [B]."""
-        assert condition.embedding is not None  # every family's `condition` gives one
-        return condition.embedding
+        assert condition.rows is not None  # every family's `condition` gives one
+        return condition.rows
 
-    def _calls(self, x: Tensor) -> Iterator[tuple[Tensor, int]]:
+    def calls(self, x: Tensor) -> Iterator[tuple[Tensor, int]]:
         """The rows of each call of the network, and how many of them are not there to fill it up."""
         size = self.rows_per_call or len(x)
         for start in range(0, len(x), size):
             yield torch.arange(start, start + size, device=x.device).clamp(max=len(x) - 1), len(x) - start
 
-    def features(self, network: nn.Module, t: Tensor, x: Tensor, condition: Condition) -> Tensor:
-        """What the network makes of (t [B], x [B, *D]) inside, under the prompt alone: [B, feature_width], float32.
-
-        Its mid-block's output (UNet) or what leaves the last block (transformer), mean over positions. The pass ends there.
-        """
-        parts, rows = [], self._rows(condition)
-        for index, count in self._calls(x):
-            with reading(network, stop=True) as found:
-                self._predict(network, t[index], x[index], rows[index], guided=False)
-            parts.append(found[0][:count])
-        return torch.cat(parts)
-
-    def predict_and_features(
-        self, network: nn.Module, t: Tensor, x: Tensor, condition: Condition
-    ) -> tuple[Tensor, Tensor]:
-        """Both by the same pass."""
-        with reading(network) as found:
-            output = self.predict(network, t, x, condition)
-        size = self.rows_per_call or len(x)
-        return output, torch.cat([part[-size:] for part in found])[: len(x)]  # guided: the prompt's half is the second
-
-    @property
-    def feature_width(self) -> int:
-        """Of `features`."""
-        config = self.denoiser.config
-        if self.component == "unet":
-            if self.denoiser.mid_block is None:
-                raise ValueError("this UNet has no mid-block whose features a value could read; use the encoder.")
-            return int(config.block_out_channels[-1])
-        return int(config.num_attention_heads * config.attention_head_dim)
-
-    def _predict(self, network: nn.Module, t: Tensor, x: Tensor, rows: Tensor, guided: bool = True) -> Tensor:
+    def predict_rows(self, network: nn.Module, t: Tensor, x: Tensor, rows: Tensor, guided: bool = True) -> Tensor:
         timestep, state = self.timestep(t.float()), x.to(self.dtype)
         prompt = {name: table[rows] for name, table in self.table.items()}
         guided = guided and self.guides and bool(prompt)
@@ -234,70 +194,6 @@ class Family:
         latents = latents + constant("latents_mean", 0.0) + constant("shift_factor", 0.0)
         picture: Tensor = vae.decode(latents.to(dtype), return_dict=False)[0]
         return (picture.float() / 2 + 0.5).clamp(0, 1)
-
-    # adapters: several on the same frozen weights; which one acts is a list of names in each of peft's layers
-
-    def add_adapter(self, config: Any = None, like: str | None = None) -> str:
-        """A new adapter's name; its output is zero, or that of another one."""
-        from peft import inject_adapter_in_model
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        if config is not None:
-            self.adapter_config = config
-            found = [m for m in self.denoiser.modules() if isinstance(m, BaseTunerLayer)]
-            self.base_adapters = list(found[0].active_adapters) if found else []
-        name = f"scoreact_{next(self._adapter_numbers)}"
-        before = self.active
-        flags = {p: p.requires_grad for p in self.denoiser.parameters()}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
-            inject_adapter_in_model(copy.deepcopy(self.adapter_config), self.denoiser, name)
-        self.layers = [m for m in self.denoiser.modules() if isinstance(m, BaseTunerLayer)]
-        for p in self.denoiser.parameters():
-            p.requires_grad_(flags.get(p, True))  # older versions of peft freeze the other adapters
-        for p in self.adapter(name).values():
-            p.data = p.data.float()  # beside a bfloat16 network too: Adam's steps would round to nothing
-        if like is not None:
-            source = self.adapter(like)
-            for key, p in self.adapter(name).items():
-                p.data.copy_(source[key].data)
-        self.active = before if like is not None else [*self.base_adapters, name]
-        return name
-
-    def drop_adapter(self, name: str) -> None:
-        if name in self.active:
-            self.active = self.base_adapters
-        for layer in self.layers:
-            layer.delete_adapter(name)
-        self.denoiser.peft_config.pop(name, None)
-
-    def adapter(self, name: str) -> dict[str, nn.Parameter]:
-        """An adapter's parameters under the names that diffusers stores them with."""
-        found = ((key, p) for key, p in self.denoiser.named_parameters() if f".{name}." in key)
-        return {key.replace(f".{name}.", "."): p for key, p in found}
-
-    @property
-    def active(self) -> list[str]:
-        """The adapters that act now."""
-        return list(self.layers[0].active_adapters) if self.layers else []
-
-    @active.setter
-    def active(self, names: Sequence[str]) -> None:
-        for layer in self.layers:
-            layer._active_adapter = list(names)  # peft's set_adapter would also thaw and freeze weights
-
-    @contextlib.contextmanager
-    def acting(self, names: Sequence[str]) -> Iterator[None]:
-        """With these adapters; afterwards with those before."""
-        before = self.active
-        if before == list(names):
-            yield
-            return
-        self.active = list(names)
-        try:
-            yield
-        finally:
-            self.active = before
 
     def enable_checkpointing(self) -> None:
         """Keep fewer activations. Recomputing happens in the backward pass, when another adapter may act: it is put back."""

@@ -19,6 +19,7 @@ from ...types import Condition
 from ..feature_memory import FeatureMemory
 from ..value_networks import FeatureValue
 from .families import Family
+from .features import feature_width, features_at, prediction_and_features
 
 
 class PipelineModel(nn.Module):
@@ -81,7 +82,7 @@ class PipelineModel(nn.Module):
         family = self.family
         with self._acting():
             if family.keeps_features and self.memory is not None:
-                output, features = family.predict_and_features(self._denoiser, t, x, condition)
+                output, features = prediction_and_features(family, self._denoiser, t, x, condition)
                 self.memory.add(t, x, condition, features)
             else:
                 output = family.predict(self._denoiser, t, x, condition)
@@ -97,7 +98,7 @@ class PipelineModel(nn.Module):
         """The denoiser's own at (t [B], x [B, *D]), [B, F] float32, and for how many states a pass had to be made.
 
         A reference remembers those of the states whose score it was asked for; a gradient always takes a pass. See
-        Family.features.
+        `features_at`.
         """
         if x.requires_grad or self.memory is None:
             return self._features(t, x, condition), len(x)
@@ -105,17 +106,17 @@ class PipelineModel(nn.Module):
 
     def _features(self, t: Tensor, x: Tensor, condition: Condition) -> Tensor:
         with self._acting():
-            return self.family.features(self._denoiser, t, x, condition)
+            return features_at(self.family, self._denoiser, t, x, condition)
 
     def keep_features(self) -> None:
         """A reference remembers from now on the features of every state whose score it is asked for."""
-        _ = self.family.feature_width  # says where there are none
+        feature_width(self.family)  # says where there are none
         self.family.keeps_features = True
 
     def feature_value(self) -> FeatureValue:
         """A new value network on the reference's features: `finetune(..., value_network=model.feature_value)`."""
         self.keep_features()
-        return FeatureValue(self.family.feature_width)
+        return FeatureValue(feature_width(self.family))
 
     @property
     def _denoiser(self) -> Any:
@@ -156,8 +157,8 @@ class PipelineModel(nn.Module):
         self.family.guidance_scale = scale
 
     @property
-    def use_bfloat16(self) -> bool:
-        """Whether a sample's score may have other last bits in another batch; the trainer then asks for no ratio of exactly 1.
+    def batch_dependent(self) -> bool:
+        """Whether a sample's score may have other last bits in another batch: where no rows_per_call fixes the batch.
 
         In float32 too: guidance and 1 / alpha near the noise turn a rounding of 1e-7 into log-ratios of 1e-3.
         """
@@ -182,6 +183,11 @@ class PipelineModel(nn.Module):
         view = PipelineModel(self.family) if self.network is None else copy.deepcopy(self).requires_grad_(False)
         view.memory = FeatureMemory()
         return view
+
+    def reference_digest(self) -> str:
+        """A fingerprint of the pretrained pipeline (see `Adapters.digest`); of `full` weights, of what they are now."""
+        own = self._denoiser
+        return self.family.digest(own if module is self.family.denoiser else module for module in self.family.modules())
 
     def trainable_state(self) -> dict[str, Tensor]:
         """What training changes, by the names that diffusers stores it with: all that an average has to copy."""

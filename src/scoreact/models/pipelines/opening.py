@@ -41,7 +41,7 @@ def pipeline_model(
     lora_targets: names of layers, the attention's projections by default; alpha is the rank. dtype: of the networks, that of
     the stored weights by default; the adapter, the state and the score are float32 all the same, and with `full` the
     weights too (the network then runs under autocast). guidance_scale, height, width, frames, max_sequence_length (of the
-    prompt): the pipeline's own by default. rows_per_call: of the denoiser; see Family.predict. vae_slicing: decode one
+    prompt): the pipeline's own by default. rows_per_call: of the denoiser; see `Family.predict`. vae_slicing: decode one
     picture at a time. twice_differentiable: attention with second derivatives, which natural gradients (ctrl_trpo) need.
     Raises ImportError without diffusers, ValueError for a pipeline that is not supported.
 

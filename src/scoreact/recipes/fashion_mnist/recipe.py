@@ -45,7 +45,7 @@ def model(guidance_scale: float = 1.0, weights: str | None = None) -> NetworkMod
     network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     return NetworkModel(
         network, RectifiedFlow(), prediction.velocity, (1, 28, 28), data.CLASSES,
-        guidance_scale=guidance_scale, bfloat16=bfloat16_pays(),
+        guidance_scale=guidance_scale, low=-1, high=1, bfloat16=bfloat16_pays(),
     )  # fmt: skip
 
 

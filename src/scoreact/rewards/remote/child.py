@@ -65,10 +65,10 @@ def read_request(body: bytes) -> tuple[np.ndarray, list[str], list[dict[str, Any
 
 
 class Condition:
-    """What f(samples, condition) gets: prompts, metadata, no embedding."""
+    """What f(samples, condition) gets: prompts, metadata, no rows."""
 
     def __init__(self, prompts: list[str], metadata: list[dict[str, Any]]) -> None:
-        self.prompts, self.metadata, self.embedding = prompts, metadata, None
+        self.prompts, self.metadata, self.rows = prompts, metadata, None
 
     def __len__(self) -> int:
         return len(self.prompts)

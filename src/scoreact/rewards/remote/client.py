@@ -62,7 +62,7 @@ class Elsewhere:
 
     batch_size: samples a request; a trainer samples its batch in these parts, so that one is scored while the next is
     drawn (0: all at once, and the paths are those of the same reward computed here). overlap False: every part is
-    scored before the next is drawn, with the same paths and rewards. The condition's embedding is not sent.
+    scored before the next is drawn, with the same paths and rewards. The condition's rows are not sent.
     """
 
     differentiable = False
