@@ -19,7 +19,7 @@ from scoreact.arena import run as arena_run
 from scoreact.arena import tables as arena_tables
 from scoreact.arena.bench import bench
 from scoreact.arena.budget import check_budget, spent
-from scoreact.arena.problems import HELDOUT, PROBLEMS, TUNING_SEEDS, ArenaProblem, Job, skips
+from scoreact.arena.problems import HELDOUT, PROBLEMS, TUNING_SEEDS, ArenaProblem, Job, check_used, skips
 from scoreact.arena.referee import measure, transfer
 from scoreact.arena.run import run_one
 from scoreact.arena.tuning import search_space, tune
@@ -526,6 +526,39 @@ def test_a_value_that_takes_no_steps_has_none_to_search() -> None:
     )
     assert set(network) - set(linear) == {"value_learning_rate", "value_batch_size", "value_steps", "value_first_steps"}
     assert linear["reference_batches"] == network["reference_batches"] == [4, 2, 1]
+
+
+def test_a_search_looks_only_at_what_the_rule_uses() -> None:
+    trpo = search_space("ctrl_trpo", Job("ctrl_trpo", TINY, 0, 0.5, 1, 1).config())
+    assert not {"kl_states", "learning_rate", "epochs", "minibatch_size"} & set(trpo)
+    assert {"max_kl", "ratio_weight", "value_steps"} <= set(trpo)
+    ddpo = search_space("ddpo", Job("ddpo", TINY, 0, 0.5, 1, 1).config())
+    assert not [name for name in ddpo if name.startswith(("value", "reference"))]
+
+
+TUNED = sorted((Path(__file__).parents[2] / "benchmarks").glob("arena*/tuned/*.json"))
+
+
+@pytest.mark.parametrize("path", TUNED, ids=lambda path: f"{path.parent.parent.name}-{path.stem}")
+def test_what_earlier_searches_found_can_be_used(path: Path) -> None:
+    """Some hold settings that the rule does not use, as the states of a bound that it does not have."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    config = Job(found["rule"], PROBLEMS[found["problem"]], 0, 0.5, 1, 1, settings=found["settings"]).config()
+    used = {**config.to_dict(), **config.rule}
+    assert all(used[name] == value for name, value in found["settings"].items() if name in used)
+    assert config.average == found["settings"]["average"]
+
+
+def test_settings_that_no_run_uses_are_refused_and_those_that_some_use_are_not() -> None:
+    jobs = [Job(rule, TINY, 0, 0.5, 1, 1, {"value_steps": 7, "clip_range": 0.3}) for rule in ("ctrl", "rwr")]
+    assert [job.config().value_steps for job in jobs] == [7, 15]
+    check_used(jobs, jobs[0].common, {"ctrl": {"trace": 0.5}})
+    with pytest.raises(ValueError, match=r"^a setting of all runs: value_steps is a setting of ctrl, .*, not of rwr\."):
+        check_used(jobs[1:], {"value_steps": 7}, {})
+    with pytest.raises(
+        ValueError, match=r"^rwr on tiny: max_kl is a setting of .*, not of rwr\. Leave out max_kl 0\.3, or"
+    ):
+        check_used(jobs, {}, {"rwr": {"max_kl": 0.3}})
 
 
 def test_a_rules_own_search_is_used_and_a_wrong_name_in_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
