@@ -94,7 +94,7 @@ KL = (
     ("reference_kl", "Does the loss hold the price at all?", "Switches that term on or off."),
 )  # fmt: skip
 TRAIT_WORDS = {
-    "critic": "rules that fit a value",
+    "fits_value": "rules that fit a value",
     "minimiser": "rules that take Adam steps",
     "transitions_only": "rules that learn from steps of paths",
 }

@@ -25,7 +25,7 @@ from ..runs.source import (
 )
 from ..support.errors import RewardError, RunError, SettingError
 from ..support.settings import fields_of
-from ..training.config import Config, read, rule_fields, updated, usable
+from ..training.config import Config, from_stored, read, rule_fields, setting_groups, updated
 from .errors import Failed, sentence_of
 from .parser import Parser, assignments, whole
 from .settings_text import config_yaml, setting_help, setting_metavar
@@ -34,13 +34,6 @@ if TYPE_CHECKING:
     from ..recipes.base import Recipe
 
 ABOUT = "Fine-tune a recipe's model to its reward, or to yours."
-HEADINGS = {  # the first setting of each group of `train --help`
-    "algorithm": "the run",
-    "steps": "paths",
-    "learning_rate": "policy update",
-    "value": "value network",
-    "heldout_samples": "evaluation and limits",
-}
 
 
 def train_arguments(parser: Parser, config: Config | None = None) -> None:
@@ -73,19 +66,19 @@ def train_arguments(parser: Parser, config: Config | None = None) -> None:
         )  # fmt: skip
 
     config = config or Config()
-    for field, hint in fields_of(Config):
-        if field.name in HEADINGS:
-            add = parser.add_argument_group(HEADINGS[field.name]).add_argument
-        setting(field, hint, setting_help(field, getattr(config, field.name)).replace("%", "%%"))
     shown = set()
-    for name in [config.algorithm, *known_rules()]:  # the other rules' settings are taken too, and not shown
-        add = parser.add_argument_group(f"the rule: {name}").add_argument
+    for heading, fields in setting_groups(config.algorithm):
+        add = parser.add_argument_group(heading).add_argument
+        for field, hint in fields:
+            shown.add(field.name)
+            default = config.rule[field.name] if field.name in config.rule else getattr(config, field.name)
+            setting(field, hint, setting_help(field, default).replace("%", "%%"))
+    add = parser.add_argument_group("other rules").add_argument
+    for name in known_rules():  # their settings are taken too, and not shown
         for field, hint in rule_fields(name):
             if field.name not in shown:
                 shown.add(field.name)
-                own = name == config.algorithm
-                text = setting_help(field, config.rule[field.name]) if own else argparse.SUPPRESS
-                setting(field, hint, text.replace("%", "%%"))
+                setting(field, hint, argparse.SUPPRESS)
 
 
 def known_rules() -> dict[str, type]:
@@ -120,14 +113,12 @@ def train_source(options: argparse.Namespace) -> Source:
     """The recipe's defaults (or the settings of the run to start from), then the file, then the command line."""
     base = _base(options)
     recipe = base.recipe
-    content = read(options.config) if options.config else {}
+    content, config = read(options.config) if options.config else {}, base.config
     if isinstance(content.get("config"), dict):  # a run's config.json: repeat that run
         described = content.get("description") or {}
         own = described.get("recipe", recipe.name) == recipe.name
-        content = {
-            **usable(base.config, content["config"], str(options.config)),
-            **({k: described.get(k) for k in ("reward", "reward_options", "options")} if own else {}),
-        }
+        config = from_stored(content["config"], f"config file {options.config!r}")
+        content = {k: described.get(k) for k in ("reward", "reward_options", "options")} if own else {}
     in_file = content.pop("options", None) or {}
     reward = options.reward or content.get("reward") or base.reward
     reward_options = {} if options.reward else dict(content.get("reward_options") or base.reward_options)
@@ -145,7 +136,8 @@ def train_source(options: argparse.Namespace) -> Source:
     if ":" in str(settings.get("algorithm", "")):
         settings["algorithm"] = _portable(settings["algorithm"])
     source = f"config file {options.config!r}" if options.config else "settings"
-    config = updated(base.config, settings, source, below=content)
+    given = {**content, **settings}
+    config = updated(config, settings, source, below=content)
     for key, value in assignments(options.reward_option, "--reward-option").items():
         file = Path(value).expanduser() if isinstance(value, str) else None  # by its full path, as the reward itself
         reward_options[key] = str(file.resolve()) if file is not None and file.exists() else value
@@ -157,7 +149,7 @@ def train_source(options: argparse.Namespace) -> Source:
         )
     if reward is not None:
         reward = _portable(reward)
-        if config.value_loss == "log_probability" and "value_loss" not in {**content, **settings}:
+        if config.value_loss == "log_probability" and "value_loss" not in given:
             config = updated(config, {"value_loss": "soft"})  # another reward need not be a log-probability
     return Source(recipe, build_options, config, reward, reward_options, None, base.start)
 

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from ..support.settings import setting
 
-FITS = {"critic": (True,)}  # used by update rules that fit a value
+FITS = {"fits_value": (True,)}  # used by update rules that fit a value
 DESCENDS = {**FITS, "value": ("network", "residual", "surrogate")}  # the linear value is solved for, without steps
 
 

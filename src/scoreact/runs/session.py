@@ -180,8 +180,9 @@ class Session(Hook):
 
     def _look_at_rounding(self) -> Metrics:
         """What rounding alone costs, said where it stops all learning."""
-        found, most = self.trainer.rounding(), self.trainer.config.max_kl
-        if found.get("policy/kl_rounding", 0.0) > most:
+        found, c = self.trainer.rounding(), self.trainer.config
+        most = c.max_kl
+        if c.uses("max_kl") and found.get("policy/kl_rounding", 0.0) > most:
             text = (
                 f"rounding alone costs {found['policy/kl_rounding']:.2g} nats of path KL, more than max_kl ({most:g}), so that "
                 "every step of the policy is refused; compute in float32 or float16, or with less guidance."

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 Field = dataclasses.Field[Any]
 
 RECORDS = (RunSettings, PathSettings, UpdateSettings, ValueSettings, WatchSettings)
-TRAITS = ("critic", "minimiser", "transitions_only")  # attributes of a rule that decide which settings it uses
+TRAITS = ("fits_value", "minimiser", "transitions_only")  # attributes of a rule that decide which settings it uses
 
 
 @dataclass(frozen=True)
