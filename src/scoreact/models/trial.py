@@ -30,7 +30,7 @@ LARGE = 4096  # numbers a state from which on fewer are drawn
 FEW = 8
 STEPS = 20  # of the path that draws them
 PLACES = 9  # times at which the score is looked at
-ODD = "scoreact asks for a prompt that no model knows"
+ODD = "no model knows this"
 
 
 class _Stop(Exception):
