@@ -124,7 +124,7 @@ def test_no_two_public_names_are_alike() -> None:
 
 # said by what they are part of: `make_reference.main`, `gaussian.build`
 # by the name of its wing: `models.base`, `arena.run`
-ALIKE = {"main", "build", "module base", "module registry", "module run"}
+ALIKE = {"main", "build", "module base", "module check", "module registry", "module run"}
 
 
 def test_help_imports_no_torch() -> None:
@@ -134,7 +134,7 @@ def test_help_imports_no_torch() -> None:
 
 def test_files_are_neither_crumbs_nor_slabs() -> None:
     """Over 400 lines a file wants a reason, which is given here."""
-    reasons: dict[str, str] = {}
+    reasons = {"models/trial.py": "one look at a model, each part on what the one before found"}
     long = [
         str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py")
         if len(path.read_text(encoding="utf-8").splitlines()) > 400 and str(path.relative_to(ROOT)) not in reasons

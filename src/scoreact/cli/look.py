@@ -179,7 +179,7 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def check_arguments(parser: Parser) -> None:
-    parser.add_argument("what", metavar="{reward,recipe,run}")
+    parser.add_argument("what", metavar="{reward,model,recipe,run}")
     parser.add_argument("name", metavar="SPEC|RECIPE|RUN_DIR")
     parser.add_argument(
         "--recipe", default="gaussian", metavar="RECIPE", help="whose samples a reward gets [default gaussian]"
@@ -225,6 +225,14 @@ def check_recipe(options: argparse.Namespace) -> list[str]:
     return lines
 
 
+def check_model(options: argparse.Namespace) -> list[str]:
+    """What a model has of the contract, and what is wrong with it."""
+    from ..models.check import check_model as findings
+
+    problem = _problem(options)
+    return findings(problem.model, list(problem.prompts))
+
+
 def check_run(options: argparse.Namespace) -> list[str]:
     """Whether a run can be read, continued and sampled from."""
     from ..api.saved_run import SavedRun
@@ -232,7 +240,7 @@ def check_run(options: argparse.Namespace) -> list[str]:
     return SavedRun(source_of_run(Path(options.name))).check()
 
 
-CHECKS = {"reward": check_reward, "recipe": check_recipe, "run": check_run}
+CHECKS = {"reward": check_reward, "model": check_model, "recipe": check_recipe, "run": check_run}
 
 
 def _problem(options: argparse.Namespace) -> Problem:

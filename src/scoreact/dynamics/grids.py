@@ -17,7 +17,16 @@ Grid = Callable[[Schedule, int, torch.Generator | None], Tensor]  # (schedule, s
 
 
 def uniform(schedule: Schedule, steps: int, generator: torch.Generator | None = None) -> Tensor:
-    """Equal steps in t."""
+    """Equal steps in t.
+
+    Args:
+        schedule: gives the ends, t_min and t_max.
+        steps: N.
+        generator: not used; the other grids' signature.
+
+    Returns:
+        N + 1 rising times, float32 on the CPU.
+    """
     return torch.linspace(schedule.t_min, schedule.t_max, steps + 1)
 
 

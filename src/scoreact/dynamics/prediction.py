@@ -17,7 +17,13 @@ from .schedule import Schedule
 
 @dataclass(frozen=True)
 class Prediction:
-    """How one kind of output relates to the data. Both functions: (schedule, t [B], x [B, *D], value) -> [B, *D]."""
+    """How one kind of output of a network relates to the data.
+
+    Args:
+        name: for messages and settings.
+        to_data: (schedule, t [B], x [B, *D], output [B, *D]) -> the estimate of the data, [B, *D].
+        from_data: (schedule, t [B], x [B, *D], estimate of the data [B, *D]) -> the output, [B, *D].
+    """
 
     name: str
     to_data: Callable[[Schedule, Tensor, Tensor, Tensor], Tensor]
@@ -72,7 +78,18 @@ PREDICTIONS = {kind.name: kind for kind in (epsilon, x0, v, velocity, score)}
 
 
 def convert(source: Prediction, target: Prediction, schedule: Schedule, t: Tensor, x: Tensor, value: Tensor) -> Tensor:
-    """`value` of kind `source` as kind `target`. t [B], x and value [B, *D]; undefined where alpha or sigma is 0."""
+    """An output of one kind as another kind, by way of the estimate of the data that both stand for.
+
+    Args:
+        source, target: kinds, such as `epsilon` and `score`.
+        schedule: of the model.
+        t: times, [B].
+        x: states there, [B, *D].
+        value: what the network said, of kind `source`, [B, *D].
+
+    Returns:
+        The same estimate as kind `target`, [B, *D]; not finite where alpha or sigma is 0 and the kind divides by it.
+    """
     if source is target:
         return value
     return target.from_data(schedule, t, x, source.to_data(schedule, t, x, value))

@@ -18,20 +18,49 @@ from torch import Tensor
 
 
 class Schedule(Protocol):
-    """Four functions of t, any shape to the same shape, and the interval where they may be used."""
+    """x_t = alpha(t) x_data + sigma(t) noise. Four functions of t, and the interval on which they may be used.
+
+    Each function takes times of any shape and returns a tensor of that shape, dtype and device. sigma / alpha falls from
+    t_min to t_max.
+    """
 
     @property
-    def t_min(self) -> float: ...
+    def t_min(self) -> float:
+        """Where sampling starts: 0, or a little later where alpha(0) is 0."""
+        ...
+
     @property
-    def t_max(self) -> float: ...
-    def alpha(self, t: Tensor) -> Tensor: ...
-    def sigma(self, t: Tensor) -> Tensor: ...
-    def d_alpha(self, t: Tensor) -> Tensor: ...
-    def d_sigma(self, t: Tensor) -> Tensor: ...
+    def t_max(self) -> float:
+        """Where it ends: 1, or a little earlier where the SDE's coefficients are infinite at 1."""
+        ...
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """The factor of the data, positive after t_min."""
+        ...
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """The standard deviation of the noise; 0 at most at t_max."""
+        ...
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        """d alpha / dt."""
+        ...
+
+    def d_sigma(self, t: Tensor) -> Tensor:
+        """d sigma / dt."""
+        ...
 
 
 def log_snr(schedule: Schedule, t: Tensor) -> Tensor:
-    """log(alpha^2 / sigma^2), increasing in t."""
+    """log(alpha^2 / sigma^2), which rises with t.
+
+    Args:
+        schedule: any.
+        t: times, any shape.
+
+    Returns:
+        The log signal-to-noise ratio, in t's shape; infinite where sigma is 0.
+    """
     return 2 * (schedule.alpha(t).log() - schedule.sigma(t).log())
 
 
@@ -166,8 +195,14 @@ class EDM:
 class FromAlphasCumprod:
     """The continuous schedule through a discrete table (DDPM, Stable Diffusion): log-SNR interpolated linearly in time.
 
-    alphas_cumprod: values in (0, 1), strictly decreasing, index 0 the least noisy. Step i of T sits at
-    t = 1 - (i + 1) / T, so that the table's noisiest entry is t = 0 and its cleanest t_max = 1 - 1 / T.
+    Step i of T sits at t = 1 - (i + 1) / T, so that the table's noisiest entry is t = 0 and its cleanest t_max = 1 - 1 / T.
+
+    Args:
+        alphas_cumprod: T values in (0, 1), strictly decreasing, index 0 the least noisy.
+        t_min: a later start.
+
+    Raises:
+        ValueError: another shape, order or range.
     """
 
     alphas_cumprod: Sequence[float]
@@ -240,7 +275,15 @@ def step_number(t: Tensor, steps: int, rounded: bool = False) -> Tensor:
 
 
 def time_at_log_snr(schedule: Schedule, value: Tensor) -> Tensor:
-    """The t at which log_snr(t) equals value, by 60 bisections in float64; values beyond the ends give the ends."""
+    """The times at which log_snr(t) has given values, by 60 bisections.
+
+    Args:
+        schedule: any.
+        value: log signal-to-noise ratios, any shape; values beyond the ends give the ends.
+
+    Returns:
+        Times in value's shape, float64.
+    """
     low = torch.full_like(value, schedule.t_min, dtype=torch.float64)
     high = torch.full_like(value, schedule.t_max, dtype=torch.float64)
     for _ in range(60):
@@ -290,5 +333,5 @@ class ShiftedFlow:
         return -self.d_alpha(t)
 
     def time_at_sigma(self, sigma: Tensor) -> Tensor:
-        """The inverse of sigma(t)."""
+        """The times at which sigma(t) has these values in [0, 1]; any shape."""
         return 1 - sigma / (self.shift - (self.shift - 1) * sigma)

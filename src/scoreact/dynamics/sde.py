@@ -21,7 +21,7 @@ Noise = Callable[[Schedule, Tensor], Tensor]  # (schedule, t) -> g(t) >= 0, shap
 
 
 def kappa(schedule: Schedule, t: Tensor) -> Tensor:
-    """alpha' / alpha."""
+    """alpha' / alpha: the linear part of the drift, for times of any shape, in that shape."""
     return schedule.d_alpha(t) / schedule.alpha(t)
 
 
@@ -39,7 +39,7 @@ def noise_level(level: float) -> Noise:
 
 
 def constant(g: float) -> Noise:
-    """The same g at all times."""
+    """The same noise at all times. g >= 0, in units of the state per square root of time. Raises ValueError below 0."""
     if g < 0:
         raise ValueError(f"the diffusion coefficient must be at least 0, got {g}.")
     return lambda schedule, t: torch.full_like(t, g)
@@ -68,17 +68,22 @@ NOISES: dict[str, Callable[[float], Noise]] = {
 
 @dataclass(frozen=True)
 class SDE:
-    """A schedule and the noise injected during generation."""
+    """A schedule and the noise injected during generation.
+
+    Args:
+        schedule: alpha(t), sigma(t) and the interval of times.
+        noise: g(t), the standard deviation of the noise added in a unit of time, such as `noise_level(1.0)`.
+    """
 
     schedule: Schedule
     noise: Noise
 
     def diffusion(self, t: Tensor) -> Tensor:
-        """g(t), shape of t."""
+        """g(t) >= 0 for times of any shape, in that shape."""
         return self.noise(self.schedule, t)
 
     def gain(self, t: Tensor) -> Tensor:
-        """ode_gain + g^2 / 2, shape of t."""
+        """What multiplies the action in the drift, ode_gain + g^2 / 2, for times of any shape, in that shape."""
         return ode_gain(self.schedule, t) + self.diffusion(t) ** 2 / 2
 
     def drift(self, t: Tensor, x: Tensor, score: Tensor) -> Tensor:

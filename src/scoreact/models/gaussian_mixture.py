@@ -19,7 +19,14 @@ from ..types import Condition
 class GaussianMixture(nn.Module):
     """sum_i w_i N(m_i, S_i) in d dimensions, with full covariances. Nothing to train: a reference, or an oracle.
 
-    weights [K] positive, means [K, d], covariances [K, d, d] symmetric positive definite. Float64 inside `tilted`.
+    Args:
+        schedule: of the noising path.
+        weights: positive, [K]; they are divided by their sum.
+        means: [K, d].
+        covariances: symmetric positive definite, [K, d, d].
+
+    Raises:
+        ValueError: shapes that do not fit, a weight that is not positive, a covariance that is not positive definite.
     """
 
     def __init__(self, schedule: Schedule, weights: Tensor, means: Tensor, covariances: Tensor) -> None:
@@ -51,10 +58,12 @@ class GaussianMixture(nn.Module):
 
     @property
     def dim(self) -> int:
+        """d, the numbers in one state."""
         return int(self.means.shape[1])
 
     @property
     def covariances(self) -> Tensor:
+        """S_i, [K, d, d]."""
         return (self.eigenvectors * self.eigenvalues.unsqueeze(1)) @ self.eigenvectors.mT
 
     # --- the model contract -------------------------------------------------------------------------------------
@@ -70,7 +79,7 @@ class GaussianMixture(nn.Module):
         return Condition(list(prompts))
 
     def score(self, t: Tensor, x: Tensor, condition: Condition | None = None) -> Tensor:
-        """grad log p_t(x). t [B], x [B, d]."""
+        """grad log p_t(x) at t [B], x [B, d]: [B, d]. No condition is needed; every prompt means the same."""
         whitened, variance, log_weight = self._components(t, x)
         responsibility = torch.softmax(log_weight, dim=1)  # [B, K]
         pulled = responsibility.unsqueeze(2) * whitened / variance
@@ -100,11 +109,11 @@ class GaussianMixture(nn.Module):
         return whitened, variance, self.weights.log() + log_normal
 
     def log_prob(self, t: Tensor, x: Tensor) -> Tensor:
-        """log p_t(x), [B]."""
+        """log p_t(x) at t [B], x [B, d]: [B], nats."""
         return torch.logsumexp(self._components(t, x)[2], dim=1)
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        """Exact data, [count, d]."""
+        """Exact samples of the data, [count, d]; the generator is on the model's device."""
         component = torch.multinomial(self.weights, count, replacement=True, generator=generator)
         noise = torch.randn(count, self.dim, generator=generator, device=self.means.device)
         scaled = noise * self.eigenvalues[component].sqrt()
@@ -113,9 +122,19 @@ class GaussianMixture(nn.Module):
     def tilted(
         self, linear: Tensor, quadratic: Tensor, kl_weight: float, constant: float = 0.0
     ) -> tuple[GaussianMixture, float]:
-        """The law p exp(R / beta) / Z for R(x) = a.x - x'Qx / 2 + constant, and J* = beta log Z.
+        """The law p exp(R / beta) / Z for R(x) = a.x - x'Qx / 2 + constant, and J* = beta log Z. Computed in float64.
 
-        linear a [d], quadratic Q [d, d] symmetric with S^-1 + Q / beta positive definite. Returns (mixture, J*).
+        Args:
+            linear: a, [d].
+            quadratic: Q, [d, d], symmetric, with S^-1 + Q / beta positive definite.
+            kl_weight: beta, positive, in units of the reward per nat.
+            constant: in units of the reward.
+
+        Returns:
+            The optimum as a mixture, and J* in units of the reward.
+
+        Raises:
+            ValueError: kl_weight is not positive, or exp(R / beta) has no finite mean.
         """
         if kl_weight <= 0:
             raise ValueError(f"kl_weight must be positive, got {kl_weight}.")

@@ -16,7 +16,15 @@ from .layers import fourier_features
 
 
 class MLP(nn.Module):
-    """(x [B, d], t [B] in [0, 1]) -> [B, outputs]; SiLU, two hidden layers by default, last layer zero if asked."""
+    """A multilayer perceptron with SiLU: (x [B, dim], t [B] in [0, 1]) -> [B, outputs].
+
+    Args:
+        dim: numbers in x; other shapes than [B, dim] are flattened to it.
+        outputs: numbers out.
+        width: of each hidden layer.
+        layers: hidden ones.
+        zero_last: make the last layer 0, so that the network says 0 at first.
+    """
 
     def __init__(self, dim: int, outputs: int, width: int = 128, layers: int = 2, zero_last: bool = False) -> None:
         super().__init__()
@@ -38,7 +46,12 @@ class MLP(nn.Module):
 class ResidualModel(nn.Module):
     """base.score(t, x) + residual(x, t): an exact base with a learned change, which is zero at the start.
 
-    The data are vectors [B, d]. Only the residual is trained.
+    Only the residual is trained.
+
+    Args:
+        base: any model on vectors [B, dim].
+        dim: numbers in a state.
+        width, layers: of the residual `MLP`.
     """
 
     def __init__(self, base: ScoreModel, dim: int, width: int = 128, layers: int = 2) -> None:
@@ -64,5 +77,5 @@ class ResidualModel(nn.Module):
         return self.base.decode(x)
 
     def exact_law(self) -> GaussianMixture | None:
-        """The base's, where it knows it."""
+        """The law that the base samples from, where it knows it: that of this model before training."""
         return self.base.exact_law() if isinstance(self.base, HasExactLaw) else None

@@ -17,8 +17,18 @@ from .layers import Attention, ResBlock, fold, fourier_features
 class UNet(nn.Module):
     """Maps x [B, C, H, W], t [B] in [0, 1] and class indices [B] to an array of x's shape.
 
-    H and W are padded to a multiple of 2^(levels) inside. A class index equal to `classes` means
-    "no class" (the row used by classifier-free guidance).
+    H and W are padded to a multiple of 2^(levels) inside.
+
+    Args:
+        channels: C.
+        widths: channels of the feature maps, one number a level, each a multiple of 8.
+        classes: their number; the index `classes` means "no class", for classifier-free guidance.
+        blocks: residual blocks a level.
+        heads: of the attention at the lowest level.
+        outputs: channels out, C by default.
+
+    Raises:
+        ValueError: a width that is no multiple of 8.
     """
 
     def __init__(
@@ -73,7 +83,14 @@ class UNet(nn.Module):
         return self.with_features(x, t, label)[0]
 
     def with_features(self, x: Tensor, t: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """The output, and what the way up made of the picture: each block's channels, mean over positions, [B, F]."""
+        """The output, and what the way up made of the picture.
+
+        Args:
+            x, t, label: as of the network.
+
+        Returns:
+            The output [B, outputs, H, W], and each block's channels, mean over positions: [B, F].
+        """
         h, (top, left) = fold(x, self.multiple)
         height, width = x.shape[-2:]
         features = []

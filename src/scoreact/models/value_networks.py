@@ -24,6 +24,10 @@ class FeatureValue(nn.Module):
 
     The features know the prompt, so prompts never seen before need no row of their own. Each is standardised by its mean and
     spread in the first batch seen: a denoiser's channels differ by orders of magnitude, and most of each is a constant.
+
+    Args:
+        features: F.
+        width: of the two hidden layers.
     """
 
     inputs: ClassVar[str] = "features"  # what `ValueNetwork` then asks the reference for
@@ -50,7 +54,12 @@ class FeatureValue(nn.Module):
 
 
 class VectorValue(nn.Module):
-    """F for points: an MLP on the inputs and t; zero at first."""
+    """F for points and short series: (x flattened to [B, inputs], t [B], condition) -> [B]; zero at first.
+
+    Args:
+        inputs: numbers in what it sees; twice a state's where it sees the state and x_data_hat.
+        width: of the two hidden layers.
+    """
 
     def __init__(self, inputs: int, width: int = 128) -> None:
         super().__init__()
@@ -66,6 +75,11 @@ class Encoder(nn.Module):
 
     A class has its own offset. The picture's part starts at zero and is gated by t / sqrt(t^2 + (1 - t)^2): a state of pure
     noise says nothing about the sample, and what a denoiser makes of it there is error, which its gradient would amplify.
+
+    Args:
+        channels: C.
+        widths: channels of the feature maps, one number a level, each a multiple of 8.
+        classes: the number of prompts; a condition's rows are below it, or equal to it for "no class".
     """
 
     def __init__(self, channels: int = 1, widths: tuple[int, ...] = (16, 32, 64), classes: int = 10) -> None:

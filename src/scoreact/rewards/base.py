@@ -25,7 +25,13 @@ ClassOf = Callable[[Condition], Tensor]  # condition of B -> class indices [B], 
 
 @dataclass(frozen=True)
 class FunctionReward:
-    """A function (samples, condition) -> [B] with a name for messages and a word on its gradient."""
+    """A function with a name for messages and a word on its gradient.
+
+    Args:
+        function: (decoded samples [B, ...], condition of B) -> rewards [B], larger is better.
+        name: for messages.
+        differentiable: whether the gradient of its result with respect to the samples may be used.
+    """
 
     function: Reward
     name: str
@@ -46,7 +52,7 @@ NO_REWARD = FunctionReward(_none, "none")
 
 
 def is_differentiable(reward: Callable[..., Any]) -> bool:
-    """Whether the reward says that its gradient with respect to the samples may be used. Default: no."""
+    """Whether a reward says, by its attribute `differentiable`, that its gradient in the samples may be used; else False."""
     if isinstance(reward, functools.partial):
         return is_differentiable(reward.func)
     return bool(getattr(reward, "differentiable", False))

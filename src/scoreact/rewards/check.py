@@ -55,9 +55,13 @@ class Checked:
 def checked(reward: Reward) -> Checked:
     """The reward with every call validated and counted, for use in training.
 
-    Result [B], float32 (float64 for float64 samples), finite, on the samples' device. Raises ValueError for another
-    shape, NaN or inf (in the samples or the rewards) and values that are no numbers; RuntimeError, chained, for an
-    exception inside the reward. Costs one device synchronisation for each of the two finiteness checks.
+    Args:
+        reward: (decoded samples [B, ...], condition of B) -> [B].
+
+    Returns:
+        The same reward. A call gives [B], float32 (float64 for float64 samples), finite, on the samples' device. It raises
+        ValueError for another shape, NaN or inf (in the samples or the rewards) and values that are no numbers, and
+        RuntimeError, chained, for an exception inside the reward. Each of the two looks for NaN waits for the device.
     """
     return Checked(reward)
 
@@ -69,13 +73,24 @@ def explain(
     needs_gradient: bool = False,
     **options: Any,
 ) -> list[str]:
-    """What is wrong with a reward, in plain sentences, found by running it on samples [B, ...] of a condition of B.
+    """What is wrong with a reward, in plain sentences, found by running it.
 
-    Lines start with "problem: " or "note: "; the last one is a summary, starting with "fine: " if there is no problem.
+    Args:
+        spec: anything that `load` takes.
+        samples: decoded, [B, ...]; 4 to 64 different ones.
+        condition: of the B samples.
+        needs_gradient: look at the gradient even if the reward does not declare one.
+        options: of `load`.
+
+    Returns:
+        Lines that start with "problem: " or "note: "; the last one is a summary, starting with "fine: " if all is well.
+
+    Raises:
+        ValueError: samples and condition differ in length, or are empty.
+
     Looks at: loading, exceptions, type, shape, NaN and inf, dtype and device, a constant, two calls that differ, input
     changed in place, dependence on the rest of the batch, the picture's value range (a guess, and said so; a function
     that wants [-1, 1] is not recognised), the gradient (when it is declared or needed), and seconds a sample.
-    Give 4 to 64 different samples. Raises ValueError only when samples and condition differ in length or are empty.
     """
     if len(samples) != len(condition) or not len(samples):
         raise ValueError(f"got {len(samples)} samples and {len(condition)} prompts; give as many, at least one.")

@@ -47,12 +47,18 @@ KNOWN: dict[str, Callable[..., Reward]] = {
 def load(spec: str | Callable[..., Any], **options: Any) -> Reward:
     """A reward by name, from the user's code, or from a function in one of the shapes of `user.adapt`.
 
-    spec: a name in `KNOWN` (options: its factory's keywords), `path/to/file.py:name`, `module:name`, or a callable
-    (options: keywords of that function, bound once); elsewhere, `http://HOST:PORT` of a reward server or
-    `path/to/file.py:name@/path/to/python` (options: `remote.over_http`, `remote.in_process`). The result scores samples
-    [B, ...] as [B] float32 on their device (float64 for float64 samples); wrap it in `checked` for training.
-    Raises ValueError, one sentence with the remedy, for a name, file, module or option that is not there and for a
-    file that fails when run.
+    Args:
+        spec: a name in `KNOWN`, `path/to/file.py:name`, `module:name`, or a callable; a reward that runs elsewhere is
+            `http://HOST:PORT` of a reward server, or `path/to/file.py:name@/path/to/python`.
+        options: of a known reward its factory's keywords, of a function keywords that are bound once, of one elsewhere those
+            of `remote.over_http` and `remote.in_process`.
+
+    Returns:
+        A reward of samples [B, ...] and the condition of B: [B] float32 on their device (float64 for float64 samples). For
+        training it wants to be wrapped in `checked`.
+
+    Raises:
+        ValueError: a name, file, module or option that is not there, or a file that fails when it is run.
     """
     if not isinstance(spec, str):
         return adapt(spec, name_of(spec), options)

@@ -36,14 +36,26 @@ def pipeline_model(
     vae_slicing: bool = True,
     twice_differentiable: bool = False,
 ) -> PipelineModel:
-    """A diffusers pipeline (folder, hub id, or the object, which is changed) with weights to train: LoRA, or `full`.
+    """A diffusers pipeline with weights to train: a LoRA adapter, or all of the denoiser.
 
-    lora_targets: names of layers, the attention's projections by default; alpha is the rank. dtype: of the networks, that of
-    the stored weights by default; the adapter, the state and the score are float32 all the same, and with `full` the
-    weights too (the network then runs under autocast). guidance_scale, height, width, frames, max_sequence_length (of the
-    prompt): the pipeline's own by default. rows_per_call: of the denoiser; see `Family.predict`. vae_slicing: decode one
-    picture at a time. twice_differentiable: attention with second derivatives, which natural gradients (ctrl_trpo) need.
-    Raises ImportError without diffusers, ValueError for a pipeline that is not supported.
+    Args:
+        source: a folder, a hub id, or the pipeline itself, which is changed.
+        lora_rank: of the adapter; its alpha is the rank too.
+        lora_targets: names of layers; the attention's projections by default.
+        full: train the denoiser's own weights instead; they are float32, and the network runs under autocast.
+        dtype: of the networks; that of the stored weights by default. Adapter, state and score are float32 all the same.
+        guidance_scale, negative_prompt: of classifier-free guidance; the pipeline's own scale by default.
+        height, width, frames: in pixels, and of a video; the pipeline's own by default.
+        gradient_checkpointing: less memory for a second forward pass.
+        max_sequence_length: tokens of a prompt; the pipeline's own by default.
+        rows_per_call: states that the denoiser sees at once, always that many, so that a sample's score has the same bits in
+            every batch; None: as many as are asked for.
+        vae_slicing: decode one picture at a time.
+        twice_differentiable: attention with second derivatives, which natural gradients (ctrl_trpo) need.
+
+    Raises:
+        ImportError: diffusers or peft are missing.
+        ValueError: a pipeline, a scheduler or an option that is not supported.
 
     In less than float32 any change of the weights is rounded anew in every layer, which costs path KL by itself (`rounding`).
     On a tiny Stable Diffusion (256 numbers, 3 steps) 0.5 nats in bfloat16, 0.008 in float16, none in float32; guided by 4,
