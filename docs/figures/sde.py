@@ -20,7 +20,7 @@ from scoreact.dynamics.schedule import VP
 from scoreact.dynamics.sde import SDE, noise_level
 from scoreact.models.gaussian_mixture import GaussianMixture
 
-BETA, STEPS, PATHS = 0.5, 200, 24
+BETA, STEPS, PATHS = 0.5, 150, 16
 BEFORE, AFTER = "#4c72b0", "#dd8452"
 
 
@@ -47,7 +47,7 @@ def main() -> None:
         axis.set(title=title, xlabel="t: 0 is noise, 1 is data", xlim=(-0.13, 1.3), ylim=(-3.2, 3.2))
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("x")
-    figure.savefig(Path(__file__).with_suffix(".png"), dpi=110, metadata={"Software": None})
+    figure.savefig(Path(__file__).with_suffix(".png"), dpi=80, metadata={"Software": None})
 
 
 if __name__ == "__main__":
