@@ -21,7 +21,7 @@ import scoreact as sa
 
 HERE = Path(__file__).resolve().parent
 LIMIT = 150_000  # bytes
-SCALE, ROWS, LEFT, GAP = 3, 2, 62, 10  # pixels a pixel, pictures a prompt, pixels for the words, between before and after
+SCALE, ROWS, LEFT, GAP = 3, 2, 74, 10  # pixels a pixel, pictures a prompt, pixels for the words, between before and after
 
 
 def strip(before: Tensor, after: Tensor, columns: int) -> Image.Image:
