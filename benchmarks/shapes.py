@@ -1,7 +1,7 @@
 """A small Stable Diffusion that knows coloured shapes, and its prompt alignment improved by reinforcement learning.
 
     python benchmarks/shapes.py pretrain shapes       # minutes on one CPU thread; writes a diffusers folder
-    python benchmarks/shapes.py train shapes --picture docs/shapes.png
+    python benchmarks/shapes.py train shapes --picture docs/results/shapes.png
 
 The folder is an ordinary `StableDiffusionPipeline` (UNet, AutoencoderKL, CLIP text encoder) of 32x32 pictures, made from
 configs and trained here on drawings with captions such as "a red circle". Like captions of the web, those of the training

@@ -1,4 +1,4 @@
-"""docs/migrating-from-trl.md: its files and its command run as they stand there, on a tiny pipeline."""
+"""docs/howto/migrating-from-trl.md: its files and its command run as they stand there, on a tiny pipeline."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytest.importorskip("peft")
 
 from tiny_pipelines import make, spelling_tokenizer  # noqa: E402
 
-PAGE = (Path(__file__).parents[2] / "docs" / "migrating-from-trl.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "howto" / "migrating-from-trl.md").read_text(encoding="utf-8")
 FILES = {re.match(r"# (\w+\.py)", block)[1]: block for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)}  # type: ignore[index]
 SHORT = shlex.split(
     "--iterations 1 --batch-size 6 --steps 2 --reference-batches 1 --heldout-samples 4 --value-steps 2 --device cpu "

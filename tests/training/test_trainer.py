@@ -137,7 +137,10 @@ def test_files_and_result(tmp_path: Path) -> None:
         "metrics.jsonl",
         "best",
         "checkpoints",
-    } == {p.name for p in (tmp_path / "run").iterdir()}
+        "reference.safetensors",
+        "report.html",
+        "transfer.json",
+    } == {p.name for p in (tmp_path / "run").iterdir() if p.suffix != ".png"}
     assert events[:3] == ["reference", "evaluation", "iteration"]
     assert events[-1] == "finished"
     assert events.count("iteration") == 6

@@ -225,7 +225,7 @@ class SavedRun(Sampled):
         if self.source.folder is not None and method in ("value", "smc"):
             path = self.folder / ("best" if self.which(weights) == "best" else "") / "value.safetensors"
             if method == "value" or path.is_file():
-                value, kl_weight = load_value(path, self.problem.value_network, c, policy, reward)
+                value, kl_weight = load_value(path, self.problem.value_network, c, policy, reward, self.problem.prompts)
         return Steering(
             method, policy, reward, SDE(policy.schedule, noise_level(noise_scale)), solver, kl_weight, strength, particles,
             "reference" if reference else "policy", value, c.sde(policy.schedule), c.act_until,

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -273,7 +273,12 @@ def build_policy(source: Source, weights: str = "final") -> tuple[Policy, Proble
 
 
 def load_value(
-    path: Path, make: Callable[[], nn.Module] | None, config: Config, policy: Policy, reward: Reward
+    path: Path,
+    make: Callable[[], nn.Module] | None,
+    config: Config,
+    policy: Policy,
+    reward: Reward,
+    prompts: Sequence[str] = (),
 ) -> tuple[ValueNetwork, float]:
     """The value network that a run left as value.safetensors, and the price of a nat at which it was fitted.
 
@@ -296,7 +301,7 @@ def load_value(
     def reward_of_state(x_data: Tensor, condition: Condition) -> Tensor:
         return reward(policy.decode(x_data), condition)
 
-    value = build_value(config, policy, sde, make, reward_of_state)
+    value = build_value(config, policy, sde, make, reward_of_state, prompts)
     try:
         value.load_state_dict(tensors)
     except RuntimeError as error:

@@ -40,14 +40,12 @@ def exploration_of(config: Config, sde: SDE) -> Exploration | None:
     return None
 
 
-def _default_value_network(model: ScoreModel, inputs: str) -> nn.Module:
+def _default_value_network(model: ScoreModel, inputs: str, prompts: Sequence[str]) -> nn.Module:
     """An MLP on flattened states: right for points and short series; pictures deserve a convolutional one."""
     from ..models.value_networks import VectorValue
 
-    probe = model.prior(
-        model.condition(list(model.classes if isinstance(model, HasClasses) else [""])[:1]),
-        torch.Generator().manual_seed(0),
-    )
+    known = list(prompts) or (list(model.classes) if isinstance(model, HasClasses) else [""])
+    probe = model.prior(model.condition(known[:1]), torch.Generator(device_of(model)).manual_seed(0))
     return VectorValue(probe[0].numel() * (2 if inputs == "both" else 1))
 
 
@@ -57,8 +55,12 @@ def build_value(
     sde: SDE,
     make: Callable[[], nn.Module] | None,
     reward_of_state: Callable[[Tensor, Condition], Tensor],
+    prompts: Sequence[str] = (),
 ) -> ValueNetwork:
-    """The value network that the settings describe, untrained; reward_of_state: of x_data_hat, for value "residual"."""
+    """The value network that the settings describe, untrained; reward_of_state: of x_data_hat, for value "residual".
+
+    prompts: that the model knows, for the default network where the model cannot list its own.
+    """
     link = config.kl_weight if config.value_loss == "log_probability" else None
     if config.value == "linear":
         if not isinstance(policy.reference, ReadsFeatures):
@@ -69,7 +71,7 @@ def build_value(
         policy.reference.keep_features()
         return ValueNetwork(LinearHead(sde.schedule), sde, policy, log_sigmoid=link)
     inputs = config.value_inputs if config.value == "network" else "x_data_hat"
-    network = make() if make is not None else _default_value_network(policy.model, inputs)
+    network = make() if make is not None else _default_value_network(policy.model, inputs, prompts)
     if config.value == "network":
         return ValueNetwork(network, sde, policy, config.value_inputs, link)
     terminal: Any = Surrogate(make()) if config.value == "surrogate" and make is not None else reward_of_state

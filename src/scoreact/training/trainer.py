@@ -88,7 +88,7 @@ class Trainer:
         self.generator = torch.Generator(device=self.device).manual_seed(self.process_seed())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)  # initial weights of the value network: a seed gives the same run
-            value = build_value(config, self.policy, self.sde, value_network, self._reward_of_state)
+            value = build_value(config, self.policy, self.sde, value_network, self._reward_of_state, self.prompts)
             self.critic = build_critic(config, value.to(self.device), self.policy, self.sde)
             self.algorithm = build_rule(config, self.critic, self.reward, self.prompts)
         if self.algorithm.fits_value:

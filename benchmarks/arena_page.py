@@ -1,10 +1,10 @@
-"""The README's summary of a comparison, made from the results that `scoreact bench` left.
+"""The tables of docs/results/arena.md, made from the results that `scoreact bench` left.
 
-    python benchmarks/arena_readme.py                     # prints the tables of benchmarks/arena
-    python benchmarks/arena_readme.py --write             # and puts them into README.md, between their two marks
+    python benchmarks/arena_page.py                     # prints the tables of benchmarks/arena
+    python benchmarks/arena_page.py --write             # and puts them into that page, between their two marks
 
 `benchmarks/arena` has the runs at each problem's budget, `benchmarks/arena-third` those at a third of the network calls
-that `ddpo` needed there. `tests/test_readme.py` holds the README against the same results.
+that `ddpo` needed there. `tests/docs/test_results.py` holds the page against the same results.
 """
 
 from __future__ import annotations
@@ -109,15 +109,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=HERE / "arena")
     parser.add_argument("third", nargs="?", type=Path, default=HERE / "arena-third")
-    parser.add_argument("--write", action="store_true", help="put them into README.md")
+    parser.add_argument("--write", action="store_true", help="put them into docs/results/arena.md")
     options = parser.parse_args()
     text = made(options.folder, options.third)
     print(text)
     if options.write:
-        readme = HERE.parent / "README.md"
-        before, _, rest = readme.read_text(encoding="utf-8").partition(MARKS[0])
+        page = HERE.parent / "docs" / "results" / "arena.md"
+        before, _, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
         _, _, after = rest.partition(MARKS[1])
-        readme.write_text(before + MARKS[0] + text + MARKS[1] + after, encoding="utf-8")
+        page.write_text(before + MARKS[0] + text + MARKS[1] + after, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,56 @@
+"""The main job's tables in README.md and docs/results/main-job.md, made from what `benchmarks/main_job.py` left.
+
+    python benchmarks/main_job.py --seeds 5 --samples 1000 --out main_job.jsonl
+    python benchmarks/main_job_page.py main_job.jsonl              # prints both tables
+    python benchmarks/main_job_page.py main_job.jsonl --write      # and puts them between the two marks of each page
+
+The README shows the five rows that say most, the results page all of them. The words beside the tables are not written here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from main_job import ROWS, table  # the script beside this one
+
+ROOT = Path(__file__).resolve().parents[1]
+MARKS = ("<!-- plain-table -->\n", "<!-- /plain-table -->")
+SHORT = ("judge/property", "judge/frechet", "judge/class_error", "policy/kl", "objective/recovered")
+
+
+def tables(path: Path) -> tuple[str, str]:
+    """The short and the whole table of a file of results."""
+    content = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    whole = table(
+        [line for line in content if "seed" in line], next(line["optimum"] for line in content if "optimum" in line)
+    )
+    rows = whole.splitlines()
+    wanted = {ROWS[name] for name in SHORT}
+    return "\n".join([*rows[:2], *(row for row in rows[2:] if row.split(" | ")[0].removeprefix("| ") in wanted)]), whole
+
+
+def write(page: Path, text: str) -> None:
+    """Put a table between the page's marks."""
+    before, mark, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not mark or not end:
+        raise SystemExit(f"{page} has no marks {MARKS[0].strip()} and {MARKS[1]}.")
+    page.write_text(before + MARKS[0] + text + "\n" + MARKS[1] + after, encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--write", action="store_true", help="put them into README.md and docs/results/main-job.md")
+    options = parser.parse_args()
+    short, whole = tables(options.results)
+    print(f"{short}\n\n{whole}")
+    if options.write:
+        write(ROOT / "README.md", short)
+        write(ROOT / "docs" / "results" / "main-job.md", whole)
+
+
+if __name__ == "__main__":
+    main()

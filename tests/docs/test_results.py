@@ -1,0 +1,27 @@
+"""The figures of the results pages that have machine-readable results beside them say the same."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def benchmark(name: str) -> ModuleType:
+    """A script of benchmarks/, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_arenas_table_is_that_of_its_results() -> None:
+    module = benchmark("arena_page")
+    page = (ROOT / "docs" / "results" / "arena.md").read_text(encoding="utf-8")
+    shown = page.partition(module.MARKS[0])[2].partition(module.MARKS[1])[0]
+    assert shown == module.made(ROOT / "benchmarks" / "arena", ROOT / "benchmarks" / "arena-third")
+    assert "| `ctrl` |" in shown
