@@ -3,8 +3,8 @@
     scoreact train gaussian; scoreact train series; scoreact train plain; scoreact train bright
     python docs/figures/gallery.py runs/*-001        # writes docs/figures/RECIPE.png, each under 150 kB
 
-Points and series are the report's own figure. Pictures are drawn as columns of a prompt: above the line the pretrained model's, below
-it the tuned model's, from the same noise.
+Points and series are the report's own figure. Pictures are drawn as columns of a prompt: above the line the pretrained
+model's, below it the tuned model's, from the same noise.
 """
 
 from __future__ import annotations

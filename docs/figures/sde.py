@@ -2,7 +2,8 @@
 
     python docs/figures/sde.py        # writes docs/figures/sde.png; a second
 
-Everything is closed form: the optimum for a linear reward is a mixture again, whose score is exact. The same noise on both sides.
+Everything is closed form: the optimum for a linear reward is a mixture again, whose score is exact. The noise is the same on
+both sides.
 """
 
 from __future__ import annotations

@@ -205,7 +205,10 @@ def test_the_overview_does_not_import_torch() -> None:
         ("sample gaussian --count few", "argument --count: expected a whole number of at least 1, got 'few'; .*"),
         ("sample gaussian --weights worst", "argument --weights: invalid choice: 'worst' .*"),
         ("check", "the following arguments are required: .*"),
-        ("check rewrd x", "unknown kind of check 'rewrd'; known: reward, recipe, run\\. Did you mean 'reward'\\?"),
+        (
+            "check rewrd x",
+            "unknown kind of check 'rewrd'; known: reward, model, recipe, run\\. Did you mean 'reward'\\?",
+        ),
         ("check recipe gausian", "unknown recipe 'gausian'; .*"),
         ("pretrain juge", "unknown kind of pretraining 'juge'; known: .* Did you mean 'judge'\\?"),
     ],

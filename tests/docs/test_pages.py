@@ -1,9 +1,9 @@
 """Every page's code runs as it stands there, and every `scoreact` command line is one that the command line takes.
 
 Python blocks of a page run one after another in one temporary folder and one namespace. A block that opens with `# name.py` is
-a file: it is written first, then imported. Comments before a block say what is special: `<!-- skip: reason -->` (needs the hub, a
-GPU, weights or an environment that are not here), `<!-- run by: tests/... -->` (a test of its own runs it), `<!-- printed -->` (what
-the block before prints: words equal, numbers near).
+a file: it is written first, then imported. Comments before a block say what is special: `<!-- skip: reason -->` (it needs the
+hub, a GPU, weights or an environment that are not here), `<!-- run by: tests/... -->` (a test of its own runs it),
+`<!-- printed -->` (what the block before prints: words equal, numbers near).
 
 Command lines are parsed all, and run in the same folder where that takes seconds: small settings are appended.
 """
