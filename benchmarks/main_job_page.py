@@ -23,7 +23,9 @@ SHORT = ("judge/property", "judge/frechet", "judge/class_error", "policy/kl", "o
 def tables(path: Path) -> tuple[str, str]:
     """The short and the whole table of a file of results."""
     content = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    whole = table([line for line in content if "seed" in line], next(line["optimum"] for line in content if "optimum" in line))
+    whole = table(
+        [line for line in content if "seed" in line], next(line["optimum"] for line in content if "optimum" in line)
+    )
     rows = whole.splitlines()
     wanted = {ROWS[name] for name in SHORT}
     return "\n".join([*rows[:2], *(row for row in rows[2:] if row.split(" | ")[0].removeprefix("| ") in wanted)]), whole

@@ -4,8 +4,8 @@
     python docs/notebooks.py examples/mixture.ipynb --write     # and stores the outputs in the notebook
 
 A cell is run as Jupyter would: all in one namespace, the last expression is shown, and so are the figures that are open at its
-end. Cells are plain Python; there are no magics. `mkdocs.yml` names this file as a hook: the site's pages are made from the stored
-outputs, so that building it runs nothing.
+end. Cells are plain Python; there are no magics. `mkdocs.yml` names this file as a hook: the site's pages are made from the
+stored outputs, so that building it runs nothing.
 """
 
 from __future__ import annotations
@@ -44,7 +44,10 @@ def run(path: Path) -> Notebook:
                 if cell["cell_type"] == "code":
                     count += 1
                     name = f"{path.name}, cell {number}"
-                    cell |= {"execution_count": count, "outputs": outputs_of("".join(cell["source"]), name, namespace, count)}
+                    cell |= {
+                        "execution_count": count,
+                        "outputs": outputs_of("".join(cell["source"]), name, namespace, count),
+                    }
         finally:
             os.chdir(here)
     return notebook
@@ -63,9 +66,11 @@ def outputs_of(source: str, name: str, namespace: dict[str, Any], count: int) ->
         value = eval(compile(shown, name, "eval"), namespace) if shown is not None else None
     outputs: list[dict[str, Any]] = []
     if printed.getvalue():
-        outputs.append({"output_type": "stream", "name": "stdout", "text": printed.getvalue().splitlines(keepends=True)})
-    for number in plt.get_fignums():
-        outputs.append({"output_type": "display_data", "metadata": {}, "data": {"image/png": png(plt.figure(number))}})
+        outputs.append(
+            {"output_type": "stream", "name": "stdout", "text": printed.getvalue().splitlines(keepends=True)}
+        )
+    pictures = [png(plt.figure(number)) for number in plt.get_fignums()]
+    outputs += [{"output_type": "display_data", "metadata": {}, "data": {"image/png": picture}} for picture in pictures]
     plt.close("all")
     if value is not None:
         data: dict[str, Any] = {"text/plain": repr(value).splitlines(keepends=True)}
