@@ -69,8 +69,8 @@ def outputs_of(source: str, name: str, namespace: dict[str, Any], count: int) ->
         outputs.append(
             {"output_type": "stream", "name": "stdout", "text": printed.getvalue().splitlines(keepends=True)}
         )
-    pictures = [{"image/png": png(plt.figure(number))} for number in plt.get_fignums()]
-    outputs += [{"output_type": "display_data", "metadata": {}, "data": picture} for picture in pictures]
+    pictures = [png(plt.figure(number)) for number in plt.get_fignums()]
+    outputs += [{"output_type": "display_data", "metadata": {}, "data": {"image/png": picture}} for picture in pictures]
     plt.close("all")
     if value is not None:
         data: dict[str, Any] = {"text/plain": repr(value).splitlines(keepends=True)}

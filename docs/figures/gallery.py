@@ -3,8 +3,8 @@
     scoreact train gaussian; scoreact train series; scoreact train plain; scoreact train bright
     python docs/figures/gallery.py runs/*-001        # writes docs/figures/RECIPE.png, each under 150 kB
 
-Points and series are the report's own figure. Pictures are drawn as columns of a prompt: above the line the pretrained
-model's, below it the tuned model's, from the same noise.
+Points and series are the report's own figure. Pictures are drawn as columns of a prompt: above the pretrained model's, below
+the tuned model's, from the same noise.
 """
 
 from __future__ import annotations
@@ -21,12 +21,8 @@ import scoreact as sa
 
 HERE = Path(__file__).resolve().parent
 LIMIT = 150_000  # bytes
-SCALE, ROWS, LEFT, GAP = (
-    3,
-    2,
-    74,
-    10,
-)  # pixels a pixel, pictures a prompt, pixels for the words, between before and after
+SCALE, ROWS = 3, 2  # pixels a pixel, pictures a prompt
+LEFT, GAP = 74, 10  # pixels for the words, between before and after
 
 
 def strip(before: Tensor, after: Tensor, columns: int) -> Image.Image:

@@ -2,8 +2,8 @@
 
     python docs/figures/sde.py        # writes docs/figures/sde.png; a second
 
-Everything is closed form: the optimum for a linear reward is a mixture again, whose score is exact. The noise is the same on
-both sides.
+Everything is closed form: the optimum for a linear reward is a mixture again, whose score is exact. The noise is the same
+on both sides.
 """
 
 from __future__ import annotations
@@ -34,13 +34,8 @@ def main() -> None:
     x0 = torch.randn(PATHS, 1, generator=torch.Generator().manual_seed(3))
     plane = torch.linspace(-3.2, 3.2, 400)
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, constrained_layout=True)
-    for axis, title, model, colour in zip(
-        axes,
-        ("pretrained score", "optimal score, beta = 0.5"),
-        (pretrained, tuned.float()),
-        (BEFORE, AFTER),
-        strict=True,
-    ):
+    sides = (("pretrained score", pretrained, BEFORE), ("optimal score, beta = 0.5", tuned.float(), AFTER))
+    for axis, (title, model, colour) in zip(axes, sides, strict=True):
         sde = SDE(model.schedule, noise_level(1.0))
         generator = torch.Generator().manual_seed(4)
         paths = sampler_by_name("euler_maruyama")(sde, model.score, ts, x0, generator)

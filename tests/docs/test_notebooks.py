@@ -66,9 +66,8 @@ def test_a_notebook_is_stored_with_small_outputs(path: Path, notebooks: ModuleTy
 def test_a_broken_cell_is_named(tmp_path: Path, notebooks: ModuleType) -> None:
     cell = {"cell_type": "code", "id": "a", "metadata": {}, "execution_count": None, "outputs": []}
     path = tmp_path / "broken.ipynb"
-    path.write_text(
-        json.dumps({"cells": [{**cell, "source": ["x = 1\n", "x / 0"]}], "nbformat": 4, "nbformat_minor": 5})
-    )
+    cells = [{**cell, "source": ["x = 1\n", "x / 0"]}]
+    path.write_text(json.dumps({"cells": cells, "nbformat": 4, "nbformat_minor": 5}))
     with pytest.raises(ZeroDivisionError) as caught:
         notebooks.run(path)
     assert "broken.ipynb, cell 0" in str(caught.traceback[-1])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from test_layout import WINGS
 from torch import Tensor
 
 import scoreact as sa
@@ -65,10 +66,8 @@ def test_every_file_of_a_run_stands_on_the_page(tmp_path: Path) -> None:
     assert sorted(set(kinds) - told(EVENTS)) == []
     page = told((DOCS / "reference" / "run-folder.md").read_text(encoding="utf-8"))
     named = {re.split(r"/", word)[0] for word in page}
-    assert (
-        sorted(path.name for path in (tmp_path / "run").iterdir() if path.name not in named and path.suffix != ".png")
-        == []
-    )
+    written = {path.name for path in (tmp_path / "run").iterdir() if path.suffix != ".png"}
+    assert sorted(written - named) == []
 
 
 def test_every_metric_in_the_source_stands_on_the_page() -> None:
@@ -77,6 +76,13 @@ def test_every_metric_in_the_source_stands_on_the_page() -> None:
     found = {name for path in SOURCE.rglob("*.py") for name in pattern.findall(path.read_text(encoding="utf-8"))}
     assert len(found) > 40
     assert sorted(found - told(METRICS)) == []
+
+
+def test_every_wing_is_in_contributing() -> None:
+    """One line each, in the order of the imports."""
+    page = (DOCS.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(\w+)(?:/|\.py)` \|", page, re.MULTILINE)
+    assert [wing for wing in listed if (SOURCE / wing).is_dir() or wing == "types"] == list(WINGS)
 
 
 def test_the_glossary_is_in_order() -> None:

@@ -19,6 +19,7 @@ from ..control.policy import Policy
 from ..control.transitions import Batch, Paths, Rows, chunks, shift_of
 from ..dynamics.sde import SDE
 from ..dynamics.solvers import Solver, step_of
+from ..support.errors import SettingError
 from ..support.settings import fields_of
 from ..types import Condition, Metrics
 
@@ -53,7 +54,7 @@ class Rule:
         for f, hint in fields_of(type(self)):
             known, given = typing.get_args(hint), getattr(self, f.name)
             if typing.get_origin(hint) is Literal and given not in known:
-                raise ValueError(f"unknown {f.name} {given!r}. Known: {', '.join(known)}.")
+                raise SettingError(f"unknown {f.name} {given!r}. Known: {', '.join(known)}.")
 
     def stochastic_steps(self, steps: int, generator: torch.Generator) -> Tensor | None:
         """[steps] bool: the steps of the next rollout that are drawn from the SDE, the others from the policy's ODE.
@@ -96,7 +97,7 @@ class Rule:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if state:
-            raise ValueError(f"{type(self).__name__} keeps no state, got {sorted(state)}.")
+            raise SettingError(f"{type(self).__name__} keeps no state, got {sorted(state)}.")
 
 
 def steps_that_act(rule: Rule, ts: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from torch import Tensor
 from ..control.advantage import believed, control_variate, gae, returns_to_go, standardised_per_step
 from ..control.transitions import Batch, Paths
 from ..dynamics import girsanov
+from ..support.errors import SettingError
 from ..support.settings import Above, setting
 from ..types import Metrics
 from .base import Rule
@@ -56,7 +57,7 @@ class ControlRule(Rule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.kl_weight <= 0:
-            raise ValueError(f"kl_weight must be positive, got {self.kl_weight}.")
+            raise SettingError(f"kl_weight must be positive, got {self.kl_weight}.")
 
 
 @dataclass

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..control.transitions import Batch, Paths
 from ..dynamics import girsanov
+from ..support.errors import SettingError
 from ..support.settings import setting
 from ..types import Condition, Metrics, groups
 from .base import Rule
@@ -70,7 +71,7 @@ class DDPO(Rule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.min_count > self.buffer_size:
-            raise ValueError(f"min_count ({self.min_count}) is more than buffer_size ({self.buffer_size}); lower it.")
+            raise SettingError(f"min_count ({self.min_count}) is more than buffer_size ({self.buffer_size}); lower it.")
 
     def prepare(self, paths: Paths, generator: torch.Generator, rate: float) -> Batch:
         """The same advantage at every step of a path."""

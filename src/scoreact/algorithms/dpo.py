@@ -41,6 +41,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ..control.transitions import Paths, Rows, in_parts
+from ..support.errors import SettingError
 from ..support.settings import setting
 from ..types import Condition, Metrics, groups, sum_over_data
 from .forward import ForwardRule
@@ -106,7 +107,7 @@ class DPO(ForwardRule):
             generator = torch.Generator(next(self.policy.parameters()).device)
             shape = self.policy.prior(self.policy.condition(prompts[:1]), generator).shape[1:]
             if chosen.shape[1:] != shape:
-                raise ValueError(
+                raise SettingError(
                     f"{self.pairs_file} holds samples of shape {tuple(chosen.shape[1:])}; the model's are {tuple(shape)}. "
                     "Store the states that its sampler ends with (before `decode`)."
                 )
@@ -203,7 +204,7 @@ def paired(
         first.append(rows[a])
         second.append(rows[b])
     if not first:
-        raise ValueError(
+        raise SettingError(
             f"no prompt has two samples in a batch of {len(rewards)}; raise batch_size to at least twice the number of prompts."
         )
     return torch.cat(first), torch.cat(second)
@@ -224,29 +225,29 @@ def read_pairs(path: str | Path) -> tuple[Tensor, Tensor, list[str]]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"pairs_file {path} does not exist; write one with scoreact.algorithms.dpo.write_pairs.")
+        raise SettingError(f"pairs_file {path} does not exist; write one with scoreact.algorithms.dpo.write_pairs.")
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
             header = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"pairs_file {path} is no safetensors file ({' '.join(str(error).split())}).") from None
+        raise SettingError(f"pairs_file {path} is no safetensors file ({' '.join(str(error).split())}).") from None
     for name in ("chosen", "rejected"):
         if name not in tensors:
-            raise ValueError(
+            raise SettingError(
                 f"pairs_file {path} has no tensor `{name}`, only {sorted(tensors)}; expected chosen, rejected."
             )
     chosen, rejected = tensors["chosen"].float(), tensors["rejected"].float()
     if chosen.shape != rejected.shape or chosen.ndim < 2 or len(chosen) == 0:
-        raise ValueError(
+        raise SettingError(
             f"pairs_file {path}: chosen is {tuple(chosen.shape)}, rejected {tuple(rejected.shape)}; expected one shape "
             "[pairs, ...] with at least one pair."
         )
     if not bool(chosen.isfinite().all() and rejected.isfinite().all()):
-        raise ValueError(f"pairs_file {path} contains NaN or inf; leave those pairs out.")
+        raise SettingError(f"pairs_file {path} contains NaN or inf; leave those pairs out.")
     prompts = _prompts(path, header, len(chosen))
     if len(prompts) != len(chosen):
-        raise ValueError(f"pairs_file {path} has {len(prompts)} prompts for {len(chosen)} pairs; give one a pair.")
+        raise SettingError(f"pairs_file {path} has {len(prompts)} prompts for {len(chosen)} pairs; give one a pair.")
     return chosen, rejected, prompts
 
 
@@ -264,7 +265,9 @@ def _prompts(path: Path, header: Mapping[str, str], count: int) -> list[str]:
         if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts):
             raise TypeError("it is no list of strings")
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{place}: its `prompts` cannot be read ({error}); expected a JSON list of strings.") from None
+        raise SettingError(
+            f"{place}: its `prompts` cannot be read ({error}); expected a JSON list of strings."
+        ) from None
     return prompts
 
 

@@ -33,6 +33,7 @@ from torch.utils.checkpoint import checkpoint
 from ..control.transitions import Paths, Rows
 from ..dynamics.schedule import noising
 from ..dynamics.solvers import step_of
+from ..support.errors import SettingError
 from ..support.settings import setting
 from ..types import Condition, Metrics
 from .base import Rule, steps_that_act
@@ -83,7 +84,7 @@ class DRaFT(Rule):
         super().__post_init__()
         self.own_rows = self.variant == "draft" and self.last_steps == 0 and self.renoise == 0
         if self.variant == "refl" and self.renoise:
-            raise ValueError(f"renoise is {self.renoise}, but refl starts on the path itself; use renoise 0.")
+            raise SettingError(f"renoise is {self.renoise}, but refl starts on the path itself; use renoise 0.")
 
     def rows_for(self, prompts: Sequence[str], ts: Tensor, generator: torch.Generator) -> Ends:
         """Starts of whole paths; what their simulation earns and pays becomes the iteration's metrics."""

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ..control.transitions import Batch, Paths
 from ..dynamics import girsanov
+from ..support.errors import SettingError
 from ..support.settings import Above, setting
 from ..types import Condition, Metrics, groups, sum_over_data
 from .base import Rule
@@ -91,7 +92,7 @@ class FlowGRPO(Rule):
             return None
         last = max(self.window, round(self.window_until * steps))
         if last > steps:
-            raise ValueError(f"window is {self.window} but a path has {steps} steps; lower window or raise steps.")
+            raise SettingError(f"window is {self.window} but a path has {steps} steps; lower window or raise steps.")
         places = last - self.window + 1
         if self.window_order == "random":
             start = int(torch.randint(places, (1,), generator=generator, device=generator.device))

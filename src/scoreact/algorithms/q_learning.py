@@ -36,6 +36,7 @@ from torch import Tensor
 from ..control.advantage import gae, returns_to_go
 from ..control.transitions import Batch, Paths
 from ..dynamics import girsanov
+from ..support.errors import SettingError
 from ..support.settings import setting
 from ..types import Metrics
 from .base import Rule
@@ -58,7 +59,7 @@ class QLearning(Rule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.critic is not None and self.critic.fitter.loss != "martingale":
-            raise ValueError(f"value_loss is {self.critic.fitter.loss!r}; q_learning's V is a mean: use martingale.")
+            raise SettingError(f"value_loss is {self.critic.fitter.loss!r}; q_learning's V is a mean: use martingale.")
 
     def prepare(self, paths: Paths, generator: torch.Generator, rate: float) -> Batch:
         """Fit V; target = the action w_a (with its noise), advantage = V_{k+1} - V_k + later deltas."""
@@ -93,7 +94,7 @@ class QLearning(Rule):
         """w - w_a, [M, *D]: how far the policy is from what was done."""
         shift = self.shift_in_parts(batch)
         if self.regress_on == "action" and float(shift.abs().max()) < 1e-4:
-            raise ValueError(
+            raise SettingError(
                 "no action differs from the policy's, so regress_on action learns nothing; set exploration to gaussian, "
                 "or regress_on to action_and_noise."
             )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..algorithms.registry import find_rule
+from ..support.errors import SettingError
 from ..support.files import Line, append_line, resume_lines, write_json
 from ..support.workers import Workers
 from .budget import check_budget, split_settings
@@ -53,13 +54,13 @@ def bench(
     for rule in rules:
         find_rule(rule)
     if not rules or not chosen:
-        raise ValueError("give at least one rule and one problem.")
+        raise SettingError("give at least one rule and one problem.")
     if not 1 <= seeds <= TUNING_SEEDS:
-        raise ValueError(f"seeds is {seeds}; it must be from 1 to {TUNING_SEEDS} (the others are tuning's).")
+        raise SettingError(f"seeds is {seeds}; it must be from 1 to {TUNING_SEEDS} (the others are tuning's).")
     if points < 1:
-        raise ValueError(f"points is {points}; a curve needs at least 1.")
+        raise SettingError(f"points is {points}; a curve needs at least 1.")
     if transfer_samples < 0:
-        raise ValueError(f"transfer_samples is {transfer_samples}; it must be at least 0 (none).")
+        raise SettingError(f"transfer_samples is {transfer_samples}; it must be at least 0 (none).")
     folder = Path(out)
     common, of_rule = split_settings(settings or {}, rules)
     wanted: list[Job] = []
@@ -112,7 +113,7 @@ def _open(folder: Path, network: int | None, reward: int | None, common: Any, po
     stored = json.loads(record.read_text(encoding="utf-8"))
     changed = [f"{k} {stored.get(k)!r} -> {mine[k]!r}" for k in mine if stored.get(k) != mine[k]]
     if changed:
-        raise ValueError(
+        raise SettingError(
             f"{folder} was made with other settings: {'; '.join(changed)}. Repeat with the same, or give another out."
         )
 
@@ -128,7 +129,7 @@ def _yardsticks(
         if paths[problem.name].is_file():
             stored = json.loads(paths[problem.name].read_text(encoding="utf-8"))["problem"]
             if stored != json.loads(json.dumps(asdict(problem))):
-                raise ValueError(
+                raise SettingError(
                     f"{folder} knows another problem named {problem.name}; rename it, or give another out."
                 )
         else:
@@ -136,6 +137,6 @@ def _yardsticks(
     tasks = [(problem, common, samples, HELDOUT["bench"]) for problem in todo]
     for index, outcome in workers.map(measure, tasks):
         if "failed" in outcome:
-            raise ValueError(f"problem {todo[index].name} cannot be measured: {outcome['failed']}")
+            raise SettingError(f"problem {todo[index].name} cannot be measured: {outcome['failed']}")
         write_json(paths[todo[index].name], {"problem": asdict(todo[index]), **outcome})
     return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items()}

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..algorithms.registry import find_rule
+from ..support.errors import SettingError
 from ..support.names import known_name
 from ..training.config import Config
 from ..training.trainer import Trainer
@@ -27,7 +28,7 @@ def check_budget(job: Job) -> None:
     least = least_calls(job.config())
     for what, given, needed in zip(("network", "reward"), (job.network_calls, job.reward_calls), least, strict=True):
         if given < needed:
-            raise ValueError(
+            raise SettingError(
                 f"{given} {what} calls are too few for one iteration of {job.rule} on {job.problem.name}, which needs "
                 f"more than {needed}; raise {what}_calls, or lower batch_size or reference_batches."
             )
@@ -42,7 +43,7 @@ def split_settings(
     for key, value in settings.items():
         rule, dot, name = key.rpartition(".")
         if name in ("seed", "kl_weight", "iterations", "algorithm"):
-            raise ValueError(
+            raise SettingError(
                 f"{name} cannot be a setting here: the arena chooses it (seeds, kl_weights, the budget, rules)."
             )
         if dot:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..support.errors import SettingError
 from ..support.files import Line, finite, resume_lines, write_json
 from .plots import plots
 from .statistics import FRACTIONS, summarise
@@ -15,7 +16,7 @@ from .statistics import FRACTIONS, summarise
 def report(folder: Path) -> str:
     """table.md, summary.json and plots/ from results.jsonl; returns the table."""
     if not (folder / "results.jsonl").is_file():
-        raise ValueError(f"{folder} holds no results.jsonl; run `scoreact bench --out {folder}` first.")
+        raise SettingError(f"{folder} holds no results.jsonl; run `scoreact bench --out {folder}` first.")
     lines = resume_lines(folder / "results.jsonl")
     found = summarise(lines)
     text = table(found)

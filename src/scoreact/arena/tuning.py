@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..algorithms.registry import find_rule
+from ..support.errors import SettingError
 from ..support.files import Line, append_line, finite, resume_lines, write_json
 from ..support.workers import Workers
 from ..training.config import Config
@@ -53,7 +54,7 @@ def search_space(rule: str, config: Config) -> dict[str, Any]:
     current = {**config.to_dict(), **config.rule}
     for name, choices in space.items():
         if name not in current:
-            raise ValueError(f"{rule} searches {name!r}, which is no setting of it; known: {', '.join(config.rule)}.")
+            raise SettingError(f"{rule} searches {name!r}, which is no setting of it; known: {', '.join(config.rule)}.")
         if isinstance(choices, list) and current[name] not in choices:
             space[name] = [current[name], *choices]
     return space
@@ -87,9 +88,9 @@ def tune(
     where = known_problem(problem)
     for name, number in (("trials", trials), ("seeds", seeds)):
         if number < 1:
-            raise ValueError(f"{name} is {number}; it must be at least 1.")
+            raise SettingError(f"{name} is {number}; it must be at least 1.")
     if reason := skips(rule, where):
-        raise ValueError(reason)
+        raise SettingError(reason)
     common, of_rule = split_settings(settings or {}, [rule])
     common = {**common, **of_rule.get(rule, {})}
     base = Job(
@@ -124,7 +125,7 @@ def tune(
                 if not yardstick:
                     [(_, yardstick)] = workers.map(measure, [(where, common, 0, HELDOUT["tune"])])
                     if "failed" in yardstick:
-                        raise ValueError(f"problem {where.name} cannot be measured: {yardstick['failed']}")
+                        raise SettingError(f"problem {where.name} cannot be measured: {yardstick['failed']}")
                 runs = [
                     dataclasses.replace(base, seed=TUNING_SEEDS + k, settings=chosen, yardstick=yardstick)
                     for k in range(seeds)
@@ -186,14 +187,14 @@ def tuned_settings(folder: str | Path | None, rule: str, problem: str) -> dict[s
     if folder is None:
         return None
     if not Path(folder).is_dir():
-        raise ValueError(f"the folder {str(folder)!r} of tuned settings does not exist; `scoreact tune` makes it.")
+        raise SettingError(f"the folder {str(folder)!r} of tuned settings does not exist; `scoreact tune` makes it.")
     path = Path(folder) / tuned_name(rule, problem)
     if not path.is_file():
         return None
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["settings"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); tune again.") from None
+        raise SettingError(f"{path} is damaged ({error}); tune again.") from None
     return found
 
 
@@ -202,7 +203,7 @@ def found_before(folder: str | Path | None, rule: str) -> list[dict[str, Any]]:
     if folder is None:
         return []
     if not Path(folder).is_dir():
-        raise ValueError(
+        raise SettingError(
             f"the folder {str(folder)!r} of settings to start from does not exist; `scoreact tune` makes it."
         )
     name = rule.rpartition(":")[2] + "."

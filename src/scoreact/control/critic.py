@@ -13,6 +13,7 @@ from torch import Tensor
 from ..dynamics.sde import SDE
 from ..dynamics.solvers import Solver, step_of
 from ..support import distributed
+from ..support.errors import SettingError
 from ..types import Condition, Metrics, expand
 from .advantage import slope
 from .policy import Policy
@@ -50,7 +51,7 @@ class Critic:
         Raises ValueError when no step of the paths is an action.
         """
         if len(paths.acting) == 0:
-            raise ValueError(
+            raise SettingError(
                 "no step of the path has noise, so there is no action to learn; raise noise_scale or steps."
             )
         references = paths.trajectory.references

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..dynamics.sde import SDE, noise_level
 from ..dynamics.solvers import Solver, _constant, step_of
+from ..support.errors import SettingError
 from ..types import Condition
 from .policy import Policy
 from .trajectory import Trajectory
@@ -97,7 +98,7 @@ def gaussian_actions(scale: Callable[[Tensor], Tensor]) -> Exploration:
 def epsilon_greedy(epsilon: float) -> Exploration:
     """With probability epsilon a sample's step acts by the reference instead of the policy."""
     if not 0 <= epsilon <= 1:
-        raise ValueError(f"epsilon must lie in [0, 1], got {epsilon}.")
+        raise SettingError(f"epsilon must lie in [0, 1], got {epsilon}.")
 
     def explore(t: Tensor, x: Tensor, score: Tensor, reference: Tensor, generator: torch.Generator) -> Tensor:
         coin = torch.rand(len(x), generator=generator, device=x.device) < epsilon

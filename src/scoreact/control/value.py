@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..dynamics.sde import SDE
 from ..models.base import ChoosesInputs, HasRowsPerCall, SaysIfCounted
+from ..support.errors import SettingError
 from ..types import Condition, expand
 from .policy import Policy
 
@@ -43,7 +44,7 @@ class ValueNetwork(nn.Module):
         if isinstance(network, ChoosesInputs):  # one on the reference's own features can see nothing else
             inputs = network.inputs
         if inputs not in ("x_data_hat", "x", "both", "features"):
-            raise ValueError(f"value inputs {inputs!r} unknown. Known: x_data_hat, x, both.")
+            raise SettingError(f"value inputs {inputs!r} unknown. Known: x_data_hat, x, both.")
         self.network = network
         self.sde = sde
         self._policy = (policy,)  # in a tuple: its parameters are not this module's
@@ -130,7 +131,7 @@ class ResidualValue(ValueNetwork):
     ) -> None:
         super().__init__(network, sde, policy, inputs="x_data_hat")
         if self.inputs != "x_data_hat":
-            raise ValueError(
+            raise SettingError(
                 f"a residual value needs x_data_hat, but its network sees {self.inputs}; use value network."
             )
         self.terminal = terminal

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..support import distributed
+from ..support.errors import SettingError
 from ..types import Condition, Metrics
 from .advantage import slope
 from .value import ValueNetwork
@@ -93,7 +94,7 @@ class ValueFit:
 
     def __post_init__(self) -> None:
         if self.loss not in (*LOSSES, "log_probability"):
-            raise ValueError(f"unknown value loss {self.loss!r}. Known: {', '.join(LOSSES)}, log_probability.")
+            raise SettingError(f"unknown value loss {self.loss!r}. Known: {', '.join(LOSSES)}, log_probability.")
         self.parameters = [p for p in self.value.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
 

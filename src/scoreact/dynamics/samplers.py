@@ -192,13 +192,13 @@ def foreign(fn: Callable[[ScoreFn, Tensor, Tensor], Tensor | Iterable[Tensor]]) 
         if len(states) == steps:
             states = [x, *states]
         if len(states) != steps + 1:
-            raise ValueError(
+            raise SettingError(
                 f"solver '{name}' returned {len(states)} states for {steps} steps; expected {steps}, "
                 f"or {steps + 1} with the start, or the last state alone, of shape {tuple(x.shape)}."
             )
         for state in states:
             if state.shape != x.shape:
-                raise ValueError(
+                raise SettingError(
                     f"solver '{name}' returned a state of shape {tuple(state.shape)}; expected {tuple(x.shape)}."
                 )
         return torch.stack(states)

@@ -16,6 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..support.errors import SettingError
+
 
 class Schedule(Protocol):
     """x_t = alpha(t) x_data + sigma(t) noise. Four functions of t, and the interval on which they may be used.
@@ -215,9 +217,9 @@ class FromAlphasCumprod:
     def __post_init__(self) -> None:
         table = torch.as_tensor(self.alphas_cumprod, dtype=torch.float64).cpu()
         if table.ndim != 1 or len(table) < 2:
-            raise ValueError(f"alphas_cumprod has shape {tuple(table.shape)}; expected one row of at least 2 values.")
+            raise SettingError(f"alphas_cumprod has shape {tuple(table.shape)}; expected one row of at least 2 values.")
         if not bool(((table > 0) & (table < 1)).all()) or not bool((table.diff() < 0).all()):
-            raise ValueError("alphas_cumprod must decrease strictly and lie in (0, 1), the least noisy step first.")
+            raise SettingError("alphas_cumprod must decrease strictly and lie in (0, 1), the least noisy step first.")
         # tuple: a frozen record that compares and hashes by value
         object.__setattr__(self, "alphas_cumprod", tuple(table.tolist()))
         object.__setattr__(self, "t_max", 1.0 - 1.0 / len(table))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..support.errors import SettingError
 from ..types import expand
 from . import prediction
 from .schedule import Schedule
@@ -34,21 +35,21 @@ def ode_gain(schedule: Schedule, t: Tensor) -> Tensor:
 def noise_level(level: float) -> Noise:
     """g = level sqrt(2 ode_gain): 0 the ODE, 1 the reverse SDE (the paper's eta; memoryless for VP-like paths)."""
     if level < 0:
-        raise ValueError(f"noise_level must be at least 0, got {level}.")
+        raise SettingError(f"noise_level must be at least 0, got {level}.")
     return lambda schedule, t: level * (2 * ode_gain(schedule, t)).clamp(min=0).sqrt()
 
 
 def constant(g: float) -> Noise:
     """The same noise at all times. g >= 0, in units of the state per square root of time. Raises ValueError below 0."""
     if g < 0:
-        raise ValueError(f"the diffusion coefficient must be at least 0, got {g}.")
+        raise SettingError(f"the diffusion coefficient must be at least 0, got {g}.")
     return lambda schedule, t: torch.full_like(t, g)
 
 
 def flow_grpo(a: float = 0.7) -> Noise:
     """g = a sqrt(sigma / (1 - sigma)), sigma the schedule's (Liu et al. 2025, Flow-GRPO, arXiv 2505.05470, eq. 9)."""
     if a < 0:
-        raise ValueError(f"flow_grpo's a must be at least 0, got {a}.")
+        raise SettingError(f"flow_grpo's a must be at least 0, got {a}.")
 
     def g(schedule: Schedule, t: Tensor) -> Tensor:
         # their code replaces sigma = 1 by the next time of its table, 0.9 with ten steps; at 0.999 the first

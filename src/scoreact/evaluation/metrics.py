@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..support.errors import SettingError
+
 
 def feature_statistics(features: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Mean [F] and unbiased covariance [F, F] of features [N, F], float64.
@@ -27,11 +29,11 @@ def feature_statistics(features: Tensor, weights: Tensor | None = None) -> tuple
     """
     features = _matrix(features, "features")
     if len(features) < 2:
-        raise ValueError(f"a covariance needs two samples or more; got {len(features)}.")
+        raise SettingError(f"a covariance needs two samples or more; got {len(features)}.")
     if weights is None:
         weights = torch.ones(len(features))
     if weights.shape != (len(features),) or bool((weights < 0).any()):
-        raise ValueError(f"weights of shape {tuple(weights.shape)}; expected ({len(features)},), none negative.")
+        raise SettingError(f"weights of shape {tuple(weights.shape)}; expected ({len(features)},), none negative.")
     weights = weights.to(features)
     weights = weights / weights.sum()
     mean = weights @ features
@@ -49,7 +51,7 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
     mean1, cov1, mean2, cov2 = (x.double() for x in (mean1, cov1, mean2, cov2))
     if mean1.ndim != 1 or mean1.shape != mean2.shape or not cov1.shape == cov2.shape == mean1.shape * 2:
         shapes = [tuple(x.shape) for x in (mean1, cov1, mean2, cov2)]
-        raise ValueError(
+        raise SettingError(
             f"mean, covariance, mean, covariance have shapes {shapes}; expected (F,), (F, F), (F,), (F, F)."
         )
     values, vectors = torch.linalg.eigh(cov1)
@@ -69,7 +71,7 @@ def kid(real: Tensor, generated: Tensor, blocks: int = 10, degree: int = 3) -> t
     real, generated = _pair(real, generated)
     size = min(len(real), len(generated)) // blocks
     if blocks < 2 or size < 2:
-        raise ValueError(f"{blocks} blocks of {size} samples; needs two blocks or more of two samples or more.")
+        raise SettingError(f"{blocks} blocks of {size} samples; needs two blocks or more of two samples or more.")
     values = []
     for block in range(blocks):
         x, y = real[block::blocks][:size], generated[block::blocks][:size]
@@ -84,7 +86,7 @@ def mean_pairwise_distance(features: Tensor) -> float:
     """Mean Euclidean distance of two different samples, features [N, F]: diversity, in feature units."""
     features = _matrix(features, "features")
     if len(features) < 2:
-        raise ValueError(f"a pairwise distance needs two samples or more; got {len(features)}.")
+        raise SettingError(f"a pairwise distance needs two samples or more; got {len(features)}.")
     total = torch.stack([_distances(part, features).sum() for part in torch.split(features, 1000)]).sum()
     return float(total) / (len(features) * (len(features) - 1))
 
@@ -95,7 +97,7 @@ def per_class_diversity(features: Tensor, labels: Tensor, classes: int) -> Tenso
     NaN for a class with fewer than two samples. The mean over classes does not reward a sampler for mixing classes.
     """
     if labels.shape != features.shape[:1]:
-        raise ValueError(
+        raise SettingError(
             f"labels of shape {tuple(labels.shape)} for {len(features)} features; expected one label a row."
         )
     members = [features[labels == label] for label in range(classes)]
@@ -119,7 +121,7 @@ def neighbours(real: Tensor, generated: Tensor, k: int = 5) -> Neighbours:
     """
     real, generated = _pair(real, generated)
     if not 0 < k < min(len(real), len(generated)):
-        raise ValueError(
+        raise SettingError(
             f"k is {k}; expected 1 to {min(len(real), len(generated)) - 1}, fewer than the samples of each set."
         )
     real_radius, generated_radius = _radii(real, k), _radii(generated, k)
@@ -148,7 +150,7 @@ def vendi_score(features: Tensor) -> float:
     features = _matrix(features, "features")
     length = features.norm(dim=1, keepdim=True)
     if not bool((length > 0).all()):
-        raise ValueError("vendi_score: a feature vector is zero and has no direction; drop it or shift the features.")
+        raise SettingError("vendi_score: a feature vector is zero and has no direction; drop it or shift the features.")
     unit = features / length
     gram = unit.T @ unit if unit.shape[0] > unit.shape[1] else unit @ unit.T
     values = torch.linalg.eigvalsh(gram / len(unit)).clamp(min=0)
@@ -162,7 +164,7 @@ def t_quantile(probability: float, dof: int) -> float:
     the root from one side and cannot overshoot.
     """
     if not 0 < probability < 1 or dof < 1:
-        raise ValueError(f"t_quantile({probability}, {dof}): expected a probability in (0, 1) and dof >= 1.")
+        raise SettingError(f"t_quantile({probability}, {dof}): expected a probability in (0, 1) and dof >= 1.")
     if probability < 0.5:
         return -t_quantile(1 - probability, dof)
     t = NormalDist().inv_cdf(probability)
@@ -185,9 +187,9 @@ def confidence_interval(values: Sequence[float] | Tensor, level: float = 0.95) -
     """
     x = torch.as_tensor(values, dtype=torch.float64)
     if x.ndim != 1 or len(x) == 0:
-        raise ValueError(f"confidence_interval got shape {tuple(x.shape)}; expected (n,) with n >= 1.")
+        raise SettingError(f"confidence_interval got shape {tuple(x.shape)}; expected (n,) with n >= 1.")
     if not 0 < level < 1:
-        raise ValueError(f"level is {level}; expected a share such as 0.95.")
+        raise SettingError(f"level is {level}; expected a share such as 0.95.")
     if len(x) == 1:
         return float(x[0]), math.nan
     half_width = t_quantile(0.5 + level / 2, len(x) - 1) * float(x.std()) / math.sqrt(len(x))
@@ -206,7 +208,7 @@ def bootstrap_interval(
     `statistic` maps [n, ...] to one number. For biased statistics (a Frechet distance) the interval is shifted too.
     """
     if not 0 < level < 1:
-        raise ValueError(f"level is {level}; expected a share such as 0.95.")
+        raise SettingError(f"level is {level}; expected a share such as 0.95.")
     count = len(values)
     draws = [
         float(statistic(values[torch.randint(count, (count,), generator=generator, device=generator.device)]))
@@ -219,18 +221,18 @@ def bootstrap_interval(
 
 def _matrix(x: Tensor, name: str) -> Tensor:
     if x.ndim != 2 or x.shape[0] == 0:
-        raise ValueError(
+        raise SettingError(
             f"{name} have shape {tuple(x.shape)}; expected (samples, features). Flatten the features first."
         )
     if not bool(x.isfinite().all()):
-        raise ValueError(f"{name} hold NaN or infinity in {int((~x.isfinite().all(1)).sum())} of {len(x)} rows.")
+        raise SettingError(f"{name} hold NaN or infinity in {int((~x.isfinite().all(1)).sum())} of {len(x)} rows.")
     return x.double()
 
 
 def _pair(real: Tensor, generated: Tensor) -> tuple[Tensor, Tensor]:
     real, generated = _matrix(real, "real features"), _matrix(generated, "generated features")
     if real.shape[1] != generated.shape[1]:
-        raise ValueError(
+        raise SettingError(
             f"{real.shape[1]} real and {generated.shape[1]} generated features; use one feature extractor."
         )
     return real, generated

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dynamics.schedule import Schedule
+from ..support.errors import ModelError
 from ..types import Condition
 
 
@@ -33,15 +34,15 @@ class GaussianMixture(nn.Module):
         super().__init__()
         count, dim = means.shape
         if weights.shape != (count,) or covariances.shape != (count, dim, dim):
-            raise ValueError(
+            raise ModelError(
                 f"weights {tuple(weights.shape)} and covariances {tuple(covariances.shape)} do not fit means "
                 f"{tuple(means.shape)}; expected {(count,)} and {(count, dim, dim)}."
             )
         if not bool((weights > 0).all()):
-            raise ValueError(f"mixture weights must be positive, got {weights.tolist()}.")
+            raise ModelError(f"mixture weights must be positive, got {weights.tolist()}.")
         eigenvalues, eigenvectors = torch.linalg.eigh(covariances.double())
         if not bool((eigenvalues > 0).all()):
-            raise ValueError(f"covariances must be positive definite; smallest eigenvalue {eigenvalues.min():.3g}.")
+            raise ModelError(f"covariances must be positive definite; smallest eigenvalue {eigenvalues.min():.3g}.")
         self._schedule = schedule
         self.register_buffer("weights", (weights / weights.sum()).float())
         self.register_buffer("means", means.float())
@@ -137,13 +138,13 @@ class GaussianMixture(nn.Module):
             ValueError: kl_weight is not positive, or exp(R / beta) has no finite mean.
         """
         if kl_weight <= 0:
-            raise ValueError(f"kl_weight must be positive, got {kl_weight}.")
+            raise ModelError(f"kl_weight must be positive, got {kl_weight}.")
         a, q = linear.double() / kl_weight, quadratic.double() / kl_weight
         means, covariances = self.means.double(), self.covariances.double()
         precision = torch.linalg.inv(covariances)
         new_precision = precision + q
         if not bool((torch.linalg.eigvalsh(new_precision) > 0).all()):
-            raise ValueError("exp(R / kl_weight) has no finite mean under this mixture: raise kl_weight or Q.")
+            raise ModelError("exp(R / kl_weight) has no finite mean under this mixture: raise kl_weight or Q.")
         new_covariances = torch.linalg.inv(new_precision)
         pull = torch.einsum("kde,ke->kd", precision, means) + a
         new_means = torch.einsum("kde,ke->kd", new_covariances, pull)

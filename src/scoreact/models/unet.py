@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..support.errors import ModelError
 from .layers import Attention, ResBlock, fold, fourier_features
 
 
@@ -42,7 +43,7 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         if any(w % 8 for w in widths):
-            raise ValueError(f"widths {tuple(widths)} must be multiples of 8 (group normalisation has 8 groups)")
+            raise ModelError(f"widths {tuple(widths)} must be multiples of 8 (group normalisation has 8 groups)")
         self.config = dict(
             channels=channels, widths=list(widths), classes=classes, blocks=blocks, heads=heads, outputs=outputs
         )

@@ -9,6 +9,7 @@ from ..models.gaussian_mixture import GaussianMixture
 from ..models.mlp import ResidualModel
 from ..models.value_networks import VectorValue
 from ..rewards.closed_form import Quadratic
+from ..support.errors import SettingError
 from ..training.config import Config
 from .base import Problem, Recipe
 
@@ -41,7 +42,7 @@ def build(
 ) -> Problem:
     """dim, components, mixture_seed: of the mixture; reward: linear or quadratic; width: of the networks."""
     if reward not in ("linear", "quadratic"):
-        raise ValueError(f"reward is {reward!r}; known: linear, quadratic.")
+        raise SettingError(f"reward is {reward!r}; known: linear, quadratic.")
     base = mixture(dim, components, mixture_seed)
     wanted = (linear_reward if reward == "linear" else quadratic_reward)(dim, mixture_seed)
     return Problem(

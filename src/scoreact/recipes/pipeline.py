@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..models.value_networks import Encoder, VectorValue
+from ..support.errors import SettingError
 from ..training.config import Config
 from .base import Problem, Recipe
 from .prompts import drawn_prompts, prompt_function, read_prompts
@@ -50,16 +51,16 @@ def build(
     from ..models.pipelines.opening import pipeline_model
 
     if not path:
-        raise ValueError(
+        raise SettingError(
             "no pipeline is given; `scoreact train FOLDER` takes one, or a hub id, or one of " + ", ".join(HUB)
         )
     types = {"": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if dtype not in types:
-        raise ValueError(
+        raise SettingError(
             f"dtype is {dtype!r}; known: float32, float16, bfloat16, or nothing for the stored weights' own."
         )
     if value_network not in ("encoder", "features"):
-        raise ValueError(f"value_network is {value_network!r}; known: encoder, features.")
+        raise SettingError(f"value_network is {value_network!r}; known: encoder, features.")
     function = prompt_function(prompts)
     metadata = {} if function is None else drawn_prompts(function, prompt_draws, prompts)
     names = list(metadata) or read_prompts(prompts)

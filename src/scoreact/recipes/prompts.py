@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..support.errors import SettingError
 from ..support.loading import load_named
 
 
@@ -15,10 +16,10 @@ def read_prompts(source: str) -> list[str]:
     path = Path(source)
     if path.suffix == ".txt" or path.is_file():
         if not path.is_file():
-            raise ValueError(f"prompts {source!r}: there is no such file; give a text file with one prompt a line.")
+            raise SettingError(f"prompts {source!r}: there is no such file; give a text file with one prompt a line.")
         found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         if not found:
-            raise ValueError(f"prompts {source!r} holds no prompt; write one a line.")
+            raise SettingError(f"prompts {source!r} holds no prompt; write one a line.")
         return list(dict.fromkeys(found))
     return [source]
 
@@ -43,7 +44,7 @@ def drawn_prompts(function: Callable[[], Any], draws: int, name: str = "the prom
                 drawn = function()
                 prompt, metadata = drawn if isinstance(drawn, tuple) and len(drawn) == 2 else (drawn, {})
                 if not isinstance(prompt, str):
-                    raise ValueError(f"{name} returned {drawn!r}; expected a prompt, or a prompt and its metadata.")
+                    raise SettingError(f"{name} returned {drawn!r}; expected a prompt, or a prompt and its metadata.")
                 found.setdefault(prompt, metadata)
     finally:
         random.setstate(before[0])

@@ -18,6 +18,7 @@ from ..models.gaussian_mixture import GaussianMixture
 from ..models.layers import fourier_features
 from ..models.value_networks import VectorValue
 from ..rewards.closed_form import Quadratic
+from ..support.errors import SettingError
 from ..training.config import Config
 from ..types import Condition
 from .base import Problem, Recipe
@@ -87,7 +88,7 @@ class SeriesModel(nn.Module):
 def build(length: int = 32, pin: float = 2.0, width: int = 32) -> Problem:
     """length: values a series; pin: the price of not starting at 0; width: channels of the network."""
     if length < 4:
-        raise ValueError(f"length is {length}; a series needs at least 4 values, a quarter of which is rewarded.")
+        raise SettingError(f"length is {length}; a series needs at least 4 values, a quarter of which is rewarded.")
     base, reward = processes(length), wanted_series(length, pin)
     return Problem(
         model=SeriesModel(base, width),

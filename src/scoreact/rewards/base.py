@@ -74,7 +74,7 @@ def known(what: str, wanted: str, names: Collection[str]) -> str:
     return f"{did_you_mean(wanted, names)} {what}: {', '.join(sorted(names)) or 'none'}.".lstrip()
 
 
-class ReturnedValueError(ValueError):
+class ReturnedValueError(RewardError):
     """A reward returned something that is no tensor of numbers. Its message names the reward."""
 
 

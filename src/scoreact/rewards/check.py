@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..support.errors import RewardError
 from ..types import Condition
 from .base import ReturnedValueError, Reward, is_differentiable, name_of, to_tensor
 from .registry import load
@@ -33,18 +34,18 @@ class Checked:
 
     def __call__(self, samples: Tensor, condition: Condition) -> Tensor:
         if len(samples) != len(condition):
-            raise ValueError(
+            raise RewardError(
                 f"reward {self.name} got {len(samples)} samples but {len(condition)} prompts; give as many."
             )
         problem = _not_finite(f"samples for reward {self.name} contain", samples.detach(), condition)
         if problem:
-            raise ValueError(f"{problem} The policy or `decode` made it, not the reward: lower the learning rate.")
+            raise RewardError(f"{problem} The policy or `decode` made it, not the reward: lower the learning rate.")
         rewards = _call(self.reward, samples, condition)
         wrong = _wrong_shape(self.name, rewards, len(samples)) or _wrong_values(self.name, rewards, condition)
         if wrong:
-            raise ValueError(wrong)
+            raise RewardError(wrong)
         if self.differentiable and torch.is_grad_enabled() and samples.requires_grad and not rewards.requires_grad:
-            raise ValueError(
+            raise RewardError(
                 f"reward {self.name} is marked differentiable but its result carries no gradient. "
                 "Keep to torch operations without detach or no_grad, or remove the mark."
             )
@@ -93,7 +94,7 @@ def explain(
     that wants [-1, 1] is not recognised), the gradient (when it is declared or needed), and seconds a sample.
     """
     if len(samples) != len(condition) or not len(samples):
-        raise ValueError(f"got {len(samples)} samples and {len(condition)} prompts; give as many, at least one.")
+        raise RewardError(f"got {len(samples)} samples and {len(condition)} prompts; give as many, at least one.")
     try:
         reward = load(spec, **options)
     except ValueError as error:

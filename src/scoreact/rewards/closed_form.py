@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..support.errors import RewardError
 from ..types import Condition
 from .base import reward_dtype
 
@@ -37,14 +38,18 @@ class Quadratic:
         sizes = {name: len(v) for name, v in vectors.items() if v is not None}
         if matrix.ndim == 0:
             if not sizes:
-                raise ValueError(f"quadratic={matrix.item()} alone leaves the dimension open. Give center or linear.")
+                raise RewardError(f"quadratic={matrix.item()} alone leaves the dimension open. Give center or linear.")
             matrix = matrix * torch.eye(next(iter(sizes.values())), dtype=torch.float64)
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
-            raise ValueError(f"quadratic has shape {tuple(matrix.shape)}; expected a number or a square matrix [d, d].")
+            raise RewardError(
+                f"quadratic has shape {tuple(matrix.shape)}; expected a number or a square matrix [d, d]."
+            )
         d = len(matrix)
         for name, size in sizes.items():
             if size != d:
-                raise ValueError(f"{name} has {size} entries but the quadratic is [{d}, {d}]; give {name} {d} entries.")
+                raise RewardError(
+                    f"{name} has {size} entries but the quadratic is [{d}, {d}]; give {name} {d} entries."
+                )
         zero = torch.zeros(d, dtype=torch.float64)
         self._matrix = (matrix + matrix.T) / 2
         self._center = zero if vectors["center"] is None else vectors["center"]
@@ -80,7 +85,7 @@ class Linear:
     def __init__(self, linear: Vector) -> None:
         vector = _vector("linear", linear)
         if vector is None:
-            raise ValueError("linear is None; give the d numbers of the direction.")
+            raise RewardError("linear is None; give the d numbers of the direction.")
         self._slope = vector
 
     @property
@@ -108,7 +113,7 @@ def _vector(name: str, value: Vector | None) -> Tensor | None:
         return None
     vector = _numbers(name, value)
     if vector.ndim != 1 or not len(vector):
-        raise ValueError(f"{name} has shape {tuple(vector.shape)}; expected one number for each data dimension, [d].")
+        raise RewardError(f"{name} has shape {tuple(vector.shape)}; expected one number for each data dimension, [d].")
     return vector
 
 
@@ -116,16 +121,16 @@ def _numbers(name: str, value: Matrix | Vector | float) -> Tensor:
     try:
         numbers = torch.as_tensor(value, dtype=torch.float64)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}={value!r} is no array of numbers ({error}); give numbers.") from error
+        raise RewardError(f"{name}={value!r} is no array of numbers ({error}); give numbers.") from error
     if not numbers.isfinite().all():
-        raise ValueError(f"{name} contains NaN or inf ({numbers.flatten().tolist()[:6]}); give finite numbers.")
+        raise RewardError(f"{name} contains NaN or inf ({numbers.flatten().tolist()[:6]}); give finite numbers.")
     return numbers
 
 
 def _flat(samples: Tensor, d: int) -> Tensor:
     x = samples.flatten(1) if samples.ndim > 1 else samples[:, None]
     if x.shape[1] != d:
-        raise ValueError(
+        raise RewardError(
             f"samples of shape {tuple(samples.shape)} hold {x.shape[1]} numbers each but the reward is for {d}; "
             f"build it with {x.shape[1]}."
         )

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..support.errors import RewardError
 from ..types import Condition
 from .base import FunctionReward, Reward, is_differentiable, name_of
 
@@ -27,10 +28,10 @@ class WeightedSum:
 
     def __init__(self, parts: Mapping[str, tuple[float, Reward]]) -> None:
         if not parts:
-            raise ValueError("weighted_sum got no rewards. Give {name: (weight, reward)}.")
+            raise RewardError("weighted_sum got no rewards. Give {name: (weight, reward)}.")
         for name, (weight, _) in parts.items():
             if not math.isfinite(weight):
-                raise ValueError(f"the weight of {name!r} is {weight}; give a finite number.")
+                raise RewardError(f"the weight of {name!r} is {weight}; give a finite number.")
         self._parts = dict(parts)
         self.name = " + ".join(f"{weight:g} {name}" for name, (weight, _) in parts.items())
         self.differentiable = all(is_differentiable(reward) for _, reward in parts.values())
@@ -52,7 +53,7 @@ def weighted_sum(parts: Mapping[str, tuple[float, Reward]]) -> WeightedSum:
 def product(rewards: Sequence[Reward]) -> FunctionReward:
     """R = product of the rewards; meant for rewards >= 0, where one bad part spoils the whole."""
     if not rewards:
-        raise ValueError("product got no rewards. Give a list of at least one.")
+        raise RewardError("product got no rewards. Give a list of at least one.")
     return FunctionReward(
         lambda x, condition: torch.stack([reward(x, condition) for reward in rewards]).prod(0),
         " * ".join(name_of(reward) for reward in rewards),
@@ -74,7 +75,7 @@ def threshold(reward: Reward, at: float) -> FunctionReward:
 def clip(reward: Reward, low: float, high: float) -> FunctionReward:
     """R = min(max(reward, low), high); the gradient is zero outside. An end may be infinite."""
     if not low < high:
-        raise ValueError(f"clip got low={low} and high={high}; give low < high.")
+        raise RewardError(f"clip got low={low} and high={high}; give low < high.")
     return FunctionReward(
         lambda x, condition: reward(x, condition).clamp(low, high),
         f"clip({name_of(reward)}, {low:g}, {high:g})",
@@ -86,7 +87,7 @@ def normalise(reward: Reward, mean: float, std: float) -> FunctionReward:
     """R = (reward - mean) / std with fixed numbers. The same problem at kl_weight * std."""
     _check_finite("mean", mean)
     if not 0 < std < math.inf:
-        raise ValueError(f"std is {std}; give a positive number, such as the reward's spread under the reference.")
+        raise RewardError(f"std is {std}; give a positive number, such as the reward's spread under the reference.")
     return FunctionReward(
         lambda x, condition: (reward(x, condition) - mean) / std,
         f"normalise({name_of(reward)})",
@@ -120,7 +121,7 @@ class RunningNormaliser:
             return
         values = rewards.detach().double()
         if not values.isfinite().all():
-            raise ValueError("rewards given to the normaliser contain NaN or inf; wrap the reward in `checked` first.")
+            raise RewardError("rewards given to the normaliser contain NaN or inf; wrap the reward in `checked` first.")
         batch_mean, count = float(values.mean()), self.count + len(values)
         gap = batch_mean - self.mean
         self._squares += float((values - batch_mean).square().sum()) + gap**2 * self.count * len(values) / count
@@ -136,7 +137,7 @@ class RunningNormaliser:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         missing = {"count", "mean", "squares"} - state.keys()
         if missing:
-            raise ValueError(
+            raise RewardError(
                 f"the normaliser's state lacks {', '.join(sorted(missing))}; give what state_dict returned."
             )
         self.count, self.mean = int(state["count"]), float(state["mean"])
@@ -145,4 +146,4 @@ class RunningNormaliser:
 
 def _check_finite(name: str, value: float) -> None:
     if not math.isfinite(value):
-        raise ValueError(f"{name} is {value}; give a finite number.")
+        raise RewardError(f"{name} is {value}; give a finite number.")

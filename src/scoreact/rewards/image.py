@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from ..support.errors import RewardError
 from ..types import Condition
 from .base import ClassOf, FunctionReward, Measure, is_differentiable, name_of, reward_dtype
 
@@ -29,7 +30,7 @@ def jpeg_kilobytes(images: Tensor, quality: int = 95) -> Tensor:
     check_images(images)
     _check_quality(quality)
     if not images.isfinite().all():
-        raise ValueError("images contain NaN or inf, which have no JPEG; look at what `decode` returned.")
+        raise RewardError("images contain NaN or inf, which have no JPEG; look at what `decode` returned.")
     pixels = to_bytes(images)
     arrays = (pixels[:, 0] if pixels.shape[1] == 1 else pixels.permute(0, 2, 3, 1).contiguous()).numpy()
     sizes = []
@@ -62,7 +63,7 @@ def colorfulness(images: Tensor) -> Tensor:
     """
     check_images(images)
     if images.shape[1] != 3:
-        raise ValueError(f"colorfulness needs 3 channels; images have shape {tuple(images.shape)}. Give RGB pictures.")
+        raise RewardError(f"colorfulness needs 3 channels; images have shape {tuple(images.shape)}. Give RGB pictures.")
     red, green, blue = (255 * images.to(reward_dtype(images))).flatten(2).unbind(1)
     opponents = torch.stack([red - green, (red + green) / 2 - blue], 1)  # [B, 2, H W]
     spread = opponents.var(2, correction=0).sum(1)
@@ -106,17 +107,17 @@ def logistic_threshold(
     Differentiable when the measure says so. Raises ValueError for a bad scale, direction, or unknown class.
     """
     if not 0 < scale < float("inf"):
-        raise ValueError(f"scale is {scale}; give a positive number in the measure's unit.")
+        raise RewardError(f"scale is {scale}; give a positive number in the measure's unit.")
     if direction not in (1, -1):
-        raise ValueError(f"direction is {direction}; give 1 to reward a measure below the threshold, -1 above it.")
+        raise RewardError(f"direction is {direction}; give 1 to reward a measure below the threshold, -1 above it.")
     table = list(thresholds.values()) if isinstance(thresholds, Mapping) else thresholds
     values = torch.as_tensor(table, dtype=torch.float64)
     if values.ndim > 1 or not values.numel() or not values.isfinite().all():
-        raise ValueError(f"thresholds {thresholds} must be finite: one number, one a class, or {{prompt: number}}.")
+        raise RewardError(f"thresholds {thresholds} must be finite: one number, one a class, or {{prompt: number}}.")
     if isinstance(thresholds, Mapping):
         class_of = class_by_prompt(list(thresholds))
     elif values.ndim == 1 and class_of is None:
-        raise ValueError(f"{len(values)} thresholds need class_of (condition -> [B]); or give {{prompt: threshold}}.")
+        raise RewardError(f"{len(values)} thresholds need class_of (condition -> [B]); or give {{prompt: threshold}}.")
 
     def reward(samples: Tensor, condition: Condition) -> Tensor:
         measured = measure(samples)
@@ -149,7 +150,7 @@ class ClassifierAlignment:
     def __call__(self, samples: Tensor, condition: Condition) -> Tensor:
         logits = self.classifier(samples)
         if logits.ndim != 2 or len(logits) != len(samples):
-            raise ValueError(
+            raise RewardError(
                 f"the classifier returned shape {tuple(logits.shape)} for {len(samples)} samples; expected "
                 f"({len(samples)}, classes). Return one row of logits a sample."
             )
@@ -164,7 +165,7 @@ def class_by_prompt(names: Sequence[str]) -> ClassOf:
     def class_of(condition: Condition) -> Tensor:
         for prompt in condition.prompts:
             if prompt not in index:
-                raise ValueError(f"prompt {prompt!r} is none of the reward's classes. Known: {', '.join(names)}.")
+                raise RewardError(f"prompt {prompt!r} is none of the reward's classes. Known: {', '.join(names)}.")
         return torch.tensor([index[prompt] for prompt in condition.prompts], dtype=torch.int64)
 
     return class_of
@@ -173,13 +174,13 @@ def class_by_prompt(names: Sequence[str]) -> ClassOf:
 def _classes(class_of: ClassOf, condition: Condition, count: int) -> Tensor:
     classes = class_of(condition)
     if classes.shape != (len(condition),) or classes.is_floating_point():
-        raise ValueError(
+        raise RewardError(
             f"class_of returned shape {tuple(classes.shape)}, {classes.dtype} for {len(condition)} samples; "
             f"expected ({len(condition)},) whole numbers."
         )
     outside = classes[(classes < 0) | (classes >= count)]
     if len(outside):
-        raise ValueError(f"class_of returned {int(outside[0])}; the classes are 0 to {count - 1}.")
+        raise RewardError(f"class_of returned {int(outside[0])}; the classes are 0 to {count - 1}.")
     return classes.long()
 
 
@@ -191,11 +192,11 @@ def _root(x: Tensor) -> Tensor:
 
 def check_images(images: Tensor) -> None:
     if images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise ValueError(f"images have shape {tuple(images.shape)}; expected [B, 1 or 3, H, W].")
+        raise RewardError(f"images have shape {tuple(images.shape)}; expected [B, 1 or 3, H, W].")
     if not images.is_floating_point():
-        raise ValueError(f"images are {images.dtype}; expected floats in [0, 1]. Divide them by 255.")
+        raise RewardError(f"images are {images.dtype}; expected floats in [0, 1]. Divide them by 255.")
 
 
 def _check_quality(quality: int) -> None:
     if isinstance(quality, bool) or not isinstance(quality, int) or not 1 <= quality <= 100:
-        raise ValueError(f"quality is {quality!r}; give a whole number from 1 to 100.")
+        raise RewardError(f"quality is {quality!r}; give a whole number from 1 to 100.")

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..support.errors import RewardError
+
 Weights = dict[str, Tensor]
 
 HPS_HEADS = 16  # ViT-H-14.json: vision 1280 wide, 80 a head; text 1024 wide, 16 heads
@@ -77,14 +79,14 @@ def read_weights(path: Path) -> Weights:
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
+        raise RewardError(
             f"{path} is no file of tensors ({shorten(str(error), 160)}). Give a .safetensors, .pt or .pth of them."
         ) from error
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{path} holds more than tensors by name; save the model's `state_dict()` alone.")
+        raise RewardError(f"{path} holds more than tensors by name; save the model's `state_dict()` alone.")
     return dict(content)
 
 
@@ -186,14 +188,14 @@ def linear_head(weights: Weights) -> nn.Sequential:
         bias = weights.get(name.removesuffix("weight") + "bias")
         rows, columns = weights[name].shape
         if bias is None or (layers and layers[-1].out_features != columns):
-            raise ValueError(
+            raise RewardError(
                 f"{name} of the head has shape {(rows, columns)}, which does not follow the layer before it."
             )
         layer = nn.utils.skip_init(nn.Linear, columns, rows)
         layer.load_state_dict({"weight": weights[name], "bias": bias})
         layers.append(layer)
     if not layers or layers[-1].out_features != 1 or len(weights) != 2 * len(layers):
-        raise ValueError(
+        raise RewardError(
             f"the head holds {', '.join(sorted(weights)) or 'nothing'}; expected layers.N.weight and layers.N.bias, "
             "the last of them with one output."
         )
@@ -209,7 +211,7 @@ def _filled(kind: Any, config: Any, weights: Weights, what: str, **options: Any)
     for wrong in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if found[wrong]:
             some = ", ".join(sorted(map(str, found[wrong]))[:3])
-            raise ValueError(
+            raise RewardError(
                 f"the weights are not those of {what}: {wrong.replace('_', ' ')} {some} (in transformers' names)."
             )
     return model
@@ -223,7 +225,7 @@ def _need(weights: Weights, names: list[str]) -> None:
     for name in names:
         if name not in weights:
             some = ", ".join(sorted(weights)[:3]) or "nothing"
-            raise ValueError(f"the weights hold no {name} but {some}; they are of another layout.")
+            raise RewardError(f"the weights hold no {name} but {some}; they are of another layout.")
 
 
 def _side(positions: Tensor) -> int:

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from ..support.errors import RewardError
 from .base import FunctionReward, Reward, known, name_of
 from .closed_form import Linear, Quadratic
 from .image import brightness, colorfulness, jpeg_compressibility, jpeg_incompressibility, of_measure
@@ -67,19 +68,19 @@ def load(spec: str | Callable[..., Any], **options: Any) -> Reward:
     if ":" in spec:
         return from_spec(spec, options)
     if spec.endswith(".py"):
-        raise ValueError(f"reward {spec!r} names a file but no function in it. Give '{spec}:name'.")
+        raise RewardError(f"reward {spec!r} names a file but no function in it. Give '{spec}:name'.")
     if spec not in KNOWN:
         hint = known("Known", spec, KNOWN)
-        raise ValueError(f"unknown reward {spec!r}. {hint} Or give 'file.py:name' or 'module:name'.")
+        raise RewardError(f"unknown reward {spec!r}. {hint} Or give 'file.py:name' or 'module:name'.")
     factory = KNOWN[spec]
     signature = inspect.signature(factory)
     for option in options:
         if option not in signature.parameters:
-            raise ValueError(
+            raise RewardError(
                 f"reward {spec!r} has no option {option!r}. {known('Options', option, signature.parameters)}"
             )
     try:
         signature.bind(**options)
     except TypeError as error:
-        raise ValueError(f"reward {spec!r}: {error}. Options: {', '.join(signature.parameters)}.") from None
+        raise RewardError(f"reward {spec!r}: {error}. Options: {', '.join(signature.parameters)}.") from None
     return factory(**options)

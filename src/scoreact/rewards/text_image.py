@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..support.errors import RewardError
 from ..types import Condition
 from . import published_weights as convert
 from .base import reward_dtype
@@ -94,9 +95,9 @@ class PictureReward:
 def dtype_of(reward: str, dtype: str, batch_size: int) -> torch.dtype:
     """The dtype of that name. Raises ValueError for another, and for a batch_size that is no positive whole number."""
     if dtype not in DTYPES:
-        raise ValueError(f"reward {reward}: dtype is {dtype!r}; known: {', '.join(DTYPES)}.")
+        raise RewardError(f"reward {reward}: dtype is {dtype!r}; known: {', '.join(DTYPES)}.")
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"reward {reward}: batch_size is {batch_size!r}; give a whole number of at least 1.")
+        raise RewardError(f"reward {reward}: batch_size is {batch_size!r}; give a whole number of at least 1.")
     return DTYPES[dtype]
 
 
@@ -222,7 +223,7 @@ class Aesthetic(PictureReward):
         clip = pretrained(self.name, "CLIPModel", path)
         self.vision, self.projection, self.head = clip.vision_model, clip.visual_projection, layers
         if layers[0].in_features != self.projection.out_features:
-            raise ValueError(
+            raise RewardError(
                 f"reward {self.name}: the head takes {layers[0].in_features} numbers, but {path!r} gives "
                 f"{self.projection.out_features}; give the CLIP it was trained on as the option path."
             )
@@ -309,7 +310,7 @@ def located(reward: str, place: str, file: str, option: str = "path") -> Path:
             return Path(hf_hub_download(place, file))
         except (OSError, ValueError) as error:
             reason = shorten(str(error), 160)
-    raise ValueError(
+    raise RewardError(
         f"reward {reward} found no weights at {place!r}: {reason.rstrip('.')}. "
         f"Give a folder, a file or a hub id as the option {option}."
     )
@@ -338,7 +339,7 @@ def _read(kind: Any, reward: str, place: str, option: str) -> Any:
     try:
         return kind.from_pretrained(str(here) if here.is_dir() else place)
     except (OSError, ValueError, ImportError) as error:  # some processors need packages of their own
-        raise ValueError(
+        raise RewardError(
             f"reward {reward}: {kind.__name__} cannot be read from {place!r} ({shorten(str(error), 160)}). "
             f"Give a folder or a hub id as the option {option}."
         ) from error

@@ -79,13 +79,13 @@ def adapt(function: Callable[..., Any], name: str, options: Mapping[str, Any] | 
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
         for option in given:
             if option not in named:
-                raise ValueError(f"reward {name} has no option {option!r}. {known('Its parameters', option, named)}")
+                raise RewardError(f"reward {name} has no option {option!r}. {known('Its parameters', option, named)}")
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     known_names = _CONDITION_NAMES | _PROMPT_NAMES | _METADATA_NAMES
     leading = [p for p in positional if p.name not in given and (p.default is p.empty or p.name in known_names)]
     missing = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name not in given]
     if missing:
-        raise ValueError(f"reward {name} needs a value for {', '.join(missing)}: give it as an option, or a default.")
+        raise RewardError(f"reward {name} needs a value for {', '.join(missing)}: give it as an option, or a default.")
     shape = _shape(leading, name)
     if shape == "samples, condition" and not given and hasattr(function, "differentiable"):
         return function
@@ -110,14 +110,14 @@ def _shape(leading: list[inspect.Parameter], name: str) -> Shape:
     if len(leading) == 3:
         return "images, prompts, metadata"
     found = ", ".join(p.name for p in leading)
-    raise ValueError(f"reward {name} takes the positional arguments ({found}); write it as {_ACCEPTED}.")
+    raise RewardError(f"reward {name} takes the positional arguments ({found}); write it as {_ACCEPTED}.")
 
 
 def _parameters(function: Callable[..., Any], name: str) -> list[inspect.Parameter]:
     try:
         signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
     except (TypeError, ValueError):
-        raise ValueError(f"reward {name} shows no signature. Wrap it in a function {_ACCEPTED}.") from None
+        raise RewardError(f"reward {name} shows no signature. Wrap it in a function {_ACCEPTED}.") from None
     return list(signature.parameters.values())
 
 
@@ -125,10 +125,10 @@ def _built(cls: type, name: str, options: dict[str, Any]) -> Callable[..., Any]:
     try:
         built = cls(**options)
     except Exception as error:
-        raise ValueError(
+        raise RewardError(
             f"reward class {name} could not be built with the options {options} ({said_by(error)}). "
             "Give the options that its __init__ takes."
         ) from error
     if not callable(built):
-        raise ValueError(f"reward class {name} has no __call__. Add `def __call__(self, samples, condition)`.")
+        raise RewardError(f"reward class {name} has no __call__. Add `def __call__(self, samples, condition)`.")
     return built

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..support.errors import RewardError
 from ..types import Condition
 from .base import name_of, reward_dtype
 from .image import check_images, to_bytes
@@ -52,7 +53,7 @@ class VQAScore:
         batch_size: int = 4,
     ) -> None:
         if "{}" not in question:
-            raise ValueError(f"reward vqa: question {question!r} lacks the place of the prompt; write {{}} there.")
+            raise RewardError(f"reward vqa: question {question!r} lacks the place of the prompt; write {{}} there.")
         self.dtype, self.batch_size = dtype_of(self.name, dtype, batch_size), batch_size
         self.question, self.log = question, log
         self.processor = pretrained(self.name, "AutoProcessor", path)
@@ -62,7 +63,7 @@ class VQAScore:
         self.processor.tokenizer.padding_side = "right"  # what follows a token then cannot change it
         self.answers = [self._first_token(word) for word in (answer, against) if word]
         if len(set(self.answers)) < len(self.answers):
-            raise ValueError(f"reward vqa: {answer!r} and {against!r} begin with the same token; give other answers.")
+            raise RewardError(f"reward vqa: {answer!r} and {against!r} begin with the same token; give other answers.")
 
     def _first_token(self, word: str) -> int:
         return int(self.processor.tokenizer(word, add_special_tokens=False).input_ids[0])
@@ -114,7 +115,7 @@ class OCR:
     def __init__(self, reader: str | Callable[[list[Image.Image]], Sequence[str]]) -> None:
         found = from_spec(reader, {}) if isinstance(reader, str) else adapt(reader, name_of(reader))
         if not isinstance(found, UserReward):
-            raise ValueError(
+            raise RewardError(
                 f"reader {reader!r} is a reward; give a function of a list of pictures that returns strings."
             )
         self.reader = found
@@ -123,7 +124,7 @@ class OCR:
         seen: Any = pictures(samples)  # a reader is found and called as a reward is, but gets PIL pictures
         read = self.reader.raw(seen, condition)
         if not isinstance(read, list | tuple) or [type(x) for x in read] != [str] * len(samples):
-            raise ValueError(
+            raise RewardError(
                 f"reader {self.reader.name} returned {read!r:.100} for {len(samples)} pictures; give one string each."
             )
         scores = [accuracy(text, wanted_text(prompt)) for text, prompt in zip(read, condition.prompts, strict=True)]
@@ -134,7 +135,7 @@ def wanted_text(prompt: str) -> str:
     """What a prompt puts between its first two double quotes. Raises ValueError if there is nothing."""
     parts = prompt.split('"')
     if len(parts) < 3 or not parts[1].strip():
-        raise ValueError(f'prompt {prompt!r} has no text in double quotes; write it as: a sign that says "open".')
+        raise RewardError(f'prompt {prompt!r} has no text in double quotes; write it as: a sign that says "open".')
     return parts[1]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..support.errors import RunError
 from ..support.files import read_tensors, write_json, write_tensors
 
 FORMAT = 1  # of the checkpoint folder
@@ -92,13 +93,13 @@ def load_checkpoint(folder: Path, device: str | torch.device = "cpu") -> tuple[i
         try:
             record = json.loads((path / "state.json").read_text(encoding="utf-8"))
             if not isinstance(record, dict) or record.get("format") != FORMAT:
-                raise ValueError(f"{path / 'state.json'} is not a scoreact checkpoint of format {FORMAT}.")
+                raise RunError(f"{path / 'state.json'} is not a scoreact checkpoint of format {FORMAT}.")
             tensors = read_tensors(path / "tensors.safetensors", device)
             return int(record["iteration"]), join_tree(record["state"], tensors)
         except (OSError, ValueError, KeyError) as error:
             if number == 0:
                 problem = f"{path} cannot be read: {' '.join(str(error).split())}"
-    raise ValueError(problem)
+    raise RunError(problem)
 
 
 # --- a run's folder --------------------------------------------------------------------------------------------------
@@ -108,12 +109,12 @@ def read_run(folder: Path) -> dict[str, Any]:
     """config.json of a run. Raises ValueError when the folder is no run."""
     path = folder / "config.json"
     if not path.is_file():
-        raise ValueError(f"{folder} is no run folder: it has no config.json.")
+        raise RunError(f"{folder} is no run folder: it has no config.json.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content["config"], dict):
             raise TypeError("config is no mapping")
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); restore it or start a new run.") from None
+        raise RunError(f"{path} is damaged ({error}); restore it or start a new run.") from None
     result: dict[str, Any] = content
     return result

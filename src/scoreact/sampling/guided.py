@@ -14,6 +14,7 @@ from ..control.value import ValueNetwork
 from ..dynamics.schedule import Schedule
 from ..dynamics.sde import SDE
 from ..rewards.base import Reward
+from ..support.errors import SettingError
 from ..types import Condition, expand
 
 Value = Callable[[Tensor, Tensor, Condition], Tensor]  # (t [B], x [B, *D], condition) -> V [B], in units of the reward
@@ -89,7 +90,7 @@ class Guided(_View):
     ) -> None:
         super().__init__(policy)
         if base not in ("reference", "policy"):
-            raise ValueError(f"base is {base!r}; known: reference, policy.")
+            raise SettingError(f"base is {base!r}; known: reference, policy.")
         self.value, self.sde, self.kl_weight, self.scale, self.base, self.until = (
             value, sde, kl_weight, scale, base, until,
         )  # fmt: skip

@@ -21,6 +21,7 @@ from ..dynamics.sde import SDE
 from ..dynamics.solvers import Solver, step_of
 from ..models.base import ScoreModel
 from ..rewards.base import Reward
+from ..support.errors import SettingError
 from .guided import Calls, Value, value_at
 
 
@@ -67,7 +68,7 @@ def best_of(
 ) -> Steered:
     """The sample with the highest reward among `count`, for each prompt. KL to the model: see `best_of_kl`."""
     if count < 1:
-        raise ValueError(f"best_of needs one sample or more to choose from, got {count}.")
+        raise SettingError(f"best_of needs one sample or more to choose from, got {count}.")
     calls = Calls()
     index = torch.arange(len(prompts)).repeat_interleave(count)
     condition = model.condition(prompts)[index]
@@ -125,9 +126,9 @@ def smc(
     is then the only one.
     """
     if particles < 1:
-        raise ValueError(f"smc needs one particle or more, got {particles}.")
+        raise SettingError(f"smc needs one particle or more, got {particles}.")
     if not 0 <= threshold <= 1:
-        raise ValueError(f"threshold is {threshold}; expected a share of the particles in [0, 1].")
+        raise SettingError(f"threshold is {threshold}; expected a share of the particles in [0, 1].")
     calls, before, count = Calls(), policy.network_calls, len(prompts)
     index = torch.arange(count).repeat_interleave(particles)
     condition = policy.condition(prompts)[index]

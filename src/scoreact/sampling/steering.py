@@ -22,6 +22,7 @@ from ..dynamics.samplers import sampler_by_name
 from ..dynamics.sde import SDE
 from ..dynamics.solvers import SOLVERS
 from ..rewards.base import Reward
+from ..support.errors import SettingError
 from .guided import Calls, Guided, Interpolated, RewardOfEstimate, Value
 from .particles import Steered, best_of, smc
 
@@ -53,11 +54,11 @@ class Steering:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise ValueError(f"steering by {self.method!r} is unknown. Known: {', '.join(METHODS)}.")
+            raise SettingError(f"steering by {self.method!r} is unknown. Known: {', '.join(METHODS)}.")
         if self.method == "smc" and self.solver not in SOLVERS:
-            raise ValueError(f"smc weighs the steps of a path, so solver {self.solver} will not do; use ddim.")
+            raise SettingError(f"smc weighs the steps of a path, so solver {self.solver} will not do; use ddim.")
         if self.method == "value" and self.value is None:
-            raise ValueError("steering by value needs a value network; give one, or use best_of or smc.")
+            raise SettingError("steering by value needs a value network; give one, or use best_of or smc.")
 
     def __call__(self, prompts: Sequence[str], ts: Tensor, generator: torch.Generator) -> Steered:
         own = Interpolated(self.policy, 1.0 if self.base == "policy" else 0.0)

@@ -7,6 +7,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from .errors import SettingError
+
 
 @runtime_checkable
 class HasDevice(Protocol):
@@ -25,11 +27,11 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device is {name!r}; known: auto, cpu, cuda, cuda:N, mps.") from None
+        raise SettingError(f"device is {name!r}; known: auto, cpu, cuda, cuda:N, mps.") from None
     if (device.type == "cuda" and not torch.cuda.is_available()) or (
         device.type == "mps" and not torch.backends.mps.is_available()
     ):
-        raise ValueError(f"device {name!r} is not available on this machine; use device auto or cpu.")
+        raise SettingError(f"device {name!r} is not available on this machine; use device auto or cpu.")
     return device
 
 

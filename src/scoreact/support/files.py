@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .errors import RunError
+
 Line = dict[str, Any]  # of a file of JSON lines
 
 
@@ -39,11 +41,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def read_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
     """The tensors of a safetensors file. Raises ValueError naming the file when it is missing, cut short or foreign."""
     if not path.is_file():
-        raise ValueError(f"{path} does not exist; is this the folder of a run?")
+        raise RunError(f"{path} does not exist; is this the folder of a run?")
     try:
         return load_file(path, device=str(device))
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(
+        raise RunError(
             f"{path} is not a complete safetensors file ({' '.join(str(error).split())}); "
             "it was cut short or is something else. Use an earlier checkpoint."
         ) from None
@@ -92,7 +94,7 @@ def resume_lines(path: Path) -> list[Line]:
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     count = len(text.splitlines())
     if len(lines) < count - 1:
-        raise ValueError(f"line {len(lines) + 1} of {path} is damaged; delete that line, and its run is repeated.")
+        raise RunError(f"line {len(lines) + 1} of {path} is damaged; delete that line, and its run is repeated.")
     if len(lines) < count or (text and not text.endswith("\n")):
         _write_lines(path, lines)
     return lines

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from .errors import SettingError
+
 
 def nearest(word: object, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The known name most like `word`, or None where none is at least `cutoff` like it (1 is the word itself)."""
@@ -22,4 +24,4 @@ def known_name(wanted: str, known: Iterable[str], problem: str) -> str:
     known = list(known)
     if wanted in known:
         return wanted
-    raise ValueError(f"{problem} {wanted!r}; known: {', '.join(known) or 'none'}.{did_you_mean(wanted, known)}")
+    raise SettingError(f"{problem} {wanted!r}; known: {', '.join(known) or 'none'}.{did_you_mean(wanted, known)}")

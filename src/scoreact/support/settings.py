@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from .errors import SettingError
 from .names import did_you_mean, nearest
 
 
@@ -85,17 +86,17 @@ def checked_setting(f: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
             value = "off"
         if value not in known:
             hint_text = did_you_mean(value, known, 0.4)  # eulr is short for euler_maruyama
-            raise ValueError(f"{f.name} is {value!r}; known: {', '.join(known)}.{hint_text}")
+            raise SettingError(f"{f.name} is {value!r}; known: {', '.join(known)}.{hint_text}")
         return value
     if hint is float and isinstance(value, str):  # YAML reads 1e-4 as a string
         try:
             value = float(value)
         except ValueError:
-            raise ValueError(f"{f.name} is {value!r}; expected a number ({f.metadata['help']}).") from None
+            raise SettingError(f"{f.name} is {value!r}; expected a number ({f.metadata['help']}).") from None
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ValueError(
+        raise SettingError(
             f"{f.name} is {value!r} ({type(value).__name__}); expected {hint.__name__} ({f.metadata['help']})."
         )
     if hint in (int, float):
@@ -104,5 +105,5 @@ def checked_setting(f: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
         if not inside or math.isinf(value):
             bounds = [f"{'above' if above else 'at least'} {low:g}"] * (low > -math.inf)
             bounds += [f"at most {high:g}"] * (high < math.inf)
-            raise ValueError(f"{f.name} is {value}; it must be {' and '.join(bounds)} ({f.metadata['help']}).")
+            raise SettingError(f"{f.name} is {value}; it must be {' and '.join(bounds)} ({f.metadata['help']}).")
     return value

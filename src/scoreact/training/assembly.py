@@ -26,7 +26,7 @@ from ..dynamics.solvers import SOLVERS
 from ..models.base import BatchDependent, HasClasses, ReadsFeatures, ScoreModel
 from ..rewards.check import Checked, checked
 from ..support.devices import device_of
-from ..support.errors import Diverged
+from ..support.errors import Diverged, SettingError
 from ..types import Condition
 from .config import Config
 from .optim import AdamSteps, NaturalGradient
@@ -64,7 +64,7 @@ def build_value(
     link = config.kl_weight if config.value_loss == "log_probability" else None
     if config.value == "linear":
         if not isinstance(policy.reference, ReadsFeatures):
-            raise ValueError(
+            raise SettingError(
                 f"value is 'linear', but {type(policy.reference).__name__} has no features of its own to read; "
                 "use value network."
             )
@@ -90,7 +90,7 @@ def check_value(value: ValueNetwork, model: ScoreModel, prompts: Sequence[str]) 
             value.calls += len(x)
             value.network(seen, torch.full((len(x),), 0.5, device=device), condition)
     except RuntimeError as error:
-        raise ValueError(
+        raise SettingError(
             f"the value network cannot take value_inputs {value.inputs!r}, here of shape {tuple(seen.shape[1:])} "
             f"({' '.join(str(error).split())[:160]}). Use another value_inputs, or a network made for this one."
         ) from error
@@ -140,7 +140,7 @@ def check_differentiable(algorithm: str, model: ScoreModel, reward: Checked, pro
         with torch.enable_grad():
             probe(model.decode(x), condition)
     except (ValueError, RuntimeError) as error:
-        raise ValueError(
+        raise SettingError(
             f"{algorithm} follows the reward's gradient, but reward {reward.name} has none "
             f"({' '.join(str(error).split())[:160]}). Make it differentiable, or use a rule that needs its values only: "
             "ctrl, ctrl_pathwise, q_learning."

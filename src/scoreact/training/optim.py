@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..algorithms.base import Rule
 from ..control.transitions import Batch, Rows
 from ..support import distributed
-from ..support.errors import Diverged
+from ..support.errors import Diverged, SettingError
 from ..types import Metrics
 
 Shift = Callable[[Batch], Tensor]  # transitions -> (policy - behaviour) / std there, [M, *D]
@@ -216,7 +216,7 @@ class NaturalGradient:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
-            raise ValueError(f"a natural-gradient step keeps no state, got {sorted(state)}.")
+            raise SettingError(f"a natural-gradient step keeps no state, got {sorted(state)}.")
 
 
 class Average:
@@ -224,7 +224,7 @@ class Average:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         if not 0 <= decay < 1:
-            raise ValueError(f"the average's decay must lie in [0, 1), got {decay}.")
+            raise SettingError(f"the average's decay must lie in [0, 1), got {decay}.")
         self.model = copy.deepcopy(model).requires_grad_(False)
         self.decay = decay
         self.updates = 0

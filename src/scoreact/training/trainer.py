@@ -26,6 +26,7 @@ from ..rewards.remote.overlap import Scores, one_ahead, ready
 from ..sampling.draw import balanced
 from ..support import distributed
 from ..support.devices import choose_device
+from ..support.errors import SettingError
 from ..types import Condition, Metrics
 from .assembly import build_critic, build_minimiser, build_rule, build_value, check_ratio, check_value, exploration_of
 from .config import Config
@@ -57,11 +58,11 @@ class Trainer:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is {type(model).__name__}; training needs an nn.Module with parameters to train.")
         if not prompts:
-            raise ValueError("prompts is empty; give at least one (use [''] for an unconditional model).")
+            raise SettingError("prompts is empty; give at least one (use [''] for an unconditional model).")
         self.config = config
         distributed.start()
         if config.batch_size % distributed.world():
-            raise ValueError(
+            raise SettingError(
                 f"batch_size is {config.batch_size}, which {distributed.world()} processes cannot share; take a multiple."
             )
         self.device = choose_device(config.device)
@@ -71,7 +72,7 @@ class Trainer:
         if start is not None:
             load_parameters(model, start)
         if not self.policy.trainable():
-            raise ValueError(f"{type(model).__name__} has no parameter with requires_grad; nothing could be trained.")
+            raise SettingError(f"{type(model).__name__} has no parameter with requires_grad; nothing could be trained.")
         distributed.same(self.policy.trainable())
         self.prompts = list(prompts)
         self.reward: Checked = checked(reward)
@@ -96,7 +97,7 @@ class Trainer:
         self.average = Average(model, config.average)
         self.minimise = build_minimiser(config, self.algorithm)
         if distributed.world() > 1 and not isinstance(self.minimise, AdamSteps):
-            raise ValueError(
+            raise SettingError(
                 f"{config.algorithm} takes natural gradients, which one process makes alone; start one only."
             )
         self.iteration = 0
@@ -207,7 +208,7 @@ class Trainer:
         spent = self.policy.network_calls, self.reward.calls
         for trajectory, r in one_ahead(self.draw(True) for _ in range(self.config.reference_batches)):
             if self.config.value_loss == "log_probability" and float(r.max()) > 0:
-                raise ValueError(
+                raise SettingError(
                     f"reward {self.reward.name} reached {float(r.max()):.3g}, so it is no log-probability; use value_loss soft."
                 )
             rewards.append(r)

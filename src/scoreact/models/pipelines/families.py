@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...dynamics.schedule import ShiftedFlow, step_number
+from ...support.errors import ModelError
 from ...types import Condition
 from .adapters import Adapters
 from .scheduler import read_scheduler
@@ -32,6 +33,7 @@ class Family(Adapters):
     targets: ClassVar[Sequence[str]] = ("to_q", "to_k", "to_v", "to_out.0")
     default_guidance: ClassVar[float | None] = None  # None: the pipeline's own
     video: ClassVar[bool] = False
+    takes_negative_prompt: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -59,7 +61,7 @@ class Family(Adapters):
         self.max_sequence_length = max_sequence_length
         self.rows_per_call = rows_per_call
         if size[2] is not None and not self.video:
-            raise ValueError(f"frames is {size[2]}, but {type(pipeline).__name__} makes pictures; leave it out.")
+            raise ModelError(f"frames is {size[2]}, but {type(pipeline).__name__} makes pictures; leave it out.")
         self.height, self.width, self.frames = self.size(*size)
         self.shape = self.latent_shape()
         self.schedule, self.prediction = read_scheduler(pipeline.scheduler, self.tokens())
@@ -137,7 +139,7 @@ class Family(Adapters):
     def condition(self, prompts: Sequence[str]) -> Condition:
         for prompt in prompts:
             if not isinstance(prompt, str):
-                raise ValueError(f"prompt {prompt!r} is {type(prompt).__name__}; a pipeline's prompts are strings.")
+                raise ModelError(f"prompt {prompt!r} is {type(prompt).__name__}; a pipeline's prompts are strings.")
         self.remember(list(prompts))
         rows = torch.tensor([self.rows[prompt] for prompt in prompts], device=self.device)
         return Condition(list(prompts), rows, [self.metadata.get(p, {}) for p in prompts] if self.metadata else ())
@@ -213,7 +215,7 @@ class Family(Adapters):
 
 def _part(size: int, factor: int) -> int:
     if size % factor:
-        raise ValueError(f"a side of {size} pixels is no multiple of {factor}; take {max(1, size // factor) * factor}.")
+        raise ModelError(f"a side of {size} pixels is no multiple of {factor}; take {max(1, size // factor) * factor}.")
     return size // factor
 
 
@@ -278,6 +280,8 @@ class StableDiffusion3(Family):
 class Flux(Family):
     """A flow on 2 x 2 patches of latents. guidance_scale is an input of the distilled network; there is no negative prompt."""
 
+    takes_negative_prompt = False
+
     component = "transformer"
     targets = StableDiffusion3.targets
 
@@ -332,11 +336,11 @@ class Wan(Family):
     def latent_shape(self) -> tuple[int, ...]:
         pipeline = self.pipeline
         if pipeline.config.get("boundary_ratio") is not None or pipeline.config.get("expand_timesteps"):
-            raise ValueError("this Wan pipeline has two denoisers or one time a token, which are not supported yet.")
+            raise ModelError("this Wan pipeline has two denoisers or one time a token, which are not supported yet.")
         _, patch_height, patch_width = self.denoiser.config.patch_size
         factor, every = pipeline.vae_scale_factor_spatial, pipeline.vae_scale_factor_temporal
         if (self.frames - 1) % every:
-            raise ValueError(f"frames is {self.frames}; Wan makes 1 + a multiple of {every} of them.")
+            raise ModelError(f"frames is {self.frames}; Wan makes 1 + a multiple of {every} of them.")
         high = patch_height * _part(self.height, factor * patch_height)
         wide = patch_width * _part(self.width, factor * patch_width)
         return (self.denoiser.config.in_channels, 1 + (self.frames - 1) // every, high, wide)
@@ -356,6 +360,8 @@ class Wan(Family):
 
 class Unconditional(Family):
     """A UNet on pixels, no prompt: every prompt means the same."""
+
+    takes_negative_prompt = False
 
     targets = (*Family.targets, "conv1", "conv2")  # small ones have no attention
     default_guidance = 1.0

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ...dynamics import prediction as kinds
 from ...dynamics.schedule import Schedule, ShiftedFlow
+from ...support.errors import ModelError
 from ...types import Condition
 from ..feature_memory import FeatureMemory
 from ..value_networks import FeatureValue
@@ -155,6 +156,21 @@ class PipelineModel(nn.Module):
     @guidance_scale.setter
     def guidance_scale(self, scale: float) -> None:
         self.family.guidance_scale = scale
+
+    @property
+    def negative_prompt(self) -> str:
+        """What guidance leads away from; shared like the guidance scale."""
+        return self.family.negative_prompt
+
+    @negative_prompt.setter
+    def negative_prompt(self, prompt: str) -> None:
+        if prompt and not (self.family.takes_negative_prompt and self.family.guides):
+            raise ModelError(
+                f"negative_prompt is {prompt!r}, but {type(self.family.pipeline).__name__} at guidance_scale "
+                f"{self.guidance_scale:g} takes none; raise guidance_scale above 1, or leave it out."
+            )
+        self.family.negative_prompt = prompt
+        self.family.negative = {}  # encoded anew when it is needed
 
     @property
     def batch_dependent(self) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ...support.errors import ModelError
 from .families import FAMILIES
 from .model import PipelineModel
 
@@ -70,14 +71,14 @@ def pipeline_model(
     names = [kind.__name__ for kind in type(pipeline).__mro__]
     family_class = next((FAMILIES[name] for name in names if name in FAMILIES), None)
     if family_class is None:
-        raise ValueError(f"{names[0]} is not supported; known: {', '.join(FAMILIES)}.")
+        raise ModelError(f"{names[0]} is not supported; known: {', '.join(FAMILIES)}.")
     if dtype is not None:
         pipeline.to(dtype=dtype)
     family = family_class(
         pipeline, guidance_scale, negative_prompt, (height, width, frames), max_sequence_length, rows_per_call
     )
     if getattr(family.denoiser.config, "time_cond_proj_dim", None) is not None:
-        raise ValueError("this UNet takes the guidance as an input (a latent consistency model); not supported yet.")
+        raise ModelError("this UNet takes the guidance as an input (a latent consistency model); not supported yet.")
     vae = getattr(pipeline, "vae", None)
     if vae is not None:
         if family.dtype == torch.float16:
@@ -92,7 +93,7 @@ def pipeline_model(
         return PipelineModel(family, network=family.denoiser.float().requires_grad_(True))
     targets = list(family.targets if lora_targets is None else lora_targets)
     if lora_rank < 1:
-        raise ValueError(f"lora_rank must be at least 1, got {lora_rank}; use full=True to train all weights.")
+        raise ModelError(f"lora_rank must be at least 1, got {lora_rank}; use full=True to train all weights.")
     return PipelineModel(
         family, family.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=targets))
     )
@@ -123,7 +124,7 @@ def _open(source: str, dtype: torch.dtype | None) -> Any:
         return DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype or _stored_dtype(folder), **without)
     except OSError as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(
+        raise ModelError(
             f"cannot open pipeline {source!r}: {reason}. Give a folder with a model_index.json, or a hub id."
         ) from error
 

@@ -11,6 +11,7 @@ import torch
 from ...dynamics import prediction as kinds
 from ...dynamics.prediction import FLOW, Prediction
 from ...dynamics.schedule import FromAlphasCumprod, Schedule, ShiftedFlow
+from ...support.errors import ModelError
 
 TABLE_PREDICTIONS = {"epsilon": kinds.epsilon, "v_prediction": kinds.v, "sample": kinds.x0}
 
@@ -27,7 +28,7 @@ def read_scheduler(scheduler: Any, tokens: int = 0) -> tuple[Schedule, Predictio
         return ShiftedFlow(_shift(config, tokens)), FLOW
     kind = config.get("prediction_type", "epsilon")
     if not hasattr(scheduler, "alphas_cumprod") or kind not in TABLE_PREDICTIONS:
-        raise ValueError(
+        raise ModelError(
             f"scheduler {type(scheduler).__name__} (prediction_type {kind!r}) has no table that is known here; load the "
             "pipeline with a DDIMScheduler, DDPMScheduler or FlowMatchEulerDiscreteScheduler made from its config."
         )

@@ -22,6 +22,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax, pad
 
+from ...support.errors import SettingError
 from . import data as fashion_mnist
 
 # what ships: the networks' shapes and the seeds they are trained with
@@ -70,7 +71,7 @@ class Classifier(nn.Module):
 
     def _batched(self, function: Callable[[Tensor], Tensor], images: Tensor, batch_size: int) -> Tensor:
         if images.ndim != 4 or images.shape[1:] != (1, 28, 28) or not images.is_floating_point():
-            raise ValueError(
+            raise SettingError(
                 f"the judge got {images.dtype} {tuple(images.shape)}; expected float (B, 1, 28, 28) in [0, 1]. "
                 "Decode the states first; for uint8 pictures [B, 28, 28]: `images[:, None] / 255`."
             )
@@ -81,7 +82,7 @@ class Classifier(nn.Module):
 def load_classifier(name: str = "judge", path: str | Path | None = None) -> Classifier:
     """The shipped network (`judge` or `classifier`), or one saved at `path`; frozen, in evaluation mode, on the CPU."""
     if name not in SHIPPED:
-        raise ValueError(f"unknown network {name!r}. Known: {', '.join(SHIPPED)}.")
+        raise SettingError(f"unknown network {name!r}. Known: {', '.join(SHIPPED)}.")
     with resources.as_file(resources.files("scoreact") / "assets" / f"{name}.safetensors") as shipped:
         file = Path(path) if path is not None else shipped
         if not file.exists():

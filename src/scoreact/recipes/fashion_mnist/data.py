@@ -24,6 +24,8 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from ...support.errors import SettingError
+
 CLASSES = (
     "T-shirt/top",
     "Trouser",
@@ -63,7 +65,7 @@ def load_pictures(path: str | os.PathLike[str] | None = None, split: str = "trai
     once into `cache_folder()`. Raises FileNotFoundError or ValueError with what to do instead.
     """
     if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}. Known: {', '.join(SPLITS)}.")
+        raise SettingError(f"unknown split {split!r}. Known: {', '.join(SPLITS)}.")
     if path is None:
         folder = cache_folder() / "fashion_mnist"
         download(folder, [name for name in MD5 if name.startswith(SPLITS[split][0])])
@@ -78,12 +80,12 @@ def load_pictures(path: str | os.PathLike[str] | None = None, split: str = "trai
         )
     count = SPLITS[split][1]
     if images.shape != (count, 28, 28) or labels.shape != (count,) or images.dtype != np.uint8:
-        raise ValueError(
+        raise SettingError(
             f"{path}: {split} images {images.dtype} {images.shape} and labels {labels.shape}; expected uint8 "
             f"({count}, 28, 28) and ({count},). Use the official files, or no path to download them."
         )
     if labels.min() < 0 or labels.max() >= len(CLASSES):
-        raise ValueError(f"{path}: labels run from {labels.min()} to {labels.max()}; expected 0 to 9.")
+        raise SettingError(f"{path}: labels run from {labels.min()} to {labels.max()}; expected 0 to 9.")
     return torch.from_numpy(images.copy()), torch.from_numpy(labels.astype(np.int64))
 
 
@@ -179,11 +181,11 @@ def _from_npz(path: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
         with np.load(path) as arrays:
             return arrays[f"{split}_images"], arrays[f"{split}_labels"]
     except KeyError as error:
-        raise ValueError(
+        raise SettingError(
             f"{path} lacks {error}; expected train_images, train_labels, test_images, test_labels."
         ) from None
     except (ValueError, OSError, EOFError) as error:
-        raise ValueError(
+        raise SettingError(
             f"{path} is not an .npz file ({error}). Give one, or a folder with the official files."
         ) from None
 
@@ -201,7 +203,7 @@ def _read_idx(path: Path) -> np.ndarray:
     """IDX: two zero bytes, type 8 (uint8), number of dimensions, each as a big-endian uint32, then the data."""
     content = path.read_bytes()
     if path.name in MD5 and hashlib.md5(content, usedforsecurity=False).hexdigest() != MD5[path.name]:
-        raise ValueError(f"{path} is damaged: its MD5 is not {MD5[path.name]}. Delete it and download it again.")
+        raise SettingError(f"{path} is damaged: its MD5 is not {MD5[path.name]}. Delete it and download it again.")
     raw = gzip.decompress(content)
     shape = np.frombuffer(raw, ">u4", count=raw[3], offset=4)
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(tuple(int(n) for n in shape))

@@ -28,6 +28,7 @@ from ...dynamics.samplers import SAMPLERS
 from ...dynamics.schedule import RectifiedFlow
 from ...models.unet import UNet
 from ...sampling.draw import draw
+from ...support.errors import SettingError
 from ...support.files import read_tensors, write_tensors
 from ...training.pretrain import pretrain
 from ...types import Metrics
@@ -49,7 +50,9 @@ class Stage:
 
     def __post_init__(self) -> None:
         if self.steps < 1 or not 1 <= self.stop_after <= self.steps:
-            raise ValueError(f"steps is {self.steps}, stop_after {self.stop_after}; expected 1 <= stop_after <= steps.")
+            raise SettingError(
+                f"steps is {self.steps}, stop_after {self.stop_after}; expected 1 <= stop_after <= steps."
+            )
 
 
 STAGES = (Stage(11_000, 3_500, 1e-3, 0), Stage(3_000, 3_000, 7e-4, 1))  # what made the shipped weights

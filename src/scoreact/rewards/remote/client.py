@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from ...support.errors import RewardError
 from ...types import Condition
 from ..base import ReturnedValueError, known, reward_dtype, to_tensor
 
@@ -69,7 +70,7 @@ class Elsewhere:
 
     def __init__(self, transport: Transport, batch_size: int, overlap: bool) -> None:
         if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 0:
-            raise ValueError(f"batch_size is {batch_size!r}; give a whole number, 0 for all samples at once.")
+            raise RewardError(f"batch_size is {batch_size!r}; give a whole number, 0 for all samples at once.")
         self.transport, self.name = transport, transport.name
         self.batch_size, self.overlap = batch_size, bool(overlap)
         self._one_at_a_time = threading.Lock()
@@ -110,9 +111,9 @@ class Http:
         except ValueError:
             parts, self._port = urlsplit("http:"), None
         if not parts.hostname or parts.query or parts.fragment or "@" in parts.netloc:
-            raise ValueError(f"reward {url!r} is no address of a reward server. Give 'http://HOST:PORT'.")
+            raise RewardError(f"reward {url!r} is no address of a reward server. Give 'http://HOST:PORT'.")
         if not isinstance(retries, int) or isinstance(retries, bool) or retries < 0:
-            raise ValueError(f"retries is {retries!r}; give a whole number, 0 for one attempt only.")
+            raise RewardError(f"retries is {retries!r}; give a whole number, 0 for one attempt only.")
         self.name, self._host, self._path = url, parts.hostname, parts.path.rstrip("/")
         self._connection = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self._time_out, self._retries = _seconds(time_out), retries
@@ -189,14 +190,14 @@ class Child:
     def __init__(self, spec: str, python: str, time_out: float, options: Mapping[str, Any]) -> None:
         found = which(str(Path(python).expanduser()))
         if found is None:
-            raise ValueError(f"reward {spec}@{python}: there is no such Python. Give the full path of its executable.")
+            raise RewardError(f"reward {spec}@{python}: there is no such Python. Give the full path of its executable.")
         place = Path(spec.rpartition(":")[0]).expanduser()
         if place.suffix == ".py" and not place.is_file():
-            raise ValueError(f"reward file {str(place)!r} does not exist (looked in {Path.cwd()}).")
+            raise RewardError(f"reward file {str(place)!r} does not exist (looked in {Path.cwd()}).")
         try:
             text = json.dumps(dict(options))
         except TypeError as error:
-            raise ValueError(f"an option of reward {spec} cannot be sent ({error}). Keep to plain values.") from None
+            raise RewardError(f"an option of reward {spec} cannot be sent ({error}). Keep to plain values.") from None
         self.name, self._time_out = f"{spec}@{python}", _seconds(time_out)
         self._command = [found, str(Path(__file__).with_name("child.py")), spec, text]
         self._process: subprocess.Popen[bytes] | None = None
@@ -277,7 +278,7 @@ def _stop(process: subprocess.Popen[bytes], stderr: IO[bytes]) -> None:
 
 def _seconds(time_out: float) -> float:
     if isinstance(time_out, bool) or not isinstance(time_out, int | float) or not 0 < time_out < threading.TIMEOUT_MAX:
-        raise ValueError(f"time_out is {time_out!r}; give seconds above 0.")
+        raise RewardError(f"time_out is {time_out!r}; give seconds above 0.")
     return float(time_out)
 
 
@@ -297,7 +298,7 @@ def in_process(
     """`file.py:name@/path/to/python`: that function in that Python. Options beyond those named are the function's."""
     matched = OTHER_PYTHON.fullmatch(spec)
     if matched is None:
-        raise ValueError(f"reward {spec!r} names no function and Python. Give 'file.py:name@/path/to/python'.")
+        raise RewardError(f"reward {spec!r} names no function and Python. Give 'file.py:name@/path/to/python'.")
     return Elsewhere(Child(matched[1], matched[2], time_out, options), batch_size, overlap)
 
 
@@ -309,6 +310,6 @@ def find(spec: str, options: Mapping[str, Any]) -> Elsewhere | None:
     if spec.startswith(("http://", "https://")):
         names = inspect.signature(over_http).parameters.keys() - {"url"}
         for option in options.keys() - names:
-            raise ValueError(f"reward {spec!r} has no option {option!r}. {known('Options', option, names)}")
+            raise RewardError(f"reward {spec!r} has no option {option!r}. {known('Options', option, names)}")
         return over_http(spec, **options)
     return in_process(spec, **options) if OTHER_PYTHON.fullmatch(spec) else None

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ... import __version__
+from ...support.errors import RewardError
 from ...types import Condition
 from ..base import Reward, name_of, to_tensor
 from .child import read_request
@@ -99,7 +100,7 @@ class Scorer:
     def _rewards(self, samples: Tensor, condition: Condition) -> Tensor:
         rewards = to_tensor(self.reward(samples, condition), samples, self.name).cpu()
         if rewards.shape[:1] != samples.shape[:1]:
-            raise ValueError(
+            raise RewardError(
                 f"reward {self.name} returned shape {tuple(rewards.shape)} for {len(samples)} samples; "
                 f"expected ({len(samples)},)."
             )
