@@ -81,8 +81,8 @@ def convert(source: Prediction, target: Prediction, schedule: Schedule, t: Tenso
     """An output of one kind as another kind, by way of the estimate of the data that both stand for.
 
     Args:
-        source: kinds, such as `epsilon` and `score`.
-        target: what it is to be.
+        source: kind of what is given, such as `epsilon`.
+        target: kind of what is wanted, such as `score`.
         schedule: of the model.
         t: times, [B].
         x: states there, [B, *D].

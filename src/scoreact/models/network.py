@@ -34,9 +34,9 @@ class NetworkModel(nn.Module):
         classes: names of the labels 0, 1, ...; they are the prompts. None: unconditional, the only prompt is "".
         guidance_scale: 1 is the conditional model, w the score s_none + w (s_class - s_none) (Ho & Salimans 2022). Another
             one than 1 needs a network that was trained with the label for "no class" too.
-        low: The least value of the data, with `high`: the range of the data. Given, `decode` rescales it to [0, 1] and cuts off what lies beyond; left out,
-        high: The greatest value of the data.
-            samples are decoded as they are.
+        low: the least value of the data. Given with `high`, `decode` rescales [low, high] to [0, 1] and cuts off what lies
+            beyond; left out, samples are decoded as they are.
+        high: the greatest value of the data.
         bfloat16: run the network in bfloat16 where that is the faster of the two; state in and score out stay float32.
 
     Raises:
