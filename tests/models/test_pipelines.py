@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import scoreact as sa
+from scoreact.api.result import guided
 from scoreact.control.policy import Policy
 from scoreact.control.rollout import rollout
 from scoreact.control.value import ResidualValue, ValueNetwork
@@ -302,3 +303,33 @@ def test_the_encoder_serves_a_pipeline_without_prompts(tmp_path: Path) -> None:
     x = torch.zeros(2, 3, 8, 8)
     found: Tensor = network(x, torch.ones(2), problem.model.condition(["", ""]))
     assert found.shape == (2,)
+
+
+def test_guidance_and_negative_prompt_are_others_for_a_while() -> None:
+    """As `scoreact sample --guidance-scale --negative-prompt`; for policy and reference alike, and put back."""
+    policy = Policy(tiny("sd", guidance_scale=3.0))
+    t, x = torch.full((2,), 0.5), torch.randn(2, *policy.model.shape, generator=torch.Generator().manual_seed(0))
+    condition = policy.condition(["a cat", "two dogs"])
+
+    def score() -> Tensor:
+        with torch.no_grad():
+            return policy.score(t, x, condition)
+
+    before = score()
+    with guided(policy, None, "bad"):
+        negative = score()
+    with guided(policy, 5.0, None):
+        stronger = score()
+    assert float((negative - before).abs().max()) > 1e-5
+    assert float((stronger - before).abs().max()) > 1e-5
+    assert torch.equal(score(), before)
+    with pytest.raises(
+        sa.ModelError, match=r"negative_prompt is 'bad', but StableDiffusionPipeline at guidance_scale 1"
+    ):
+        guided(policy, 1.0, "bad").__enter__()
+    assert policy.model.guidance_scale == 3.0, "a refusal changes nothing"
+    with (
+        pytest.raises(sa.ModelError, match="FluxPipeline at guidance_scale"),
+        guided(Policy(tiny("flux_guided")), None, "bad"),
+    ):
+        pass

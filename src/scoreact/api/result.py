@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,25 +74,25 @@ class Sampled:
         return self.config.times(model.schedule, steps=steps)
 
 
-class guided:
-    """Another guidance scale and negative prompt for a while, for the policy and its reference alike."""
+@contextlib.contextmanager
+def guided(policy: Policy, scale: float | None, negative_prompt: str | None) -> Iterator[None]:
+    """Another guidance scale and negative prompt for a while, for the policy and its reference alike.
 
-    def __init__(self, policy: Policy, scale: float | None, negative_prompt: str | None) -> None:
-        self.changes: list[tuple[Any, str, Any]] = []
-        for name, value in (("guidance_scale", scale), ("negative_prompt", negative_prompt)):
+    Raises ModelError for a model that has no such thing.
+    """
+    wanted = {"guidance_scale": scale, "negative_prompt": negative_prompt}
+    before: list[tuple[object, str, object]] = []
+    try:
+        for name, value in wanted.items():
             for model in (policy.model, policy.reference) if value is not None else ():
                 if not hasattr(model, name):
                     raise ModelError(f"{type(model).__name__} has no {name}; leave it out.")
-                self.changes.append((model, name, value))
-
-    def __enter__(self) -> None:
-        self.before = [(model, name, getattr(model, name)) for model, name, _ in self.changes]
-        for model, name, value in self.changes:
-            setattr(model, name, value)
-
-    def __exit__(self, *_: object) -> None:
-        for model, name, value in self.before:
-            setattr(model, name, value)
+                before.append((model, name, getattr(model, name)))
+                setattr(model, name, value)
+        yield
+    finally:
+        for changed, name, kept in reversed(before):
+            setattr(changed, name, kept)
 
 
 @dataclass(repr=False)
