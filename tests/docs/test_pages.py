@@ -43,14 +43,9 @@ SKIPPED = {
 # pages whose blocks a test of its own runs
 OWN_TEST = {"docs/models.md": "tests/docs/test_models.py"}
 SMALL = {
-    "train": "--iterations 2 --batch-size 16 --reference-batches 1 --heldout-samples 16 --steps 4 --value-steps 2 "
-    "--value-first-steps 2 --device cpu",
-    "pipeline": "--option lora_rank=2 --option guidance_scale=1.0 --iterations 1 --batch-size 6 --steps 2 "
-    "--reference-batches 1 --heldout-samples 4 --value-steps 2 --value-first-steps 2 --minibatch-size 12 --device cpu",
+    "train": "--iterations 2 --batch-size 16 --reference-batches 1 --heldout-samples 16 --steps 4 --device cpu",
     "sample": "--count 4 --steps 4",
     "evaluate": "--samples 16 --steps 4 --solver ddim",
-    "resume": "",
-    "report": "",
 }
 
 
@@ -209,21 +204,36 @@ def test_a_command_line_that_is_not_taken() -> None:
 
 
 SMALL_ONES = re.compile(r"scoreact (train|sample|check \w+) gaussian")
-RUN_ON = [page for page in PAGES if any(SMALL_ONES.match(line) for line in commands(page))]
+OWN_MODELS = re.compile(r"scoreact (train|check model) \w+\.py:")
 
 
-@pytest.mark.parametrize("page", RUN_ON, ids=name)
+def pages_with(pattern: re.Pattern[str]) -> list[Path]:
+    return [page for page in PAGES if any(pattern.match(line) for line in commands(page))]
+
+
+@pytest.mark.parametrize("page", pages_with(SMALL_ONES), ids=name)
 def test_the_small_commands_of_a_page_run(page: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In the page's order, so that what looks at `runs/gaussian-001` finds it."""
     furnish(page, folder)
     ran = 0
     for line in commands(page):
-        small = small_form(line, folder)
-        if small is None or (NEW.search(line) and not FRONT):
-            continue
-        assert cli.main(small) == 0, f"{line}: {capsys.readouterr().err}"
-        ran += 1
+        words = small_form(line, folder)
+        if words is not None and not OWN_MODELS.match(line) and (FRONT or not NEW.search(line)):
+            assert cli.main(words) == 0, f"{shlex.join(words)}: {capsys.readouterr()}"
+            ran += 1
     assert ran, "no command of the page was run"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FRONT, reason="comes with sa.open_run")
+@pytest.mark.parametrize("page", [page for page in pages_with(OWN_MODELS) if name(page) not in OWN_TEST], ids=name)
+def test_the_commands_on_an_own_model_run(page: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    furnish(page, folder)
+    for line in commands(page):
+        words = shlex.split(line)[1:]
+        if OWN_MODELS.match(line):
+            small = shlex.split(SMALL["train"]) if words[0] == "train" else []
+            assert cli.main([*words, *small]) == 0, f"{line}: {capsys.readouterr()}"
 
 
 def small_form(line: str, folder: Path) -> list[str] | None:
@@ -232,13 +242,12 @@ def small_form(line: str, folder: Path) -> list[str] | None:
     command, subject = words[0], words[1] if len(words) > 1 else ""
     if "--help" in words or command == "recipes":
         return words
-    own = subject == "gaussian" or (subject.rpartition(":")[0].endswith(".py") and command == "train")
-    if not own and not ((folder / subject).is_dir() and subject.startswith("runs/")):
-        if command != "check" or len(words) < 3 or "plain" in words:
-            return None
-        own = words[2] == "gaussian" or (folder / words[2].partition(":")[0]).is_file() or (folder / words[2]).is_dir()
-        return words if own else None
-    more = shlex.split(SMALL.get(command, ""))
-    if command == "resume" or "--config" in words or "--from" in words:
-        return [*words, "--iterations", "3"] if "--from" in words or "--config" in words else words
-    return [*words, *more]
+    if command == "check":
+        place = folder / words[2].partition(":")[0]
+        known = words[2] == "gaussian" or place.is_file() or words[2].startswith("runs/gaussian")
+        return words if known and "plain" not in words else None
+    if subject != "gaussian" and not (subject.startswith("runs/gaussian") and (folder / subject).is_dir()):
+        return None
+    if "--config" in words or "--from" in words or (command == "resume" and "--iterations" in words):
+        return [*words, "--iterations", "3"]  # the run's own settings are small already
+    return [*words, *shlex.split(SMALL.get(command, ""))]
