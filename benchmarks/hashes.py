@@ -47,8 +47,10 @@ def runs(folder: Path) -> Iterator[tuple[str, str]]:
             words = f"plain --algorithm ctrl --value {value} --value-loss soft {SMALL} {VALUE} --seed {seed}"
             yield f"plain/ctrl/{value}/{seed}", words
         for recipe in ("plain", "busy", "bright", "classifier", "series"):
-            yield f"{recipe}/{seed}", f"{recipe} {SMALL} {VALUE} --seed {seed}"
-        yield f"plain/linear/{seed}", f"plain --value linear {SMALL} --seed {seed}"
+            rule = "--algorithm ctrl_pathwise " if recipe == "plain" else ""  # its own is plain/surrogate
+            yield f"{recipe}/{seed}", f"{recipe} {rule}{SMALL} {VALUE} --seed {seed}"
+        yield f"plain/surrogate/{seed}", f"plain {SMALL} --seed {seed}"
+        yield f"plain/linear/{seed}", f"plain --algorithm ctrl_pathwise --value linear {SMALL} --seed {seed}"
         yield f"plain/ddpo/{seed}", f"plain --algorithm ddpo {SMALL} --seed {seed}"
         extra = "--exploration gaussian --grid random --noise flow_grpo --noise-scale 0.7 --target-kl 0.5"
         yield f"gaussian/ctrl/settings/{seed}", f"gaussian --algorithm ctrl {extra} {SMALL} {VALUE} --seed {seed}"

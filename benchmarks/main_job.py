@@ -52,7 +52,7 @@ EVALUATION_SEED = 20_261_122
 
 def one(recipe_name: str, seed: int, samples: int, settings: dict[str, Any]) -> dict[str, Any]:
     recipe = recipes()[recipe_name]
-    config = updated(recipe.config, {"seed": seed, **settings})
+    config = updated(recipe.config_for(settings), {"seed": seed, **settings})
     problem = recipe.build()
     begin = time.perf_counter()
     result = finetune(

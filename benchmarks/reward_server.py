@@ -37,7 +37,8 @@ def slow(images: Tensor, seconds: float = 1.0) -> Tensor:
 def trainer(reward: Reward, parts: int, size: int, steps: int) -> Trainer:
     recipe = recipes()["plain"]
     problem = recipe.build(**recipe.options)
-    config = updated(recipe.config, {"batch_size": parts * size, "steps": steps, "value_loss": "soft"})
+    own = {"algorithm": "ctrl_pathwise", "batch_size": parts * size, "steps": steps, "value_loss": "soft"}
+    config = updated(recipe.config_for(own), own)
     return Trainer(problem.model, reward, problem.prompts, problem.value_network, config)
 
 

@@ -1,7 +1,7 @@
 """What steering at sampling time buys: reward against path KL and against calls, beside the trained policy itself.
 
     python benchmarks/steering.py gaussian                    # seconds: the run is trained first
-    python benchmarks/steering.py plain --run runs/plain-001  # a finished run, with its value network
+    python benchmarks/steering.py bright --run runs/bright-001  # a finished run, with its value network
 
 Path KL is measured where the steered model is a policy (value, interpolate), is log N - (N - 1) / N for best of N of the
 pretrained model, and is not defined for particles. Calls are a sample: through the networks (the value's own look at the
@@ -42,7 +42,9 @@ PARTICLES = (2, 4, 8, 16, 32)
 def train(name: str, folder: Path, settings: dict[str, Any]) -> None:
     """The recipe's run, as `scoreact train` would leave it."""
     recipe = recipes()[name]
-    source = Source(recipe, dict(recipe.options), updated(recipe.config, settings), folder=folder)
+    if not recipe.config.uses("value"):  # `plain` fits none, and half of the ways to steer need one
+        settings = {"algorithm": "ctrl_pathwise", **settings}
+    source = Source(recipe, dict(recipe.options), updated(recipe.config_for(settings), settings), folder=folder)
     train_source(source, f"python benchmarks/steering.py --recipe {name}")
 
 

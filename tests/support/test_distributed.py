@@ -60,7 +60,7 @@ drawing = Trainer(recipe.build().model, problem.reward, problem.prompts, None, u
 weights["said"] = torch.tensor([drawing.iterate()[name] for name in ("reward/mean", "policy/kl")])
 write_tensors(Path(f"rank{rank}.safetensors"), {**weights, "paths": trajectory.xs})
 
-recipe = recipes()["plain"]  # a value that is solved for
+recipe = recipes()["bright"]  # a value that is solved for
 settings = {"value": "linear", "batch_size": 20, "reference_batches": 1, "heldout_samples": 8, "device": "cpu"}
 problem = recipe.build()
 linear = Trainer(problem.model, problem.reward, problem.prompts, None, updated(recipe.config, settings))
@@ -101,7 +101,7 @@ def test_a_value_that_is_solved_for_is_that_of_all_paths(tmp_path: Path) -> None
     states = [{n[6:]: p for n, p in each.items() if n.startswith("value.")} for each in found]
     assert all(torch.equal(p, states[1][n]) for n, p in states[0].items())
     assert not torch.equal(found[0]["features"], found[1]["features"])
-    recipe = recipes()["plain"]
+    recipe = recipes()["bright"]
     config = updated(recipe.config, {"value": "linear", "reference_batches": 1, "batch_size": 20, "device": "cpu"})
     problem = recipe.build()
     alone = Trainer(problem.model, problem.reward, problem.prompts, None, config).value

@@ -21,6 +21,8 @@ from scoreact.training.config import TRAITS, Config, from_stored, read, rule_fie
 USED: dict[str, dict[str, Any]] = {
     "exploration_scale": {"exploration": "gaussian"},
     "value_replay": {"value_loss": "soft"},
+    "reward_gradient": {"algorithm": "adjoint_matching"},
+    "surrogate_target": {"algorithm": "adjoint_matching", "reward_gradient": "surrogate"},
 }
 HINTS = typing.get_type_hints(Config)
 FIELDS = [f for f, _ in fields_of(Config)]
@@ -114,7 +116,7 @@ def test_choices_name_the_known_ones_and_the_nearest(field: Any) -> None:
     assert said == f"{field.name} is 'zzz'; known: {', '.join(known)}."
     assert refusal(**{field.name: known[-1][:-1] + "_"}).endswith(f" Did you mean {known[-1]!r}?")
     for value in known:
-        assert getattr(Config(**{field.name: value}), field.name) == value
+        assert getattr(Config(**{**USED.get(field.name, {}), field.name: value}), field.name) == value
 
 
 def test_a_short_word_finds_a_long_name() -> None:
@@ -216,6 +218,9 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     *(({"algorithm": "rwr"}, {name: 3}, ", q_learning, not of rwr.") for name in ("max_kl", "kl_states")),
     ({"kl_states": 0}, {"max_kl": 0.3}, "of kl_states above 0, not of kl_states 0."),
     ({}, {"exploration_scale": 0.3}, "of exploration gaussian, epsilon_greedy, not of exploration none."),
+    ({}, {"reward_gradient": "surrogate"}, "of adjoint_matching, draft, not of ctrl."),
+    ({"algorithm": "draft"}, {"surrogate_target": "logit"},
+     "of reward_gradient surrogate, not of reward_gradient exact."),
     ({"guard": "off"}, {"least_diversity": 0.3}, "of guard warn, stop, not of guard off."),
     ({"guard": "off"}, {"patience": 3}, "of guard warn, stop, not of guard off."),
     ({"algorithm": "ddpo", "estimator": "score_function"}, {"clip_range": 3},
@@ -302,14 +307,14 @@ def test_settings_made_by_hand_are_checked_too() -> None:
 def test_a_recipes_settings_of_another_choice_are_left_out() -> None:
     from scoreact.recipes.base import recipes
 
-    plain = recipes()["plain"].config
-    assert plain.value_steps == 10
-    linear = updated(plain, {"value": "linear"})
+    bright = recipes()["bright"].config
+    assert bright.value_steps == 10
+    linear = updated(bright, {"value": "linear"})
     assert (linear.value_steps, linear.value_loss, linear.value_replay) == (15, "log_probability", 20)
     assert "value_steps" not in linear.to_dict()
-    residual = updated(plain, {"value": "residual", "value_loss": "soft"})
+    residual = updated(bright, {"value": "residual", "value_loss": "soft"})
     assert (residual.value_steps, residual.uses("value_inputs")) == (10, False), "what it shares with a network stays"
-    ddpo = updated(plain, {"algorithm": "ddpo"})
+    ddpo = updated(bright, {"algorithm": "ddpo"})
     assert not [name for name in ddpo.to_dict() if name.startswith("value")]
     with pytest.raises(SettingError, match=r"^settings: value_steps is a setting of value network"):
         updated(linear, {"value_steps": 10})
@@ -319,7 +324,7 @@ def test_an_old_runs_config_is_read() -> None:
     """As 0.1.0 wrote it for `train plain --value linear`: every field, and four of ctrl's under ctrl_pathwise."""
     from scoreact.recipes.base import recipes
 
-    plain = updated(recipes()["plain"].config, {"value": "linear", "seed": 3})
+    plain = updated(recipes()["plain"].config_for({"algorithm": "ctrl_pathwise"}), {"value": "linear", "seed": 3})
     old = {f.name: getattr(plain, f.name) for f in FIELDS} | {
         "value_inputs": "x_data_hat", "value_learning_rate": 3e-3, "value_steps": 10, "value_first_steps": 400,
         "value_weight_decay": 0.01,

@@ -9,6 +9,10 @@ minimiser is w_k = std_k E[grad V_{k+1}] / beta: the maximum of E R - beta path 
 not only as dt -> 0. Fixed point: the law p_ref exp(R / beta) / Z when the noise is memoryless (noise_scale 1); with
 other noise J's optimum all the same, whose law carries the initial-value bias.
 
+The same holds of the reference's own paths once they are drawn anew with weights exp(R / beta), the optimum's law of paths:
+E[a_k | x_k] is then E_ref[exp(R / beta) a_k | x_k] / E_ref[exp(R / beta) | x_k] = grad V_k. So `reuse_reference` learns the
+optimum at once from paths that are there already. `reward` may be a stand-in with a gradient (`reward_gradient` surrogate).
+
 Source: Domingo-Enrich et al. 2024 (arXiv 2409.08861), eq. 38-42; their adjoint is -a / beta, their lambda 1 / beta.
 Departs from the paper: the exact transpose of the solver's own step in place of Euler's step of the adjoint's ODE, and
 so a_{k+1} where they have a_k; the reward is taken at the path's end, not after a last step without noise.
@@ -27,8 +31,9 @@ from ..control.trajectory import Trajectory
 from ..control.transitions import Batch, Paths, chunks, flatten
 from ..dynamics import girsanov
 from ..dynamics.solvers import step_of
+from ..support import distributed
 from ..support.settings import setting
-from ..types import Metrics, expand
+from ..types import Condition, Metrics, expand, groups
 from .base import Rule
 
 
@@ -38,7 +43,8 @@ class AdjointMatching(Rule):
 
     matched_steps: steps a path that enter the loss: half of them its last, the others drawn anew each rollout (the
     paper: 20 of 40). loss_limit: of |u - u*|^2, above which a transition has no gradient; in units of 1 / beta^2 (the
-    paper: 1.6, for the gradient of its reward model). 0 is all of them, and no limit.
+    paper: 1.6, for the gradient of its reward model). 0 is all of them, and no limit. force: 1 is the rule at its fixed
+    point; a short run stops before it, and a larger multiplier brings it nearer.
     """
 
     defaults: ClassVar[Mapping[str, Any]] = {"epochs": 1, "minibatch_size": 512}
@@ -47,9 +53,21 @@ class AdjointMatching(Rule):
 
     matched_steps: int = setting(0, "Number of steps of a path in the loss, half of them its last; 0: all", 0)
     loss_limit: float = setting(0.0, "Largest |u - u*|^2 beta^2 that still has a gradient; 0: no limit", 0)
+    reuse_reference: int = setting(
+        0, "Number of first iterations that learn from the reference's paths; at most reference_batches", 0
+    )
+    force: float = setting(
+        1.0, "Multiplier of the adjoint; 1: the rule at its fixed point, before which a short run stops", 0, above=True
+    )
 
     def prepare(self, paths: Paths, generator: torch.Generator, rate: float) -> Batch:
         """The adjoints of every path, and from them the controls to regress to."""
+        # a policy's own controls are nan here: the reference was not asked
+        if self.reuse_reference and bool((paths.trajectory.controls == 0).all()):
+            rows = accepted(paths.rewards, paths.trajectory.condition, self.kl_weight, generator)
+            counts = distributed.gathered(torch.tensor([len(rows)], device=rows.device))
+            rows = rows[: int(counts.min())]  # processes step together
+            paths = Paths(paths.trajectory.paths(rows), paths.rewards[rows])
         adjoints, controls = self.lean_adjoints(paths.trajectory)
         trajectory = replace(paths.trajectory, controls=controls)
         kl = trajectory.path_kl()
@@ -59,7 +77,7 @@ class AdjointMatching(Rule):
         }
         keep = self._matched(paths.acting, generator)
         batch = flatten(trajectory, keep)
-        target = expand(batch.std, batch.x) * adjoints[keep + 1].flatten(0, 1) / self.kl_weight
+        target = self.force * expand(batch.std, batch.x) * adjoints[keep + 1].flatten(0, 1) / self.kl_weight
         return replace(batch, target=target, steps=len(paths.acting))
 
     def lean_adjoints(self, trajectory: Trajectory) -> tuple[Tensor, Tensor]:
@@ -105,6 +123,18 @@ class AdjointMatching(Rule):
         early = acting[:-late]
         order = torch.randperm(len(early), generator=generator, device=acting.device)
         return torch.cat([early[order[: self.matched_steps - late]], acting[-late:]])
+
+
+def accepted(rewards: Tensor, condition: Condition, kl_weight: float, generator: torch.Generator) -> Tensor:
+    """Rows of the reference's paths that are kept with probability exp((R - max R) / beta), the maximum of their prompt.
+
+    What is kept was drawn from the optimum's law of paths, P_ref exp(R / beta) / Z: no row is there twice.
+    """
+    best = torch.empty_like(rewards)
+    for rows in groups(condition).values():
+        best[rows] = rewards[rows].max()
+    coin = torch.rand(len(rewards), generator=generator, device=rewards.device)
+    return torch.nonzero(coin < ((rewards - best) / kl_weight).exp()).flatten()
 
 
 RULES = {"adjoint_matching": AdjointMatching}

@@ -19,7 +19,9 @@ from .problems import Job
 def least_calls(config: Config) -> tuple[int, int]:
     """Network and reward calls without which no iteration can be made: the paths it learns from."""
     rule = find_rule(config.algorithm)
-    rollouts = (config.reference_batches if rule.fits_value else 0) + (not config.rule.get("reuse_reference", 0))
+    reused = bool(config.rule.get("reuse_reference", 0))
+    learns = rule.fits_value or config.reward_gradient == "surrogate" or reused
+    rollouts = (config.reference_batches if learns else 0) + (not reused)
     return config.batch_size * config.steps * rollouts, config.batch_size * rollouts
 
 

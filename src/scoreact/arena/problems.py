@@ -45,17 +45,21 @@ class ArenaProblem:
         reward = load(self.reward, **self.reward_options)
         return dataclasses.replace(problem, reward=reward, optimum=None)
 
+    def base(self) -> Config:
+        """The recipe's settings with the problem's."""
+        return updated(recipes()[self.recipe].config_for(self.settings), {"device": "cpu", **self.settings}, self.name)
+
     def config(self, settings: Mapping[str, Any]) -> Config:
         """The referee's settings: the recipe's, the problem's, and what of `settings` is no rule's own."""
         own = {f.name for f in dataclasses.fields(Config)} - {"rule", "algorithm"}
-        base = updated(recipes()[self.recipe].config, {"device": "cpu", **self.settings}, self.name)
+        base = self.base()
         # no rule's settings: what binds a rule does not bind the referee
         changes = {**{k: v for k, v in settings.items() if k in own}, "rule": {}}
         return updated(base, usable(base, changes), self.name)
 
 
-# on pictures: half a minute of one core
-PICTURES = {"batch_size": 128, "reference_batches": 5, "value": "linear"}
+# on pictures: half a minute of one core; the settings of all three are those of one rule, `plain` has others of its own
+PICTURES = {"algorithm": "ctrl_pathwise", "batch_size": 128, "reference_batches": 5, "value": "linear"}
 # on points: 60 iterations of `ctrl`
 PROBLEMS = {
     problem.name: problem
@@ -118,7 +122,7 @@ class Job:
 
         Raises ValueError for what does not fit.
         """
-        base = updated(recipes()[self.problem.recipe].config, {"device": "cpu", **self.problem.settings})
+        base = self.problem.base()
         changes = {**self.common, **self.settings, "algorithm": self.rule, "kl_weight": self.kl_weight}
         return updated(base, {**usable(base, changes), "seed": self.seed}, f"{self.rule} on {self.problem.name}")
 

@@ -117,7 +117,7 @@ def run_one(job: Job) -> Line:
     trainer = Trainer(problem.model, problem.reward, problem.prompts, problem.value_network, config)
     hook = WithinBudget(job, trainer, problem)
     trainer.reference = hook.reference
-    if trainer.algorithm.critic or config.rule.get("reuse_reference", 0):
+    if trainer.algorithm.critic or trainer.surrogate is not None or config.rule.get("reuse_reference", 0):
         hook.look_at_reference(trainer)
     stop = training_loop(trainer, [hook])
     stopped = stop.reason if stop is not None else None

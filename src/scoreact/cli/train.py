@@ -101,7 +101,7 @@ def train_help(words: Sequence[str]) -> str:
         return parser.format_help() + "\nDefaults differ by recipe: `scoreact train RECIPE --help` shows them.\n"
     recipe = find_recipe(known.recipe)
     parser = Parser("train", f"{short_name(recipe)}: {recipe.summary}")
-    train_arguments(parser, updated(recipe.config, changes))
+    train_arguments(parser, updated(recipe.config_for(changes), changes))
     parser.usage = f"scoreact train {recipe.name} [options]"
     options = [f"  --option {key}={value}" for key, value in recipe.options.items()]
     return parser.format_help() + "\n".join(
@@ -135,6 +135,8 @@ def train_source(options: argparse.Namespace) -> Source:
     }
     if ":" in str(settings.get("algorithm", "")):
         settings["algorithm"] = _portable(settings["algorithm"])
+    if config is recipe.config:
+        config = recipe.config_for({**content, **settings})
     source = f"config file {options.config!r}" if options.config else "settings"
     given = {**content, **settings}
     config = updated(config, settings, source, below=content)
@@ -149,8 +151,11 @@ def train_source(options: argparse.Namespace) -> Source:
         )
     if reward is not None:
         reward = _portable(reward)
+        # another reward need not be a log-probability
         if config.value_loss == "log_probability" and "value_loss" not in given:
-            config = updated(config, {"value_loss": "soft"})  # another reward need not be a log-probability
+            config = updated(config, {"value_loss": "soft"})
+        if config.surrogate_target == "logit" and "surrogate_target" not in given:
+            config = updated(config, {"surrogate_target": "reward"})
     return Source(recipe, build_options, config, reward, reward_options, None, base.start)
 
 

@@ -43,6 +43,11 @@ class Trajectory:
         joined = {k: torch.cat([f[k] for f in found], 1) if v.ndim > 1 else v for k, v in found[0].items()}
         return cls.of(joined, condition)
 
+    def paths(self, rows: Tensor) -> Trajectory:
+        """Some of the paths, by index."""
+        some = {k: v[:, rows] if v.ndim > 1 else v for k, v in self.tensors().items()}
+        return Trajectory.of(some, self.condition[rows])
+
     def path_kl(self) -> Tensor:
         """1/2 sum |u|^2 dt of each path, [B], nats."""
         return torch.stack([girsanov.kl(u) for u in self.controls]).sum(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +59,12 @@ class Recipe:
     config: Config
     options: dict[str, Any] = field(default_factory=dict)  # of `build`, with their defaults
     needs_reward: bool = False  # has none of its own
+    other_rules: Config | None = None  # settings under another rule than `config`'s; None: those of `config`
+
+    def config_for(self, changes: Mapping[str, Any]) -> Config:
+        """The default settings that `changes` are changes of: `other_rules` where they choose another rule."""
+        own = changes.get("algorithm", self.config.algorithm) == self.config.algorithm
+        return self.config if own or self.other_rules is None else self.other_rules
 
 
 def recipes() -> dict[str, Recipe]:

@@ -16,6 +16,7 @@ from ..algorithms.registry import find_rule
 from ..control.critic import Critic
 from ..control.linear_value import LinearHead, RidgeFit
 from ..control.policy import Policy
+from ..control.ridge_surrogate import RidgeSurrogate, random_features
 from ..control.rollout import Exploration, epsilon_greedy, gaussian_actions
 from ..control.transitions import Batch, Rows
 from ..control.value import ResidualValue, Surrogate, ValueNetwork
@@ -109,13 +110,29 @@ def build_critic(config: Config, value: ValueNetwork, policy: Policy, sde: SDE) 
     return Critic(fitter, policy, sde, SOLVERS[c.solver])
 
 
-def build_rule(config: Config, critic: Critic, reward: Checked, prompts: Sequence[str]) -> Rule:
-    """The update rule that the settings name. Raises ValueError when it needs the reward's gradient and there is none."""
+def build_surrogate(config: Config, model: ScoreModel, prompts: Sequence[str]) -> RidgeSurrogate | None:
+    """The stand-in for the reward, not fitted yet, where the settings ask for one."""
+    if config.reward_gradient == "exact":
+        return None
+    generator = torch.Generator(device_of(model)).manual_seed(0)
+    with torch.no_grad():
+        samples = model.decode(model.prior(model.condition(prompts[:1]), generator))
+    link = config.kl_weight if config.surrogate_target == "logit" else None
+    return RidgeSurrogate(random_features(samples), prompts, link)
+
+
+def build_rule(
+    config: Config, critic: Critic, reward: Checked, prompts: Sequence[str], surrogate: RidgeSurrogate | None = None
+) -> Rule:
+    """The update rule that the settings name; surrogate: what it follows in the reward's place.
+
+    Raises ValueError when it needs the reward's gradient and there is none.
+    """
     kind = find_rule(config.algorithm)
-    if kind.differentiates_reward:
+    if kind.differentiates_reward and surrogate is None:
         check_differentiable(config.algorithm, critic.policy.model, reward, prompts)
-    own = critic if kind.fits_value else None
-    return kind(critic.policy, critic.sde, critic.solver, own, config.kl_weight, reward, **config.rule)
+    own, followed = critic if kind.fits_value else None, reward if surrogate is None else surrogate
+    return kind(critic.policy, critic.sde, critic.solver, own, config.kl_weight, followed, **config.rule)
 
 
 def build_minimiser(config: Config, rule: Rule) -> AdamSteps | NaturalGradient:
@@ -142,8 +159,8 @@ def check_differentiable(algorithm: str, model: ScoreModel, reward: Checked, pro
     except (ValueError, RuntimeError) as error:
         raise SettingError(
             f"{algorithm} follows the reward's gradient, but reward {reward.name} has none "
-            f"({' '.join(str(error).split())[:160]}). Make it differentiable, or use a rule that needs its values only: "
-            "ctrl, ctrl_pathwise, q_learning."
+            f"({' '.join(str(error).split())[:160]}). Make it differentiable, set reward_gradient to surrogate, or use "
+            "a rule that needs its values only: ctrl, ctrl_pathwise, q_learning."
         ) from error
     reward.differentiable = True
 

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 Field = dataclasses.Field[Any]
 
 RECORDS = (RunSettings, PathSettings, UpdateSettings, ValueSettings, WatchSettings)
-TRAITS = ("fits_value", "minimiser", "transitions_only")  # attributes of a rule that decide which settings it uses
+# attributes of a rule that decide which settings it uses
+TRAITS = ("fits_value", "differentiates_reward", "minimiser", "transitions_only")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,9 @@ def _rules() -> Iterable[str]:
     return rules()
 
 
+FOLLOWS = {"differentiates_reward": (True,)}  # used by rules that follow the reward's gradient
+
+
 @dataclass(frozen=True)
 class RunSettings:
     """What is learned, how long, and at which price of path KL."""
@@ -31,6 +34,16 @@ class RunSettings:
     )
     kl_weight: float = setting(
         1.0, "Price of path KL: how much reward one nat costs (beta in the papers)", 0, above=True
+    )
+    reward_gradient: Literal["exact", "surrogate"] = setting(
+        "exact",
+        "Whose gradient the rule follows: the reward's own, or a stand-in's, refitted after every rollout",
+        needs=FOLLOWS,
+    )
+    surrogate_target: Literal["reward", "logit"] = setting(
+        "reward",
+        "What the stand-in is fitted to: the reward; or its logit, for rewards that are log-probabilities",
+        needs={**FOLLOWS, "reward_gradient": ("surrogate",)},
     )
 
 

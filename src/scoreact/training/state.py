@@ -26,6 +26,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "average_updates": trainer.average.updates,
         "minimiser": trainer.minimise.state_dict(),
         "rule": trainer.algorithm.state_dict(),
+        "surrogate": {} if trainer.surrogate is None else trainer.surrogate.state_dict(),
         "value": trainer.critic.value.state_dict(),
         "value_fit": trainer.critic.fitter.state_dict(),
         "memory": [
@@ -71,6 +72,8 @@ def restore(trainer: Trainer, state: Mapping[str, Any]) -> None:
     trainer.average.updates = state["average_updates"]
     trainer.minimise.load_state_dict(_optimizer_state(state["minimiser"]))
     trainer.algorithm.load_state_dict(state["rule"])
+    if trainer.surrogate is not None:
+        trainer.surrogate.load_state_dict(state["surrogate"])
     if trainer.algorithm.critic is not None:  # of others earlier versions stored a value by settings that nobody reads
         _restore_value(critic, state)
     trainer.price.log_factor, trainer.price.error, price = state["price"]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..control.policy import Policy
+from ..control.ridge_surrogate import RidgeSurrogate
 from ..control.rollout import rollout
 from ..control.trajectory import Trajectory
 from ..control.transitions import Paths
@@ -28,7 +29,16 @@ from ..support import distributed
 from ..support.devices import choose_device
 from ..support.errors import SettingError
 from ..types import Condition, Metrics
-from .assembly import build_critic, build_minimiser, build_rule, build_value, check_ratio, check_value, exploration_of
+from .assembly import (
+    build_critic,
+    build_minimiser,
+    build_rule,
+    build_surrogate,
+    build_value,
+    check_ratio,
+    check_value,
+    exploration_of,
+)
 from .config import Config
 from .guard import Guard
 from .kl_price import KLPrice, reprice, sees_kl
@@ -91,7 +101,8 @@ class Trainer:
             torch.manual_seed(config.seed)  # initial weights of the value network: a seed gives the same run
             value = build_value(config, self.policy, self.sde, value_network, self._reward_of_state, self.prompts)
             self.critic = build_critic(config, value.to(self.device), self.policy, self.sde)
-            self.algorithm = build_rule(config, self.critic, self.reward, self.prompts)
+            self.surrogate = build_surrogate(config, model, self.prompts)
+            self.algorithm = build_rule(config, self.critic, self.reward, self.prompts, self.surrogate)
         if self.algorithm.fits_value:
             check_value(value, model, self.prompts)
         self.average = Average(model, config.average)
@@ -116,8 +127,10 @@ class Trainer:
             batch = self.algorithm.rows_for(self._batch_of_prompts(), self.grid(), self.generator)
         else:
             paths = self.saved.pop() if self.saved else self.rollout()
+            if self.surrogate is not None and not reused:
+                drawn |= self._show(self.surrogate, paths).fit()
             batch = self.algorithm.prepare(paths, self.generator, rate)
-            drawn = {name: distributed.mean(value) for name, value in self._drawn(paths).items()}
+            drawn |= {name: distributed.mean(value) for name, value in self._drawn(paths).items()}
         if self.iteration == 0 and self.exploration is None:
             check_ratio(self.algorithm, batch)
         metrics = self.minimise(self.algorithm, batch, self.generator, rate)
@@ -158,6 +171,12 @@ class Trainer:
             metrics["policy/kl"] = float(kl.mean())
             metrics["objective/J_training"] = float((rewards - self.config.kl_weight * kl).mean())
         return metrics
+
+    def _show(self, surrogate: RidgeSurrogate, paths: Paths) -> RidgeSurrogate:
+        """The stand-in, which has now seen the finished samples of these paths and their rewards."""
+        path = paths.trajectory
+        surrogate.add(self.policy.model.decode(path.xs[-1]), path.condition, paths.rewards)
+        return surrogate
 
     def grid(self) -> Tensor:
         """The times of a path, [steps + 1]; another draw each time where the grid is random."""
@@ -201,30 +220,36 @@ class Trainer:
         return min(1.0, (self.iteration + 1) / (c.warmup + 1), left)
 
     def look_at_reference(self) -> Metrics:
-        """J_ref and J* from the reference's paths; a critic learns from them too, for other rules they only measure."""
+        """J_ref and J* from the reference's paths; where nothing learns from them, they only measure."""
         rewards, prompts = [], []
         # a policy that starts elsewhere did not draw the reference's paths
         reused = 0 if self.starts_elsewhere else self.config.rule.get("reuse_reference", 0)
         spent = self.policy.network_calls, self.reward.calls
         for trajectory, r in one_ahead(self.draw(True) for _ in range(self.config.reference_batches)):
-            if self.config.value_loss == "log_probability" and float(r.max()) > 0:
-                raise SettingError(
-                    f"reward {self.reward.name} reached {float(r.max()):.3g}, so it is no log-probability; use value_loss soft."
-                )
+            for choice, remedy in (("value_loss", "soft"), ("surrogate_target", "reward")):
+                if getattr(self.config, choice) in ("log_probability", "logit") and float(r.max()) > 0:
+                    raise SettingError(
+                        f"reward {self.reward.name} reached {float(r.max()):.3g}, so it is no log-probability; "
+                        f"use {choice} {remedy}."
+                    )
             rewards.append(r)
             prompts += list(trajectory.condition.prompts)
             self.guard.remember(self.policy.model.decode, trajectory.xs[-1], self.config.heldout_samples)
             paths = Paths(trajectory, r)
             if self.algorithm.critic is not None:
                 self.algorithm.critic.remember(paths)
+            if self.surrogate is not None:
+                self._show(self.surrogate, paths)
             if len(self.saved) < reused:
                 self.saved.append(paths)
-        if self.algorithm.critic is None:
+        if self.algorithm.critic is None and self.surrogate is None and not reused:
             self.policy.network_calls, self.reward.calls = spent
         beta, found = self.config.kl_weight, distributed.gathered(torch.cat(rewards))
         rows = distributed.gathered(torch.tensor([self.prompts.index(prompt) for prompt in prompts]))
         prompts = [self.prompts[row] for row in rows.tolist()]
         metrics = estimate_optimum(found, Condition(prompts), beta) | optimal_kl(found, Condition(prompts), beta)
+        if self.surrogate is not None:
+            metrics |= self.surrogate.fit()
         if self.optimum is not None:
             metrics["objective/J_star_exact"] = self.optimum(beta)
             # KL* = -dJ* / dbeta
