@@ -48,6 +48,10 @@ def pictures() -> sa.NetworkModel:
     return sa.NetworkModel(network, RectifiedFlow(), prediction.velocity, (1, 8, 8), ["cat", "dog"], low=-1, high=1)
 
 
+def evaluations_of(result: sa.Result) -> list[dict[str, Any]]:
+    return [line for line in result.history if line.get("evaluation")]
+
+
 def by_image(images: Tensor) -> Tensor:
     return images.flatten(1).mean(1)
 
@@ -186,7 +190,7 @@ def test_a_run_starts_from_another(tmp_path: Path, reference: str) -> None:
     second = sa.finetune(
         points()[0], by_image, out=tmp_path / "second", start_from=tmp_path / "first", start_reference=reference, **more
     )
-    evaluations = [line for line in second.history if line.get("evaluation")]
+    evaluations = evaluations_of(second)
     start = evaluations[1 if reference == "first" else 0]
     assert start["iteration"] == 0
     if reference == "first":
@@ -195,7 +199,9 @@ def test_a_run_starts_from_another(tmp_path: Path, reference: str) -> None:
         assert start["objective/recovered"] == pytest.approx(first.final["objective/recovered"], rel=1e-3)
     else:
         assert start["policy/kl"] == 0
-        assert start["reward/heldout"] == pytest.approx(first.final["reward/heldout"], rel=1e-4)
+        # near, not equal: a step without noise is the reference's, which now is the tuned model
+        assert start["reward/heldout"] == pytest.approx(first.final["reward/heldout"], abs=0.02)
+        assert start["reward/heldout"] > evaluations_of(first)[0]["reward/heldout"]
     described = json.loads((tmp_path / "second" / "config.json").read_text())["description"]["start"]
     assert described == {"run": str(tmp_path / "first"), "reference": reference}
     assert reference in (tmp_path / "second" / "report.html").read_text(encoding="utf-8")
