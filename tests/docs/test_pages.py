@@ -24,6 +24,7 @@ import pytest
 import scoreact
 from scoreact.cli import main as cli
 from scoreact.cli.parser import Parser
+from scoreact.report import html
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -115,6 +116,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             del sys.modules[module]
 
 
+@pytest.fixture
+def one_report(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing a report takes longer than all else that a page does: only the page of all commands draws its runs'."""
+    if name(request.getfixturevalue("page")) != "docs/reference/commands.md":
+        monkeypatch.setattr(html, "write", lambda folder, *_: folder / "report.html")
+
+
 def furnish(page: Path, folder: Path) -> None:
     """The page's files, and what it takes for granted: prompts, a pipeline."""
     for block in python_blocks(page):
@@ -153,6 +161,7 @@ def same_but_for_noise(found: str, said: str) -> None:
         assert mine == pytest.approx(theirs, rel=0.1, abs=0.1), f"{theirs} on the page, {mine} now"
 
 
+@pytest.mark.usefixtures("one_report")
 @pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=name)
 def test_the_python_of_a_page_runs(page: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_blocks(page, folder, capsys)
@@ -211,6 +220,7 @@ def pages_with(pattern: re.Pattern[str]) -> list[Path]:
     return [page for page in PAGES if any(pattern.match(line) for line in commands(page))]
 
 
+@pytest.mark.usefixtures("one_report")
 @pytest.mark.parametrize("page", pages_with(SMALL_ONES), ids=name)
 def test_the_small_commands_of_a_page_run(page: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In the page's order, so that what looks at `runs/gaussian-001` finds it."""
