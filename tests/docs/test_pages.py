@@ -179,6 +179,15 @@ def test_what_does_not_run_is_named() -> None:
     assert {page: reasons for page, reasons in found.items() if reasons} == SKIPPED
 
 
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=name)
+def test_links_lead_somewhere(page: Path) -> None:
+    """Of the pages that the site does not hold: it checks its own."""
+    for place, _, anchor in re.findall(r"\]\((?!https?:)([^)#]+)(#([^)]*))?\)", page.read_text(encoding="utf-8")):
+        assert (ROOT / place).is_file(), place
+        titles = re.findall(r"^#+ (.*)$", (ROOT / place).read_text(encoding="utf-8"), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]
+
+
 def parsed(line: str) -> tuple[str, Any]:
     """The command's name and options. Raises ValueError for what the command line does not take."""
     words = shlex.split(line)[1:]
