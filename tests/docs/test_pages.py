@@ -24,6 +24,7 @@ import pytest
 import scoreact
 from scoreact.cli import main as cli
 from scoreact.cli.parser import Parser
+from scoreact.report import html
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -115,6 +116,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             del sys.modules[module]
 
 
+@pytest.fixture
+def one_report(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing a report takes longer than all else that a page does: only the page of all commands draws its runs'."""
+    if name(request.getfixturevalue("page")) != "docs/reference/commands.md":
+        monkeypatch.setattr(html, "write", lambda folder, *_: folder / "report.html")
+
+
 def furnish(page: Path, folder: Path) -> None:
     """The page's files, and what it takes for granted: prompts, a pipeline."""
     for block in python_blocks(page):
@@ -153,6 +161,7 @@ def same_but_for_noise(found: str, said: str) -> None:
         assert mine == pytest.approx(theirs, rel=0.1, abs=0.1), f"{theirs} on the page, {mine} now"
 
 
+@pytest.mark.usefixtures("one_report")
 @pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=name)
 def test_the_python_of_a_page_runs(page: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_blocks(page, folder, capsys)
@@ -168,6 +177,15 @@ def test_what_another_test_runs_is_in_it() -> None:
 def test_what_does_not_run_is_named() -> None:
     found = {name(page): [block.skip for block in blocks(page) if block.skip is not None] for page in PAGES}
     assert {page: reasons for page, reasons in found.items() if reasons} == SKIPPED
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=name)
+def test_links_lead_somewhere(page: Path) -> None:
+    """Of the pages that the site does not hold: it checks its own."""
+    for place, _, anchor in re.findall(r"\]\((?!https?:)([^)#]+)(#([^)]*))?\)", page.read_text(encoding="utf-8")):
+        assert (ROOT / place).is_file(), place
+        titles = re.findall(r"^#+ (.*)$", (ROOT / place).read_text(encoding="utf-8"), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]
 
 
 def parsed(line: str) -> tuple[str, Any]:
@@ -211,6 +229,7 @@ def pages_with(pattern: re.Pattern[str]) -> list[Path]:
     return [page for page in PAGES if any(pattern.match(line) for line in commands(page))]
 
 
+@pytest.mark.usefixtures("one_report")
 @pytest.mark.parametrize("page", pages_with(SMALL_ONES), ids=name)
 def test_the_small_commands_of_a_page_run(page: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In the page's order, so that what looks at `runs/gaussian-001` finds it."""
