@@ -324,7 +324,7 @@ def test_q_and_v_of_the_optimum_make_martingales_and_others_do_not(regress_on: s
         fitted, value = critic.fitter.memory[-1], critic.value  # the returns that V is fitted to: V itself on average
         with torch.no_grad():
             loss = rule.loss(batch)[0]
-            errors.append(fitted.target - value.of_features(fitted.t, fitted.features, fitted.condition))
+            errors.append(fitted.target - value.of_inputs(fitted.t, fitted.features, fitted.condition))
         assert float(loss) == pytest.approx(STEPS * float((delta**2).mean()) / (2 * BETA), rel=1e-3, abs=1e-6)
         by_path = delta.reshape(STEPS, count, 1) * torch.cat([torch.ones(len(w), 1), batch.target - w], 1).reshape(
             STEPS, count, 3

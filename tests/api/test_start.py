@@ -78,6 +78,15 @@ def test_every_shape_of_reward_trains(reward: Any) -> None:
     assert len([line for line in result.history if "reward/mean" in line]) == 2
 
 
+@pytest.mark.parametrize("reward", [by_image, by_condition])
+def test_a_rule_that_wants_the_gradient_finds_it_without_a_mark(reward: Any) -> None:
+    settings = {k: v for k, v in SMALL.items() if not k.startswith("value_") and k != "minibatch_size"}
+    result = sa.finetune(pictures(), reward, algorithm="draft", **settings)
+    assert result.history[-1]["iteration"] == 2
+    with pytest.raises(sa.SettingError, match=r"draft follows the reward's gradient, but reward .*by_prompt has none"):
+        sa.finetune(pictures(), by_prompt, algorithm="draft", **settings)
+
+
 def test_a_file_and_its_function(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("def left(x):\n    return -x[:, 0]\n")
     result = sa.finetune(points()[0], f"{tmp_path / 'mine.py'}:left", **SMALL)

@@ -22,7 +22,7 @@ def test_the_references_paths_are_remembered_where_steps_start_and_where_they_le
         assert torch.equal(sample.target.reshape(-1, 6), paths.rewards.expand(len(seen), 6))
         assert sample.later_costs is None
         x = paths.trajectory.xs[seen].flatten(0, 1)
-        expected = setup.critic.value.features(sample.t, x, sample.condition)
+        expected = setup.critic.value.inputs_at(sample.t, x, sample.condition)
         torch.testing.assert_close(sample.features, expected)
 
 

@@ -6,6 +6,7 @@ Knows settings and every part; does not know the loop.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from ..dynamics.sde import SDE
 from ..dynamics.solvers import SOLVERS
 from ..models.base import BatchDependent, HasClasses, ReadsFeatures, ScoreModel
 from ..rewards.check import Checked, checked
+from ..rewards.user import UserReward
 from ..support.devices import device_of
 from ..support.errors import Diverged, SettingError
 from ..types import Condition
@@ -147,11 +149,16 @@ def build_minimiser(config: Config, rule: Rule) -> AdamSteps | NaturalGradient:
 
 
 def check_differentiable(algorithm: str, model: ScoreModel, reward: Checked, prompts: Sequence[str]) -> None:
-    """Rules that follow the reward's gradient need one; marks the reward when it is there."""
+    """Rules that follow the reward's gradient need one; marks the reward when it is there.
+
+    A function of the user's without the mark `differentiable` is tried too: whoever chose such a rule wants its gradient.
+    """
     condition = model.condition(prompts[:1])
     device = device_of(model)
     x = model.prior(condition, torch.Generator(device).manual_seed(0)).requires_grad_(True)
-    probe = checked(reward.reward)
+    own = reward.reward
+    found = replace(own, differentiable=True) if isinstance(own, UserReward) else own
+    probe = checked(found)
     probe.differentiable = True  # makes it look for the gradient
     try:
         with torch.enable_grad():
@@ -162,7 +169,7 @@ def check_differentiable(algorithm: str, model: ScoreModel, reward: Checked, pro
             f"({' '.join(str(error).split())[:160]}). Make it differentiable, set reward_gradient to surrogate, or use "
             "a rule that needs its values only: ctrl, ctrl_pathwise, q_learning."
         ) from error
-    reward.differentiable = True
+    reward.reward, reward.differentiable = found, True
 
 
 def check_ratio(rule: Rule, rows: Rows) -> None:
