@@ -10,8 +10,6 @@ from types import ModuleType
 
 import pytest
 
-import scoreact
-
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 
@@ -34,7 +32,6 @@ def outputs(notebook: dict, kind: str) -> list[str]:
     return [output["data"][kind] for output in found if kind in output.get("data", {})]
 
 
-@pytest.mark.skipif(not hasattr(scoreact, "open_run"), reason="comes with sa.open_run")
 @pytest.mark.parametrize(
     "path", [pytest.param(p, marks=[pytest.mark.slow] if p.stem == "pictures" else [], id=p.stem) for p in NOTEBOOKS]
 )

@@ -21,16 +21,12 @@ from typing import Any
 
 import pytest
 
-import scoreact
 from scoreact.cli import main as cli
 from scoreact.cli.parser import Parser
 from scoreact.report import html
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-# before `sa.open_run` came, finetune took less: pages that need it run from then on
-FRONT = hasattr(scoreact, "open_run")
-NEW = re.compile(r"--from\b|\w+\.py:build|check model|--guidance-scale|--negative-prompt|--iterations [36]0$")
 
 # every block that does not run, by page: a new one has to be named here
 SKIPPED = {
@@ -138,9 +134,9 @@ def run_blocks(page: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     namespace: dict[str, Any] = {"__name__": "__main__"}
     runs, printed = python_blocks(page), ""
     for block in blocks(page):
-        if "printed" in block.marks and FRONT:
+        if "printed" in block.marks:
             same_but_for_noise(printed, block.text)
-        if block not in runs or ("sa." in block.text and not FRONT):
+        if block not in runs:
             continue
         capsys.readouterr()
         if block.file is not None:
@@ -211,8 +207,6 @@ def test_there_are_commands() -> None:
     ("page", "line"), ALL, ids=lambda value: name(value) if isinstance(value, Path) else value[:60]
 )
 def test_a_command_line_is_taken(page: Path, line: str) -> None:
-    if NEW.search(line) and not FRONT:
-        pytest.skip("comes with sa.open_run")
     parsed(line)
 
 
@@ -237,14 +231,13 @@ def test_the_small_commands_of_a_page_run(page: Path, folder: Path, capsys: pyte
     ran = 0
     for line in commands(page):
         words = small_form(line, folder)
-        if words is not None and not OWN_MODELS.match(line) and (FRONT or not NEW.search(line)):
+        if words is not None and not OWN_MODELS.match(line):
             assert cli.main(words) == 0, f"{shlex.join(words)}: {capsys.readouterr()}"
             ran += 1
     assert ran, "no command of the page was run"
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not FRONT, reason="comes with sa.open_run")
 @pytest.mark.parametrize("page", [page for page in pages_with(OWN_MODELS) if name(page) not in OWN_TEST], ids=name)
 def test_the_commands_on_an_own_model_run(page: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     furnish(page, folder)
