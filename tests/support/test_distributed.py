@@ -25,11 +25,11 @@ from pathlib import Path
 
 import torch
 
-from scoreact import distributed
-from scoreact.checkpoint import write_tensors
-from scoreact.config import updated
-from scoreact.recipes import recipes
-from scoreact.trainer import Trainer
+from scoreact.support import distributed
+from scoreact.support.files import write_tensors
+from scoreact.training.config import updated
+from scoreact.recipes.base import recipes
+from scoreact.training.trainer import Trainer
 
 distributed.start()
 rank, found = distributed.rank(), torch.full((2,), float(distributed.rank()))
