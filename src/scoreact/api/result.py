@@ -38,9 +38,6 @@ class Sampled:
     problem: Problem
     config: Config
 
-    def policy_of(self, weights: str) -> Policy:
-        raise NotImplementedError
-
     def draw(
         self,
         policy: Policy,
