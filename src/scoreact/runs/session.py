@@ -6,6 +6,7 @@ Never prints: `on_event` tells whoever wants to.
 from __future__ import annotations
 
 import platform
+import re
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -120,8 +121,9 @@ class Session(Hook):
         """What the model itself has to say, each sentence once."""
         for model in (self.trainer.policy.model, self.trainer.policy.reference):
             for note in model.notes() if isinstance(model, HasNotes) else ():
-                if note not in self._said:
-                    self._said.add(note)
+                kind = re.sub(r"[-\d.]+", "", note)  # the same words with other figures are no news
+                if kind not in self._said:
+                    self._said.add(kind)
                     self._record("guard", {"guard": "model", "text": note})
 
     def iteration(self, trainer: Trainer, metrics: Metrics) -> None:
