@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from .models.base import ScoreModel as ScoreModel
     from .models.network import NetworkModel as NetworkModel
     from .recipes.base import Problem as Problem
+    from .recipes.prompts import read_prompts as read_prompts
     from .rewards.registry import load as load_reward  # noqa: F401  for the type checker
     from .training.loop import Hook as Hook
     from .training.loop import Stop as Stop
@@ -62,6 +63,7 @@ _LATER = {
     "finetune": ("api.start", "finetune"),
     "load_reward": ("rewards.registry", "load"),
     "open_run": ("api.saved_run", "open_run"),
+    "read_prompts": ("recipes.prompts", "read_prompts"),
 }
 
 

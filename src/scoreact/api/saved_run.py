@@ -48,12 +48,12 @@ def open_run(
     folder: str | Path,
     model: nn.Module | Problem | Callable[[], nn.Module | Problem] | None = None,
     reward: str | Callable[..., Any] | None = None,
-    prompts: Sequence[str] = (),
+    prompts: Sequence[str] | Mapping[str, Mapping[str, Any]] = (),
 ) -> SavedRun:
     """A run folder, to sample, measure, steer, continue.
 
     model: for runs that were made from Python, the model as it was before them, a Problem, or a function that makes one;
-    the command line's runs say themselves how theirs is built. reward, prompts: likewise.
+    the command line's runs say themselves how theirs is built. reward, prompts: likewise; metadata of prompts are not kept.
     Raises RunError for a folder that is no run, or one whose model only Python has.
     """
     folder = Path(folder)

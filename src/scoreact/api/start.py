@@ -14,6 +14,7 @@ from ..evaluation.evaluate import Features, Judge
 from ..models.base import HasReference, ScoreModel
 from ..models.weights import digest_of
 from ..recipes.base import Problem
+from ..recipes.prompts import give_metadata
 from ..report import html
 from ..report.progress import Progress, somebody_looks, summary_lines
 from ..rewards.base import NO_REWARD
@@ -40,7 +41,7 @@ _trained: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary(
 def finetune(
     model: nn.Module | Problem,
     reward: str | Callable[..., Any] | None = None,
-    prompts: Sequence[str] = (),
+    prompts: Sequence[str] | Mapping[str, Mapping[str, Any]] = (),
     *,
     value_network: Callable[[], nn.Module] | None = None,
     config: Config | None = None,
@@ -68,7 +69,8 @@ def finetune(
         reward: Everything that `scoreact train --reward` takes: a known name, "file.py:function", the address of a reward
             server, f(images), f(images, prompts), f(images, prompts, metadata) or f(samples, condition), each returning one
             number a sample [B], larger is better.
-        prompts: What samples are drawn for. Left out: the model's own `classes`, or [""] for a model without any.
+        prompts: What samples are drawn for, a list or a mapping {prompt: metadata}, such as `read_prompts` makes of a file.
+            Left out: the model's own `classes`, or [""] for a model without any.
         value_network: Makes the value's network (input, t [B], condition) -> [B]. Left out: an MLP on flattened states.
         config: All settings at once; `settings` change single ones (learning_rate=1e-4, ...; the settings page lists them).
         out: The run's folder, new or empty: settings, metrics, checkpoints, weights and report.html, as the command line's.
@@ -99,7 +101,7 @@ def finetune(
         config = stored if config is None else config
         extend = settings.get("iterations", config.iterations) != stored.iterations
     config = updated(config or Config(), settings)
-    description: dict[str, Any] = {"made_by": "scoreact.finetune", "prompts": list(problem.prompts)[:100]}
+    description: dict[str, Any] = {"made_by": "scoreact.finetune", "prompts": list(problem.prompts)}
     start = None
     if start_from is not None:
         start = _start(problem.model, Path(start_from), start_reference, resume)
@@ -184,7 +186,7 @@ def both(first: Event, second: Event) -> Event:
 def problem_of(
     model: nn.Module | Problem,
     reward: str | Callable[..., Any] | None,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | Mapping[str, Mapping[str, Any]],
     value_network: Callable[[], nn.Module] | None = None,
     judge: Judge | None = None,
     features: Features | None = None,
@@ -199,6 +201,8 @@ def problem_of(
             f"model is {type(model).__name__}; training needs an nn.Module with the members of ScoreModel, or a Problem."
         )
     problem = model if isinstance(model, Problem) else Problem(model)  # type: ignore[arg-type]
+    if isinstance(prompts, Mapping):
+        give_metadata(problem.model, prompts)
     given: dict[str, Any] = {
         "prompts": list(prompts) or None, "value_network": value_network, "judge": judge, "features": features,
         "optimum": optimum,

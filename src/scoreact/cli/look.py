@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +35,9 @@ def sample_arguments(parser: Parser) -> None:
         "--prompts",
         nargs="+",
         metavar="TEXT|FILE",
-        help="prompts, or text files with one a line [default: all of the run's]",
+        help="prompts, or files as of train --prompts [default: all of the run's]",
     )
+    parser.add_argument("--prompt-column", default="", metavar="NAME", help="of those files [default prompt]")
     parser.add_argument("--count", type=whole(1), default=8, metavar="INT", help="samples a prompt [default 8]")
     parser.add_argument("--steps", type=whole(1), metavar="INT", help="steps of a path [default: the run's own]")
     parser.add_argument("--solver", metavar="NAME", help="known name or file.py:name [default: the run's own]")
@@ -66,7 +69,7 @@ def sample(options: argparse.Namespace) -> int:
     from ..api.result import guided
     from ..api.saved_run import SavedRun, steered
     from ..dynamics.samplers import sampler_by_name
-    from ..recipes.prompts import read_prompts
+    from ..recipes.prompts import give_metadata, read_prompts
     from ..report.progress import waiting
     from ..runs.samples import free_folder, write_samples
 
@@ -77,7 +80,15 @@ def sample(options: argparse.Namespace) -> int:
     source = open_source(options.source)
     run = SavedRun(source)
     policy, weights = run.policy(options.weights), run.which(options.weights)
-    named = None if options.prompts is None else [p for text in options.prompts for p in read_prompts(text)]
+    named = None
+    if options.prompts is not None:
+        column = options.prompt_column
+        read = [read_prompts(text, column if os.path.isfile(text) else "") for text in options.prompts]
+        named = [prompt for prompts in read for prompt in prompts]
+        for prompts in read:
+            give_metadata(run.problem.model, prompts)
+            for note in prompts.notes:
+                print(f"note: {note}", file=sys.stderr)
     names = [p for p in (run.problem.prompts if named is None else named) for _ in range(options.count)]
     run.problem.model.condition(names[:: options.count])  # an unknown prompt is said before any work
     solver, steps = options.solver or source.config.solver, options.steps or source.config.steps

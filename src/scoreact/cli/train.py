@@ -50,7 +50,8 @@ def train_arguments(parser: Parser, config: Config | None = None) -> None:
         "a known name")  # fmt: skip
     add("--reward-option", action="append", default=[], metavar="NAME=VALUE", help="an option of that reward")
     add("--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the recipe [listed below]")
-    add("--prompts", metavar="FILE", help="of a pipeline: a text file, one prompt a line; one prompt; file.py:function")
+    add("--prompts", metavar="FILE", help="of a pipeline: a text file, one prompt a line; a .jsonl, "
+        ".json, .csv, .tsv or .parquet file with a column `prompt`; one prompt; file.py:function")  # fmt: skip
     add(
         "--from", dest="start", metavar="RUN", help="start from the tuned weights of another run, and with its settings"
     )

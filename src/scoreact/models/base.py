@@ -7,9 +7,9 @@ members by name. `scoreact check model FILE.py:FUNCTION` says which of them a mo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -188,6 +188,14 @@ class HasExactLaw(Protocol):
     def exact_law(self) -> GaussianMixture | None:
         """The mixture that the pretrained model samples from; None where it is not known after all."""
         ...
+
+
+@runtime_checkable
+class HasMetadata(Protocol):
+    """Metadata of prompts, which `condition` puts beside each of them for the reward to read. It buys prompts from tables, and
+    from functions that return metadata."""
+
+    metadata: Mapping[str, Mapping[str, Any]]  # of the prompts that have any; set by whoever reads the prompts
 
 
 @runtime_checkable

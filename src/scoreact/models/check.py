@@ -31,6 +31,7 @@ OPTIONAL: tuple[tuple[type, str, str], ...] = (
     (base.HasGuidance, "guidance_scale", "samples at another guidance"),
     (base.Exports, "export()", "weights in your own library's form in every run folder"),
     (base.HasExactLaw, "exact_law()", "the closed-form optimum in the report's picture of points"),
+    (base.HasMetadata, "metadata", "metadata of prompts for the reward"),
     (base.HasNotes, "notes()", "sentences of the model's own in the run's report"),
     (base.HasReferenceDigest, "reference_digest()", "a resumed run that knows its reference among shared weights"),
     (HasDevice, "device", "the right device where the parameters do not say which"),

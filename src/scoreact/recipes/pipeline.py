@@ -13,7 +13,7 @@ from ..models.value_networks import Encoder, VectorValue
 from ..support.errors import SettingError
 from ..training.config import Config
 from .base import Problem, Recipe
-from .prompts import drawn_prompts, prompt_function, read_prompts
+from .prompts import Prompts, drawn_prompts, give_metadata, prompt_function, read_prompts
 
 HUB = {  # short names
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -27,6 +27,7 @@ HUB = {  # short names
 def build(
     path: str = "",
     prompts: str = "",
+    prompt_column: str = "",
     lora_rank: int = 16,
     full: bool = False,
     dtype: str = "",
@@ -43,7 +44,8 @@ def build(
 ) -> Problem:
     """See `models.diffusers.pipeline_model`; dtype: float32, float16 or bfloat16.
 
-    prompts: a text file, one prompt, or file.py:function, which is called prompt_draws times (`drawn_prompts`).
+    prompts: a file (`read_prompts`, as prompt_column), one prompt, or file.py:function, which is called prompt_draws times
+        (`drawn_prompts`).
     value_network: a small convolutional one on the latents (encoder), or a head on the denoiser's own features (features).
     """
     import torch
@@ -62,16 +64,16 @@ def build(
     if value_network not in ("encoder", "features"):
         raise SettingError(f"value_network is {value_network!r}; known: encoder, features.")
     function = prompt_function(prompts)
-    metadata = {} if function is None else drawn_prompts(function, prompt_draws, prompts)
-    names = list(metadata) or read_prompts(prompts)
+    found = read_prompts(prompts, prompt_column) if function is None else drawn_prompts(function, prompt_draws, prompts)
+    names = list(found)
     model = pipeline_model(
         HUB.get(path, path), lora_rank=lora_rank, full=full, dtype=types[dtype], guidance_scale=guidance_scale,
         negative_prompt=negative_prompt, height=height, width=width, frames=frames,
         gradient_checkpointing=gradient_checkpointing, rows_per_call=rows_per_call,
         twice_differentiable=twice_differentiable,
     )  # fmt: skip
-    if any(metadata.values()):
-        model.family.metadata = metadata
+    give_metadata(model, found)
+    model.family.notes += found.notes if isinstance(found, Prompts) else []
     model.condition(names)  # encodes each once; a prompt's row is its class for the value network
     shape = model.shape
 
@@ -91,7 +93,8 @@ SETTINGS = Config(
     accumulate=4, kl_states=32, value_inputs="x_data_hat", value_batch_size=64, heldout_samples=64,
 )  # fmt: skip
 OPTIONS: dict[str, Any] = {
-    "path": "", "prompts": "", "lora_rank": 16, "full": False, "dtype": "", "guidance_scale": None, "negative_prompt": "",
+    "path": "", "prompts": "", "prompt_column": "", "lora_rank": 16, "full": False, "dtype": "", "guidance_scale": None,
+    "negative_prompt": "",
     "height": None, "width": None, "frames": None, "gradient_checkpointing": False, "rows_per_call": 8,
     "twice_differentiable": False, "value_network": "encoder",
     "prompt_draws": 256,

@@ -14,6 +14,7 @@ import io
 import json
 import math
 import shlex
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -221,7 +222,11 @@ def _origin(run: Record) -> str:
     text = "\n".join(
         [str(made_by or "# made from Python: no command"), *(f"scoreact {verb} {folder}" for verb in verbs)]
     )
-    rows = [(str(k), v if isinstance(v, str) else json.dumps(v)) for k, v in run.description.items() if k != "command"]
+    rows = [
+        (str(k), v if isinstance(v, str) else textwrap.shorten(json.dumps(v), 1000, placeholder=" ..."))
+        for k, v in run.description.items()
+        if k != "command"
+    ]
     rows += [("seed", str(run.config.get("seed", "n/a"))), *((str(k), str(v)) for k, v in run.versions.items())]
     return f"<pre>{html.escape(text)}</pre>\n" + _table((), rows)
 

@@ -68,6 +68,7 @@ class Family(Adapters):
         self.steps = int(pipeline.scheduler.config.num_train_timesteps)
         self.rows: dict[str, int] = {}
         self.metadata: Mapping[str, Mapping[str, Any]] = {}  # of prompts that have any, for the reward
+        self.notes: list[str] = []
         self.table: dict[str, Tensor] = {}  # [P, ...] of every encoded prompt
         self.negative: dict[str, Tensor] = {}  # [1, ...]
 

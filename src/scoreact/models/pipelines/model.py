@@ -232,6 +232,19 @@ class PipelineModel(nn.Module):
         ts = torch.cat([ts.cpu().clamp(ends[0], ends[1]), ends[1:]])
         return ts.unique().float()
 
+    @property
+    def metadata(self) -> Mapping[str, Mapping[str, Any]]:
+        """Of the prompts that have any, for the reward; shared by all views of the pipeline."""
+        return self.family.metadata
+
+    @metadata.setter
+    def metadata(self, metadata: Mapping[str, Mapping[str, Any]]) -> None:
+        self.family.metadata = metadata
+
+    def notes(self) -> list[str]:
+        """What a user should know of the prompts."""
+        return list(self.family.notes)
+
     def save(self, folder: str | Path, merged: bool = False) -> None:
         """For plain diffusers: an adapter for `load_lora_weights(folder)`; a whole pipeline folder after full fine-tuning.
 
