@@ -18,7 +18,13 @@ WINGS = (
 )  # fmt: skip
 FRONT_DOOR = {"__init__", "__main__"}  # the package itself: opens whatever a user asks for
 HEAVY = {"diffusers", "transformers", "peft"}
-HEAVY_AT = ("models/pipelines/", "rewards/text_image", "rewards/vision_language", "rewards/published_weights")
+HEAVY_AT = (
+    "models/lora",
+    "models/pipelines/",
+    "rewards/text_image",
+    "rewards/vision_language",
+    "rewards/published_weights",
+)
 
 
 def modules() -> Iterator[tuple[str, Path, ast.Module]]:

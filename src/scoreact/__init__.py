@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from .api.saved_run import open_run as open_run
     from .api.start import finetune as finetune
     from .models.base import ScoreModel as ScoreModel
+    from .models.lora import lora as lora
     from .models.network import NetworkModel as NetworkModel
     from .recipes.base import Problem as Problem
     from .recipes.prompts import read_prompts as read_prompts
@@ -62,6 +63,7 @@ _LATER = {
     "Stop": ("training.loop", "Stop"),
     "finetune": ("api.start", "finetune"),
     "load_reward": ("rewards.registry", "load"),
+    "lora": ("models.lora", "lora"),
     "open_run": ("api.saved_run", "open_run"),
     "read_prompts": ("recipes.prompts", "read_prompts"),
 }

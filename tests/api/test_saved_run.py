@@ -101,7 +101,7 @@ def test_a_problem_brings_its_reward_and_prompts(folder: Path) -> None:
         (["my_model.py:left", "--reward", "my_model.py:left"], "needs a value for x; give each a default"),
         (
             ["my_model.py:build", "--option", "with=3"],
-            "recipe my_model has no option 'with'; known: width, prompts. Did you",
+            "recipe my_model has no option 'with'; known: width, prompts, lora_rank, lora_targets. Did you",
         ),
         (["gone.py:build"], "model file 'gone.py' does not exist"),
         (["gaussian", "--from-reference", "tuned"], "--from-reference belongs to --from RUN."),

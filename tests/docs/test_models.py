@@ -47,6 +47,18 @@ def test_an_example_runs(title: str, code: str) -> None:
     assert any(not torch.equal(tensor, pretrained.state_dict()[name]) for name, tensor in network.state_dict().items())
 
 
+def test_adapters_tune_the_last_example() -> None:
+    (code,) = re.findall(r"^## Low-rank adapters\n.*?```python\n(.*?)```", PAGE, re.DOTALL | re.MULTILINE)
+    space: dict[str, Any] = {"__name__": "example"}
+    with torch.random.fork_rng():
+        exec(compile(EXAMPLES[-1][1].split("result = sa.finetune")[0] + code, "adapters", "exec"), space)
+    assert space["result"].final["objective/recovered"] > 0.3
+    written, tuned = space["model"], space["result"].policy.model
+    x, t, condition = torch.randn(8, 2), torch.full((8,), 0.5), written.condition(["left"] * 8)
+    error = (written.score(t, x, condition) - tuned.score(t, x, condition)).norm()
+    assert float(error.detach()) < 1e-4
+
+
 def test_there_are_three_examples() -> None:
     assert [title for title, _ in EXAMPLES] == [
         "A DDPM of your own, with integer steps", "An unconditional flow", "A class-conditional one",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..dynamics.schedule import Schedule
 from ..support.devices import HasDevice as HasDevice
@@ -214,6 +214,16 @@ class HasReferenceDigest(Protocol):
 
     def reference_digest(self) -> str:
         """Hexadecimal; the same for the same pretrained weights, before and after training."""
+        ...
+
+
+@runtime_checkable
+class HasAdapters(Protocol):
+    """Weights beside frozen ones, of which training changes no others (see `models.lora`). `write_back` then puts both
+    together into a network of the user's that has none."""
+
+    def merged(self) -> nn.Module:
+        """A plain model, with the adapters added to weights of its own."""
         ...
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..support.devices import HasDevice
 from . import base
 from .base import ScoreModel
+from .lora import described
 from .trial import Trial
 
 # the optional members, by the protocol that holds each; one sentence says what it buys
@@ -34,6 +35,7 @@ OPTIONAL: tuple[tuple[type, str, str], ...] = (
     (base.HasMetadata, "metadata", "metadata of prompts for the reward"),
     (base.HasNotes, "notes()", "sentences of the model's own in the run's report"),
     (base.HasReferenceDigest, "reference_digest()", "a resumed run that knows its reference among shared weights"),
+    (base.HasAdapters, "merged()", "adapters written back into your own plain network"),
     (HasDevice, "device", "the right device where the parameters do not say which"),
 )
 REQUIRED = {
@@ -109,6 +111,7 @@ def _weights(model: object, name: str) -> list[str]:
         ]
     else:
         lines = ["problem: no parameter has requires_grad, so there is nothing to train; model.requires_grad_(True)."]
+    lines += described(model)
     low = sorted({str(p.dtype) for p in trainable if p.dtype in (torch.float16, torch.bfloat16)})
     if low:
         lines.append(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..support.errors import ModelError, RunError
 from ..support.files import read_tensors
-from .base import HasReferenceDigest
+from .base import HasAdapters, HasReferenceDigest
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -51,7 +51,7 @@ def load_parameters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def write_back(tuned: nn.Module, original: nn.Module, target: nn.Module | None = None) -> int:
-    """Copy a tuned model's weights into the user's own network.
+    """Copy a tuned model's weights into the user's own network; adapters are added to the weights that they are beside.
 
     Args:
         tuned: the model with the weights that are wanted, of the same structure as `original`.
@@ -72,6 +72,8 @@ def write_back(tuned: nn.Module, original: nn.Module, target: nn.Module | None =
     if inside is not None:
         prefix = f"{inside}." if inside else ""
     else:
+        if isinstance(tuned, HasAdapters):
+            source = _tensors(tuned.merged())
         fitting = [p for p in _prefixes(source, wanted) if not _misfits(_below(source, p), wanted)]
         if len(fitting) != 1:
             raise ModelError(_why_it_does_not_fit(source, target, fitting))
@@ -81,6 +83,8 @@ def write_back(tuned: nn.Module, original: nn.Module, target: nn.Module | None =
         raise ModelError(f"the tuned weights do not fit {type(target).__name__}: {'; '.join(wrong[:3])}.")
     with torch.no_grad():
         for name, tensor in wanted.items():
+            if isinstance(tuned, HasAdapters) and inside is None:  # its memory may be that of the frozen weights
+                tensor.data = tensor.clone()
             tensor.copy_(part[name])
     return len(wanted)
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ..rewards.base import Reward
     from ..types import Condition
 
+LORA: dict[str, Any] = {"lora_rank": 0, "lora_targets": ""}  # options of every model of the user's own
 REFERENCE = "reference.safetensors"  # in a run's folder: the pretrained weights of what is trained
 
 
@@ -116,6 +117,8 @@ def user_recipe(spec: str) -> Recipe:
     if not callable(function):
         raise ModelError(f"{spec} is {type(function).__name__}; expected a function that returns a model or a Problem.")
     parameters = inspect.signature(function).parameters.values()
+    own = {p.name: p.default for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    added = {} if set(LORA) & set(own) else LORA
     needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     if needed:
         raise ModelError(
@@ -123,6 +126,7 @@ def user_recipe(spec: str) -> Recipe:
         )
 
     def build(**options: Any) -> Problem:
+        adapters = {name: options.pop(name) for name in added}
         made = function(**options)
         problem = made if isinstance(made, Problem) else Problem(made)
         if not isinstance(problem.model, nn.Module):
@@ -130,10 +134,24 @@ def user_recipe(spec: str) -> Recipe:
                 f"{spec} returned {type(made).__name__}; expected an nn.Module with the members of ScoreModel, or a Problem. "
                 f"`scoreact check model {spec}` says more."
             )
-        return dataclasses.replace(problem, labels={"problem": f"{name} of {Path(place).name}", **problem.labels})
+        problem = dataclasses.replace(problem, labels={"problem": f"{name} of {Path(place).name}", **problem.labels})
+        return _with_adapters(problem, **adapters)
 
-    options = {p.name: p.default for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
-    return Recipe(spec, f"{name} of {Path(place).name}", build, Config(), options)
+    return Recipe(spec, f"{name} of {Path(place).name}", build, Config(), {**own, **added})
+
+
+def _with_adapters(problem: Problem, lora_rank: int = 0, lora_targets: str = "") -> Problem:
+    """The problem with low-rank adapters on its model, where a rank is given. lora_targets: names with commas between."""
+    from ..models.lora import lora
+
+    if lora_rank == 0:
+        if lora_targets:
+            raise SettingError(f"option lora_targets is {lora_targets!r}, but lora_rank is 0; give a rank, such as 8.")
+        return problem
+    names = [name.strip() for name in lora_targets.split(",")] if lora_targets else None
+    model: Any = problem.model
+    labels = {**problem.labels, "adapters": f"low-rank adapters of rank {lora_rank}"}
+    return dataclasses.replace(problem, model=lora(model, lora_rank, names), labels=labels)
 
 
 def short_name(recipe: Recipe) -> str:
@@ -243,7 +261,7 @@ def put_tuned(model: object, folder: Path, own: Path | None = None) -> None:
     if isinstance(model, HasReference):
         raise ModelError(
             f"the reference of {type(model).__name__} is the model without its adapter, so the outcome of {folder} cannot be "
-            "one; start with the first reference (--from-reference first), or save the run merged and tune that folder."
+            "one; start with the first reference (--from-reference first), or tune what that run left merged or written back."
         )
     assert isinstance(model, nn.Module)
     kept = None if own is None else own / REFERENCE

@@ -235,4 +235,5 @@ class Average:
         decay = min(self.decay, self.updates / (self.updates + 10))
         with torch.no_grad():
             for mean, p in zip(self.model.parameters(), model.parameters(), strict=True):
-                mean.lerp_(p, 1 - decay)
+                if p.requires_grad:
+                    mean.lerp_(p, 1 - decay)
