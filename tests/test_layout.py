@@ -140,7 +140,10 @@ def test_help_imports_no_torch() -> None:
 
 def test_files_are_neither_crumbs_nor_slabs() -> None:
     """Over 400 lines a file wants a reason, which is given here."""
-    reasons = {"models/trial.py": "one look at a model, each part on what the one before found"}
+    reasons = {
+        "models/trial.py": "one look at a model, each part on what the one before found",
+        "models/pipelines/families.py": "what differs between pipelines, side by side",
+    }
     long = [
         str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py")
         if len(path.read_text(encoding="utf-8").splitlines()) > 400 and str(path.relative_to(ROOT)) not in reasons

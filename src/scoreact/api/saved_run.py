@@ -40,6 +40,7 @@ from ..support.errors import RunError, SettingError
 from ..support.files import Line, read_lines, write_json
 from ..training.config import Config, updated
 from ..types import Metrics
+from .export import export
 from .result import AT_ONCE, Result, Sampled, plotted
 from .start import problem_of, train_problem
 
@@ -253,6 +254,20 @@ class SavedRun(Sampled):
         )  # fmt: skip
         self.config, self._kept, self._problem = config, {}, None
         return result
+
+    def export(self, form: str | None = None, out: str | Path | None = None, weights: str = "final") -> Path:
+        """The tuned weights for other programs, with a model card; the new folder's path.
+
+        Args:
+            form: Of a pipeline tuned by LoRA diffusers (default), kohya, peft, or pipeline (all of it, merged); of one tuned in
+                full pipeline; of any other model weights, those of your own network.
+            out: A folder, new or empty. Left out: `export-FORM` in the run's.
+            weights: final or best.
+
+        Raises:
+            ModelError: For a form that does not hold these weights. RunExists: For a folder that holds something.
+        """
+        return export(self.source, self.folder, form, None if out is None else Path(out), weights)
 
     def report(self) -> Path:
         """Write report.html anew; its path."""

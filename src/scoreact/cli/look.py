@@ -186,6 +186,32 @@ def evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+# --- leaving ---------------------------------------------------------------------------------------------------------
+
+
+def export_arguments(parser: Parser) -> None:
+    parser.add_argument("run", metavar="RUN_DIR", type=Path)
+    parser.add_argument(
+        "--format",
+        metavar="NAME",
+        help="diffusers, kohya, peft or pipeline (merged); weights of other models [default: what fits first]",
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="a new or empty folder [default RUN_DIR/export-FORMAT]")
+    parser.add_argument("--weights", choices=["final", "best"], default="final", help="of the run [default final]")
+
+
+def export(options: argparse.Namespace) -> int:
+    from ..api.saved_run import SavedRun
+    from ..report.progress import waiting
+
+    with waiting("export"):
+        folder = SavedRun(source_of_run(options.run)).export(options.format, options.out, options.weights)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}; {size / 1e6:,.1f} MB")
+    print(f"{folder / 'README.md'} says how to load it")
+    return 0
+
+
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 

@@ -70,6 +70,9 @@ COMMANDS = {
     "evaluate": Command(
         "Measure a run: held-out reward, KL, J, other solvers and steps.", look.evaluate_arguments, look.evaluate
     ),
+    "export": Command(
+        "Write a run's weights as other programs load them, with a model card.", look.export_arguments, look.export
+    ),
     "report": Command("Write a run's report.html anew.", look.report_arguments, look.report),
     "check": Command(
         "Say in plain sentences what is wrong with a reward, a recipe or a run.", look.check_arguments, look.check

@@ -129,6 +129,8 @@ def train_source(options: argparse.Namespace) -> Source:
     build_options = recipe_options(recipe, {**base.options, **in_file, **assignments(options.option, "--option")})
     if options.prompts is not None:
         build_options["prompts"] = _prompts(recipe, options.prompts)
+    if recipe.name == "pipeline" and build_options["lora"] is not None:
+        build_options["lora"] = str(Path(build_options["lora"]).expanduser().resolve())
     settings = {
         key.removeprefix("setting:"): _typed(key.removeprefix("setting:"), value)
         for key, value in vars(options).items()

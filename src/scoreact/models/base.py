@@ -99,6 +99,17 @@ class HasReference(Protocol):
 
 
 @runtime_checkable
+class StartsElsewhere(Protocol):
+    """Says that its first weights are not its reference's, such as those of an adapter that the user brought. A run then
+    evaluates both before training, and learns nothing from the reference's paths as if they were its own."""
+
+    @property
+    def starts_elsewhere(self) -> bool:
+        """Whether the model before training is another than its reference."""
+        ...
+
+
+@runtime_checkable
 class HasClasses(Protocol):
     """The prompts a model knows, where they can be listed. Unknown ones are then refused with the list, and a value network
     can be made without asking the user for a prompt."""
@@ -177,6 +188,24 @@ class Exports(Protocol):
 
     def export(self, folder: Path) -> None:
         """Write them into an existing folder."""
+        ...
+
+
+@runtime_checkable
+class Saves(Protocol):
+    """Weights in several forms that other programs load, and facts for a model card. It buys `scoreact export` in them."""
+
+    @property
+    def formats(self) -> Sequence[str]:
+        """Of diffusers, kohya, peft, pipeline; the first is the default."""
+        ...
+
+    def save(self, folder: Path, form: str, about: Mapping[str, str]) -> None:
+        """Write the tuned weights in one of these forms, `about` in the file's header."""
+        ...
+
+    def facts(self) -> Mapping[str, Any]:
+        """What a model card says: base_model, licence, rank, dtype, call (arguments of the pipeline's own call), ..."""
         ...
 
 

@@ -31,6 +31,8 @@ OPTIONAL: tuple[tuple[type, str, str], ...] = (
     (base.Rounds, "rounds", "the path KL that rounding alone costs, measured before training"),
     (base.HasGuidance, "guidance_scale", "samples at another guidance"),
     (base.Exports, "export()", "weights in your own library's form in every run folder"),
+    (base.Saves, "formats, save() and facts()", "`scoreact export` in the forms that other programs load"),
+    (base.StartsElsewhere, "starts_elsewhere", "both the model and its reference evaluated before training"),
     (base.HasExactLaw, "exact_law()", "the closed-form optimum in the report's picture of points"),
     (base.HasMetadata, "metadata", "metadata of prompts for the reward"),
     (base.HasNotes, "notes()", "sentences of the model's own in the run's report"),

@@ -23,12 +23,14 @@ HUB = {  # short names
     "ddpm-cifar10": "google/ddpm-cifar10-32",
 }
 
+COUNTED_FROM = {"lora": "with it", "base": "without it"}
+
 
 def build(
     path: str = "",
     prompts: str = "",
     prompt_column: str = "",
-    lora_rank: int = 16,
+    lora_rank: int | None = None,
     full: bool = False,
     dtype: str = "",
     guidance_scale: float | None = None,
@@ -41,6 +43,8 @@ def build(
     twice_differentiable: bool = False,
     value_network: str = "encoder",
     prompt_draws: int = 256,
+    lora: str | None = None,
+    lora_reference: str = "lora",
 ) -> Problem:
     """See `models.diffusers.pipeline_model`; dtype: float32, float16 or bfloat16.
 
@@ -70,7 +74,7 @@ def build(
         HUB.get(path, path), lora_rank=lora_rank, full=full, dtype=types[dtype], guidance_scale=guidance_scale,
         negative_prompt=negative_prompt, height=height, width=width, frames=frames,
         gradient_checkpointing=gradient_checkpointing, rows_per_call=rows_per_call,
-        twice_differentiable=twice_differentiable,
+        twice_differentiable=twice_differentiable, lora=lora, lora_reference=lora_reference,
     )  # fmt: skip
     give_metadata(model, found)
     model.family.notes += found.notes if isinstance(found, Prompts) else []
@@ -85,6 +89,8 @@ def build(
         return VectorValue(torch.Size(shape).numel())  # a video
 
     labels = {"problem": f"{type(model.pipeline).__name__} {path}, {len(names)} prompts"}
+    if lora is not None:
+        labels["lora"] = f"from {lora}; path KL is counted from the pipeline {COUNTED_FROM[lora_reference]}"
     return Problem(model, prompts=names, value_network=make_value_network, labels=labels)
 
 
@@ -93,11 +99,11 @@ SETTINGS = Config(
     accumulate=4, kl_states=32, value_inputs="x_data_hat", value_batch_size=64, heldout_samples=64,
 )  # fmt: skip
 OPTIONS: dict[str, Any] = {
-    "path": "", "prompts": "", "prompt_column": "", "lora_rank": 16, "full": False, "dtype": "", "guidance_scale": None,
+    "path": "", "prompts": "", "prompt_column": "", "lora_rank": None, "full": False, "dtype": "", "guidance_scale": None,
     "negative_prompt": "",
     "height": None, "width": None, "frames": None, "gradient_checkpointing": False, "rows_per_call": 8,
     "twice_differentiable": False, "value_network": "encoder",
-    "prompt_draws": 256,
+    "prompt_draws": 256, "lora": None, "lora_reference": "lora",
 }  # fmt: skip
 
 RECIPES = [

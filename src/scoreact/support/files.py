@@ -26,12 +26,13 @@ def write_json(path: Path, content: Any) -> None:
     os.replace(temporary, path)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Safetensors through a temporary file and a rename."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> None:
+    """Safetensors through a temporary file and a rename. header: what the file says of itself."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         # clones: safetensors refuses tensors that share memory
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, temporary)
+        kept = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+        save_file(kept, temporary, None if header is None else dict(header))
     except SafetensorError as error:  # a full disk reaches us in this dress
         raise OSError(f"{path} could not be written: {error}") from error
     temporary.chmod(0o644)  # safetensors writes 0600: the report's readers could not open the weights

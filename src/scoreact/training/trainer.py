@@ -19,7 +19,7 @@ from ..control.value_fit import ValueFit
 from ..dynamics.solvers import SOLVERS
 from ..evaluation.evaluate import Features, Judge, evaluate
 from ..evaluation.optimum import estimate_optimum, optimal_kl, recovered
-from ..models.base import Rounds, ScoreModel
+from ..models.base import Rounds, ScoreModel, StartsElsewhere
 from ..models.weights import load_parameters
 from ..rewards.base import Reward
 from ..rewards.check import Checked, checked
@@ -78,7 +78,7 @@ class Trainer:
         self.device = choose_device(config.device)
         model.to(self.device).eval()
         self.policy = Policy(model, act_until=config.act_until)
-        self.starts_elsewhere = start is not None
+        self.starts_elsewhere = start is not None or (isinstance(model, StartsElsewhere) and model.starts_elsewhere)
         if start is not None:
             load_parameters(model, start)
         if not self.policy.trainable():

@@ -54,7 +54,18 @@ class Adapters:
             source = self.adapter(like)
             for key, p in self.adapter(name).items():
                 p.data.copy_(source[key].data)
+            for layer in self.layers:
+                if like in layer.scaling:
+                    layer.scaling[name] = layer.scaling[like]
         self.active = before if like is not None else [*self.base_adapters, name]
+        return name
+
+    def adopt(self, given: str) -> str:
+        """An adapter that the pipeline came with as one to train, and no part of the pretrained model any more; its name."""
+        name = self.add_adapter(self.denoiser.peft_config[given], like=given)
+        self.base_adapters.remove(given)
+        self.drop_adapter(given)
+        self.active = [*self.base_adapters, name]
         return name
 
     def drop_adapter(self, name: str) -> None:

@@ -34,6 +34,10 @@ class Family(Adapters):
     default_guidance: ClassVar[float | None] = None  # None: the pipeline's own
     video: ClassVar[bool] = False
     takes_negative_prompt: ClassVar[bool] = True
+    takes_prompts: ClassVar[bool] = True
+    source: str | None = None  # the folder or hub id that it was opened from
+    licence: str | None = None  # where that says it
+    lora: str | None = None  # the user's own adapter
 
     def __init__(
         self,
@@ -46,6 +50,8 @@ class Family(Adapters):
     ) -> None:
         self.pipeline = pipeline
         super().__init__(getattr(pipeline, self.component))
+        networks = {name: m for name, m in pipeline.components.items() if isinstance(m, nn.Module)}
+        self.stored = {name: next(m.parameters()).dtype for name, m in networks.items()}  # what they are opened in
         for module in self.modules():
             module.requires_grad_(False).eval()
         self.dtype: torch.dtype = self.denoiser.dtype
@@ -106,6 +112,19 @@ class Family(Adapters):
         raise NotImplementedError
 
     # of all
+
+    def call_options(self) -> dict[str, Any]:
+        """The arguments of the pipeline's own call that make it draw as here; without those of the sampler."""
+        if not self.takes_prompts:
+            return {}
+        found: dict[str, Any] = {"guidance_scale": self.guidance_scale, "height": self.height, "width": self.width}
+        if self.video:
+            found["num_frames"] = self.frames
+        if self.negative_prompt and self.guides:
+            found["negative_prompt"] = self.negative_prompt
+        if self.max_sequence_length is not None:
+            found["max_sequence_length"] = self.max_sequence_length
+        return found
 
     def attention(self) -> contextlib.AbstractContextManager[None]:
         """Fused attention has no second derivative; the plain formula has."""
@@ -363,6 +382,7 @@ class Unconditional(Family):
     """A UNet on pixels, no prompt: every prompt means the same."""
 
     takes_negative_prompt = False
+    takes_prompts = False
 
     targets = (*Family.targets, "conv1", "conv2")  # small ones have no attention
     default_guidance = 1.0

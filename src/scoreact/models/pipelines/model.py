@@ -21,6 +21,16 @@ from ..feature_memory import FeatureMemory
 from ..value_networks import FeatureValue
 from .families import Family
 from .features import feature_width, features_at, prediction_and_features
+from .formats import (
+    Layers,
+    acting_layers,
+    has_adapters,
+    merge_adapters,
+    rank_of,
+    write_diffusers,
+    write_kohya,
+    write_peft,
+)
 
 
 class PipelineModel(nn.Module):
@@ -30,11 +40,18 @@ class PipelineModel(nn.Module):
     second adapter on the same frozen network, or a second denoiser. `reference()` is the pretrained model without a copy.
     """
 
-    def __init__(self, family: Family, adapter: str | None = None, network: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        family: Family,
+        adapter: str | None = None,
+        network: nn.Module | None = None,
+        starts_elsewhere: bool = False,
+    ) -> None:
         super().__init__()
         self.family = family
         self.adapter_name = adapter
         self.network = network
+        self.starts_elsewhere = starts_elsewhere  # than at its reference: trains an adapter of the user's on
         self.adapter = _tree({} if adapter is None else family.adapter(adapter))
         self.memory: FeatureMemory | None = None  # of a reference
         self._end = weakref.finalize(self, _forget, family, adapter)
@@ -245,43 +262,101 @@ class PipelineModel(nn.Module):
         """What a user should know of the prompts."""
         return list(self.family.notes)
 
-    def save(self, folder: str | Path, merged: bool = False) -> None:
-        """For plain diffusers: an adapter for `load_lora_weights(folder)`; a whole pipeline folder after full fine-tuning.
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Of `save`; the first is its default."""
+        if self.network is not None:
+            return ("pipeline",)
+        loaded = hasattr(self.family.pipeline, "save_lora_weights")  # by diffusers
+        kohya = ("kohya",) if loaded and self.family.component == "unet" else ()
+        return ("diffusers", *kohya, "peft", "pipeline") if loaded else ("pipeline", "peft")
 
-        merged: the whole pipeline, with the adapter added into the weights; so too where diffusers cannot load adapters.
+    def save(self, folder: str | Path, form: str | None = None, about: Mapping[str, str] | None = None) -> None:
+        """The tuned weights as others load them; adapters that the pipeline came with are part of them.
+
+        Args:
+            folder: made where it is missing.
+            form: diffusers, kohya (both for `load_lora_weights(folder)`), peft (for `PeftModel.from_pretrained(denoiser,
+                folder)`) or pipeline (all of it, the adapters added into the weights); None: the first of `formats`.
+            about: goes into the file's header.
+
+        Raises:
+            ModelError: a form that does not hold these weights, or that nothing reads for this pipeline.
         """
-        family, folder = self.family, str(folder)
-        if self.adapter_name is not None and not merged and hasattr(family.pipeline, "save_lora_weights"):
-            weights = {name: p.contiguous() for name, p in self.trainable_state().items()}
-            family.pipeline.save_lora_weights(folder, **{f"{family.component}_lora_layers": weights})
+        folder, header = Path(folder), dict(about or {})
+        form = form or self.formats[0]
+        if form not in self.formats:
+            raise ModelError(
+                f"form is {form!r}; of a {type(self.family.pipeline).__name__} tuned "
+                f"{'in full' if self.network is not None else 'by LoRA'} there are: {', '.join(self.formats)}."
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        if form == "pipeline":
+            self._save_pipeline(folder)
             return
-        own = getattr(family.pipeline, family.component)
-        setattr(family.pipeline, family.component, self._plain_network())
-        try:
-            family.pipeline.save_pretrained(folder)
-        finally:
-            setattr(family.pipeline, family.component, own)
+        networks = self._acting_layers()
+        own = networks[self.family.component]
+        if form != "diffusers" and len(networks) > 1:
+            raise ModelError(
+                f"the pipeline came with an adapter on a text encoder too, which {form}'s form does not hold in a way that is "
+                "read everywhere; take diffusers or pipeline."
+            )
+        if form == "diffusers":
+            write_diffusers(folder, networks, header)
+        else:
+            (write_kohya if form == "kohya" else write_peft)(folder, own, header)
 
     def export(self, folder: Path) -> None:
         """What a run leaves: an adapter for `load_lora_weights(folder)`, or else a pipeline in `folder / "pipeline"`."""
-        adapter = self.adapter_name is not None and hasattr(self.family.pipeline, "save_lora_weights")
-        self.save(folder if adapter else folder / "pipeline")
+        self.save(folder if self.formats[0] == "diffusers" else folder / "pipeline")
 
-    @torch.no_grad()
-    def _plain_network(self) -> nn.Module:
-        """The denoiser without peft's layers. Saved with them its weights have names under which nothing is found again."""
-        from peft.tuners.tuners_utils import BaseTunerLayer
+    def facts(self) -> dict[str, Any]:
+        """For a model card; `call` holds the arguments of the pipeline's own call that these weights were tuned with."""
+        family, pipeline = self.family, self.family.pipeline
+        found: dict[str, Any] = {
+            "base_model": family.source, "licence": family.licence, "pipeline": type(pipeline).__name__,
+            "component": family.component, "dtype": str(family.stored[family.component]).removeprefix("torch."),
+            "call": family.call_options(), "video": family.video, "takes_prompts": family.takes_prompts,
+            "starts_elsewhere": self.starts_elsewhere, "reference": "the base model",
+            "without": [
+                name for name, part in pipeline.components.items() if part is None and name.startswith(("text_e", "tokenizer"))
+            ],
+        }  # fmt: skip
+        if self.adapter_name is not None:
+            found["rank"] = rank_of(self._acting_layers()[family.component])
+        if family.lora is not None:
+            found["lora"] = family.lora
+            found["reference"] += ", without the LoRA" if self.starts_elsewhere else " with the LoRA that was given"
+        elif family.base_adapters:
+            found["reference"] += " with the adapter that it came with"
+        return found
 
-        if self.network is not None:
-            return self.network
-        plain: nn.Module = copy.deepcopy(self.family.denoiser)
-        tuned: list[tuple[str, Any]] = [(name, m) for name, m in plain.named_modules() if isinstance(m, BaseTunerLayer)]
-        for name, layer in tuned:
-            layer.merge(adapter_names=[a for a in self._adapters() if a in layer.lora_A])
-            parent, _, child = name.rpartition(".")
-            setattr(plain.get_submodule(parent), child, layer.get_base_layer())
-        plain.__dict__.pop("peft_config", None)
-        return plain
+    def _acting_layers(self) -> dict[str, Layers]:
+        """Of each component that has adapters: what they are together."""
+        pipeline, component = self.family.pipeline, self.family.component
+        encoders = {name: getattr(pipeline, name) for name in pipeline.components if name.startswith("text_encoder")}
+        found = {name: acting_layers(module) for name, module in encoders.items() if module is not None}
+        return {
+            component: acting_layers(self.family.denoiser, self._adapters()),
+            **{name: layers for name, layers in found.items() if layers},
+        }
+
+    def _save_pipeline(self, folder: Path) -> None:
+        """All components without peft's layers, each in the dtype that it was opened in."""
+        pipeline, component = self.family.pipeline, self.family.component
+        own = {name: module for name, module in pipeline.components.items() if isinstance(module, nn.Module)}
+        try:
+            for name, module in own.items():
+                dtype = self.family.stored.get(name)
+                source = self.network if name == component and self.network is not None else module
+                if name == component or has_adapters(module) or module.dtype != dtype:
+                    plain = copy.deepcopy(source)
+                    merge_adapters(plain, self._adapters() if name == component else None)
+                    setattr(pipeline, name, plain if plain.dtype == dtype else plain.to(dtype))
+            pipeline.save_pretrained(str(folder))
+        finally:
+            for name, module in own.items():
+                setattr(pipeline, name, module)
 
 
 def _forget(family: Family, adapter: str | None) -> None:

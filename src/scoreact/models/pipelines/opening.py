@@ -13,17 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from ...support.errors import ModelError
 from .families import FAMILIES
+from .formats import GIVEN, load_adapter, merge_adapters
 from .model import PipelineModel
 
 
 def pipeline_model(
     source: Any,
     *,
-    lora_rank: int = 16,
+    lora_rank: int | None = None,
     lora_targets: Sequence[str] | None = None,
+    lora: str | Path | None = None,
+    lora_reference: str = "lora",
     full: bool = False,
     dtype: torch.dtype | None = None,
     guidance_scale: float | None = None,
@@ -41,8 +45,11 @@ def pipeline_model(
 
     Args:
         source: a folder, a hub id, or the pipeline itself, which is changed.
-        lora_rank: of the adapter; its alpha is the rank too.
+        lora_rank: of the adapter, 16 by default; its alpha is the rank too.
         lora_targets: names of layers; the attention's projections by default.
+        lora: an adapter to start from: a safetensors file of diffusers', kohya's or peft's form, or its folder.
+        lora_reference: which model is then the pretrained one. "lora": the pipeline with that adapter, and a second one is
+            trained; what is saved holds both. "base": the pipeline without it, and that very adapter is trained on.
         full: train the denoiser's own weights instead; they are float32, and the network runs under autocast.
         dtype: of the networks; that of the stored weights by default. Adapter, state and score are float32 all the same.
         guidance_scale, negative_prompt: of classifier-free guidance; the pipeline's own scale by default.
@@ -56,7 +63,7 @@ def pipeline_model(
 
     Raises:
         ImportError: diffusers or peft are missing.
-        ValueError: a pipeline, a scheduler or an option that is not supported.
+        ModelError: a pipeline, a scheduler, an adapter or an option that is not supported.
 
     In less than float32 any change of the weights is rounded anew in every layer, which costs path KL by itself (`rounding`).
     On a tiny Stable Diffusion (256 numbers, 3 steps) 0.5 nats in bfloat16, 0.008 in float16, none in float32; guided by 4,
@@ -74,9 +81,15 @@ def pipeline_model(
         raise ModelError(f"{names[0]} is not supported; known: {', '.join(FAMILIES)}.")
     if dtype is not None:
         pipeline.to(dtype=dtype)
+    if lora is not None:
+        load_adapter(pipeline, family_class.component, lora)
+    adopt = _adopts(pipeline, lora, lora_reference, full, lora_rank, lora_targets)
     family = family_class(
         pipeline, guidance_scale, negative_prompt, (height, width, frames), max_sequence_length, rows_per_call
     )
+    family.source = str(source) if pipeline is not source else pipeline.config.get("_name_or_path") or None
+    family.licence = licence_of(Path(pipeline.config.get("_name_or_path") or family.source or ""))
+    family.lora = None if lora is None else str(lora)
     if getattr(family.denoiser.config, "time_cond_proj_dim", None) is not None:
         raise ModelError("this UNet takes the guidance as an input (a latent consistency model); not supported yet.")
     vae = getattr(pipeline, "vae", None)
@@ -89,14 +102,39 @@ def pipeline_model(
     if gradient_checkpointing:
         family.enable_checkpointing()
     if full:
+        merge_adapters(family.denoiser)  # around trained weights they would be trained, and saved under lost names
         family.autocast = family.dtype != torch.float32
         return PipelineModel(family, network=family.denoiser.float().requires_grad_(True))
+    if adopt:
+        return PipelineModel(family, family.adopt(GIVEN), starts_elsewhere=True)
     targets = list(family.targets if lora_targets is None else lora_targets)
-    if lora_rank < 1:
-        raise ModelError(f"lora_rank must be at least 1, got {lora_rank}; use full=True to train all weights.")
-    return PipelineModel(
-        family, family.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=targets))
-    )
+    rank = 16 if lora_rank is None else lora_rank
+    if not isinstance(rank, int) or rank < 1:
+        raise ModelError(f"lora_rank must be at least 1, got {rank!r}; use full=True to train all weights.")
+    return PipelineModel(family, family.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)))
+
+
+def _adopts(
+    pipeline: Any, lora: object, reference: str, full: bool, rank: int | None, targets: Sequence[str] | None
+) -> bool:
+    """Whether the given adapter itself is trained. Raises ModelError where it cannot be."""
+    if reference not in ("lora", "base"):
+        raise ModelError(f"lora_reference is {reference!r}; known: lora (the pipeline with it), base (without it).")
+    if reference == "lora":
+        return False
+    if lora is None:
+        raise ModelError("lora_reference is 'base', but no adapter is given with lora; leave it out.")
+    if full:
+        raise ModelError("lora_reference is 'base', but full trains the weights themselves, the adapter added to them.")
+    if rank is not None or targets is not None:
+        raise ModelError("with lora_reference 'base' the given adapter is trained, of its own rank and layers; leave "
+                         "lora_rank and lora_targets out.")  # fmt: skip
+    encoders = [name for name in pipeline.components if name.startswith("text_encoder")]
+    if any(GIVEN in getattr(getattr(pipeline, name), "peft_config", {}) for name in encoders):
+        raise ModelError(
+            f"the LoRA {str(lora)!r} changes a text encoder too, which policy and reference share; use lora_reference 'lora'."
+        )
+    return True
 
 
 def _why_not(error: Exception) -> str:
@@ -127,6 +165,23 @@ def _open(source: str, dtype: torch.dtype | None) -> Any:
         raise ModelError(
             f"cannot open pipeline {source!r}: {reason}. Give a folder with a model_index.json, or a hub id."
         ) from error
+
+
+def licence_of(folder: Path) -> str | None:
+    """What a pipeline's folder says of its licence: in its card's head, its configuration, or the first line of a licence
+    file; None where it says nothing."""
+    card = folder / "README.md"
+    if card.is_file() and (text := card.read_text(encoding="utf-8", errors="replace")).startswith("---"):
+        head = yaml.safe_load(text.split("---")[1])
+        if isinstance(head, dict) and head.get("license"):
+            return str(head.get("license_name") or head["license"])
+    index = folder / "model_index.json"
+    if index.is_file() and (said := json.loads(index.read_text(encoding="utf-8")).get("license")):
+        return str(said)
+    for path in sorted(folder.glob("LICEN[SC]E*")):
+        lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+        return next((line[:80] for line in lines if line), path.name)
+    return None
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:

@@ -1,0 +1,173 @@
+"""A run exported: what plain diffusers, peft and the user's own network make of it, and what its card says."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+import scoreact as sa
+from scoreact.cli import main as cli
+from scoreact.report import html
+
+NETWORK = """
+import torch
+import scoreact as sa
+from scoreact.dynamics import prediction
+from scoreact.dynamics.schedule import RectifiedFlow
+from scoreact.models.network import IntegerSteps
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.Linear(2, 2)
+        self.register_buffer("offset", torch.ones(2))
+
+    def forward(self, x, t):
+        return self.body(x) + self.offset * t[:, None]
+
+def build():
+    torch.manual_seed(0)
+    return sa.NetworkModel(IntegerSteps(Net(), 1000), RectifiedFlow(), prediction.velocity, (2,))
+
+def left(x):
+    return -x[:, 0]
+"""
+SMALL = ["--iterations", "2", "--batch-size", "4", "--steps", "2", "--reference-batches", "1", "--heldout-samples", "8",
+         "--minibatch-size", "8", "--max-kl", "100", "--algorithm", "ddpo", "--learning-rate", "0.02", "--guard", "off",
+         "--device", "cpu"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny pipeline that says its licence, and a run of it from the command line."""
+    pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    from tiny_pipelines import make, spelling_tokenizer
+
+    folder = tmp_path_factory.mktemp("export")
+    make("sd", spelling_tokenizer()).save_pretrained(folder / "base")
+    (folder / "base" / "README.md").write_text("---\nlicense: openrail++\n---\n")
+    (folder / "rewards.py").write_text("def bright(images):\n    return 100 * images.mean((1, 2, 3))\n")
+    (folder / "prompts.txt").write_text("cat\ndog\n")
+    words = [
+        "train",
+        str(folder / "base"),
+        "--reward",
+        f"{folder}/rewards.py:bright",
+        "--prompts",
+        f"{folder}/prompts.txt",
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(html, "write", lambda run, *_: run / "report.html")  # drawing takes longer than training
+        options = ["--option", "guidance_scale=3", "--option", "lora_rank=2", "--option", "negative_prompt=bad"]
+        assert cli.main([*words, *SMALL, *options, "--out", str(folder / "run")]) == 0
+    return folder
+
+
+def pictures(pipeline: Any, x: Tensor) -> Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    found = pipeline(["cat", "dog"], latents=x.clone(), num_inference_steps=3, guidance_scale=3.0, negative_prompt=["bad"] * 2,
+                     output_type="pt")  # fmt: skip
+    return found.images
+
+
+@pytest.mark.parametrize("form", ["diffusers", "kohya", "peft", "pipeline"])
+def test_an_export_draws_the_policys_pictures_by_the_lines_of_its_card(
+    form: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tiny_pipelines import ours
+
+    out = tmp_path / "out"
+    assert cli.main(["export", str(folder / "run"), "--format", form, "--out", str(out)]) == 0
+    assert "README.md says how to load it" in capsys.readouterr().out
+    policy = sa.open_run(folder / "run").policy()
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    expected = ours(policy.model, x, policy.model.scheduler_times(3), ["cat", "dog"])
+    card = (out / "README.md").read_text()
+    lines = card.partition("```python\n")[2].partition("\n```")[0]
+    loading, call = lines.rsplit("\n", 1)
+    named: dict[str, Any] = {}
+    exec(loading, named)
+    assert float((pictures(named["pipe"], x) - expected).abs().max()) < 1e-4
+    before = ours(policy.reference, x, policy.model.scheduler_times(3), ["cat", "dog"])
+    assert float((before - expected).abs().max()) > 1e-3
+    assert call == ('found = pipe("a prompt", num_inference_steps=2, guidance_scale=3.0, height=16, width=16, '
+                    "negative_prompt='bad').images[0]")  # fmt: skip
+    exec(call, named)
+    assert cli.main(["export", str(folder / "run"), "--format", form, "--out", str(out)]) == 2
+    assert "is not empty, and an export never overwrites" in capsys.readouterr().err
+
+
+def test_the_card_and_the_header_say_what_it_is(folder: Path) -> None:
+    run = sa.open_run(folder / "run")
+    out = run.export()
+    assert out == folder / "run" / "export-diffusers"
+    with safe_open(out / "pytorch_lora_weights.safetensors", "pt") as file:
+        header = file.metadata()
+    kl = run.final["policy/kl"]
+    assert header == {
+        "format": "pt", "base_model": str(folder / "base"), "rank": "2", "alpha": "2", "algorithm": "ddpo", "kl_weight": "1.0",
+        "reward": f"{folder}/rewards.py:bright", "path_kl": str(kl), "guidance_scale": "3.0", "steps": "2", "sampler": "ddim",
+        "noise_scale": "1.0", "iterations": "2", "weights": "final", "made_by": f"scoreact {sa.__version__}",
+    }  # fmt: skip
+    card = (out / "README.md").read_text()
+    row = re.search(r"^\| held-out reward \| (\S+) ± (\S+) \| (\S+) ± (\S+) \|$", card, re.MULTILINE)
+    assert row is not None
+    looks = [run.history[1], run.final]
+    expected = [n for line in looks for n in (line["reward/heldout"], 1.96 * line["reward/heldout_se"])]
+    assert [float(n) for n in row.groups()] == pytest.approx(expected, rel=0.01)
+    for text in ("license: openrail++", "Of the base model: openrail++.", "counted from the base model.", "ddim, 2 steps",
+                 "the sampler of training", "What the reward does not see", "negative prompt | bad"):  # fmt: skip
+        assert text in card, text
+
+
+def test_a_run_in_another_type_is_exported_in_its_sources(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(html, "write", lambda run, *_: run / "report.html")
+    words = ["train", str(folder / "base"), "--reward", f"{folder}/rewards.py:bright", "--prompts", "cat", *SMALL]
+    assert cli.main([*words, "--option", "dtype=bfloat16", "--iterations", "1", "--out", str(tmp_path / "run")]) == 0
+    out = sa.open_run(tmp_path / "run").export("pipeline")
+    stored = load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {t.dtype for t in stored.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("options", [[], ["--option", "lora_rank=1"]])
+def test_a_network_of_ones_own_gets_its_weights_back(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(html, "write", lambda run, *_: run / "report.html")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "net_of_mine.py").write_text(NETWORK)
+    words = ["train", "net_of_mine.py:build", "--reward", "net_of_mine.py:left", "--out", "run"]
+    assert cli.main([*words, *SMALL, *options]) == 0
+    assert cli.main(["export", "run"]) == 0
+    monkeypatch.delitem(sys.modules, "net_of_mine", raising=False)
+    import net_of_mine
+
+    network = net_of_mine.Net()
+    lines = (
+        (tmp_path / "run" / "export-weights" / "README.md")
+        .read_text()
+        .partition("```python\n")[2]
+        .partition("\n```")[0]
+    )
+    exec(lines, {"network": network})
+    tuned = sa.open_run("run").policy().model
+    x = torch.randn(3, 2)
+    assert torch.allclose(network(x, torch.full((3,), 5.0)), tuned.network.network(x, torch.full((3,), 5.0)), atol=1e-6)
+    assert not torch.equal(network.body.weight, net_of_mine.build().network.network.body.weight)
+    with pytest.raises(sa.ModelError, match=r"a run of a (LoRA)?NetworkModel has no form 'peft'; there are: weights"):
+        sa.open_run("run").export("peft", tmp_path / "elsewhere")
+    with pytest.raises(sa.ModelError, match="format is 'lora'; known: diffusers, kohya"):
+        sa.open_run("run").export("lora")
+    assert not (tmp_path / "elsewhere").exists()
