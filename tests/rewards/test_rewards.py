@@ -428,7 +428,7 @@ def test_a_file_does_not_import_its_neighbours(tmp_path: Path) -> None:
             {},
             r"unknown reward 'brightnes'. Did you mean 'brightness'\? Known: aesthetic, brightness, clip, colorfulness, "
             r"hps, imagereward, jpeg_compressibility, jpeg_incompressibility, linear, ocr, pickscore, quadratic, vqa. "
-            r"Or give 'file.py:name' or 'module:name'",
+            r"Or give 'file.py:name', 'module:name' or 'onnx:FILE'",
         ),
         ("xyz", {}, r"unknown reward 'xyz'. Known: aesthetic, brightness"),
         ("my.py", {}, r"'my.py' names a file but no function in it. Give 'my.py:name'"),

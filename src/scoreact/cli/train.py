@@ -203,6 +203,8 @@ def _typed(name: str, text: str) -> Any:
 def _portable(spec: str) -> str:
     """A user's file by its full path, so that the run can be resumed from another folder."""
     place, colon, name = spec.rpartition(":")
+    if place == "onnx":
+        return f"onnx:{Path(name).expanduser().resolve()}"
     path = Path(place).expanduser()
     return f"{path.resolve()}:{name}" if colon and path.suffix == ".py" and path.is_file() else spec
 

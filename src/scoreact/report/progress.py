@@ -30,7 +30,8 @@ def reference_lines(m: Mapping[str, Any]) -> list[str]:
         f"{rounded(m['objective/J_star'])} (95 %: {rounded(m['objective/J_star_low'])} to "
         f"{rounded(m['objective/J_star_high'])}), estimated from the reference's samples"
     )
-    if not math.isfinite(m["objective/J_star_high"]):
+    high = m["objective/J_star_high"]
+    if high is None or not math.isfinite(high):  # a file of lines holds null for what is not finite
         estimate, word = "unknown", "a prompt with a single sample says nothing of it: raise reference_batches."
     elif m["objective/trusted"]:
         word = f"to be trusted ({effective:.0f} effective samples)."

@@ -22,6 +22,7 @@ from .image import (
     logistic_threshold,
     of_measure,
 )
+from .onnx import OnnxReward
 from .registry import KNOWN, load
 from .text_image import Aesthetic, CLIPScore, HPSv2, ImageReward, PickScore
 from .user import UserReward, adapt
@@ -39,6 +40,7 @@ __all__ = [
     "ImageReward",
     "Linear",
     "Measure",
+    "OnnxReward",
     "PickScore",
     "Quadratic",
     "Reward",

@@ -8,8 +8,10 @@ some bytes. Sources: Black et al. 2023 (DDPO, arXiv 2305.13301) for compressibil
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..support.errors import RewardError
+from ..support.names import did_you_mean
 from ..types import Condition
 from .base import ClassOf, FunctionReward, Measure, is_differentiable, name_of, reward_dtype
 
@@ -169,6 +172,43 @@ def class_by_prompt(names: Sequence[str]) -> ClassOf:
         return torch.tensor([index[prompt] for prompt in condition.prompts], dtype=torch.int64)
 
     return class_of
+
+
+def read_class_names(file: str) -> list[str]:
+    """The lines of a file, one a class, in the order of a classifier's outputs; synonyms are separated by commas."""
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise RewardError(f"the file of class names {file!r} does not exist (looked in {Path.cwd()}).")
+    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def class_index(names: Sequence[str], wanted: str) -> int:
+    """The class of that name, a whole line or one of its synonyms. Raises RewardError for none, and for more than one."""
+    found = _by_synonym(names).get(wanted.strip().lower(), [])
+    if len(found) != 1:
+        problem = (
+            f"stands for the classes {', '.join(map(str, found))}; give the number" if found else "is none of them"
+        )
+        raise RewardError(f"class {wanted!r} {problem}.{did_you_mean(wanted.lower(), _by_synonym(names))}")
+    return found[0]
+
+
+def class_by_name(names: Sequence[str]) -> ClassOf:
+    """condition -> the class that each prompt names, as `class_index` finds it, [B] int64."""
+    return lambda condition: torch.tensor([class_index(names, prompt) for prompt in condition.prompts])
+
+
+@functools.lru_cache(maxsize=8)
+def _synonyms(names: tuple[str, ...]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for i, name in enumerate(names):
+        for word in {name.lower(), *(part.strip().lower() for part in name.split(","))}:
+            found.setdefault(word, []).append(i)
+    return found
+
+
+def _by_synonym(names: Sequence[str]) -> dict[str, list[int]]:
+    return _synonyms(tuple(names))
 
 
 def _classes(class_of: ClassOf, condition: Condition, count: int) -> Tensor:

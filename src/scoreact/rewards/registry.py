@@ -6,6 +6,7 @@ measure, other rewards) have no name here: build them in Python.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -14,10 +15,13 @@ from ..support.errors import RewardError
 from .base import FunctionReward, Reward, known, name_of
 from .closed_form import Linear, Quadratic
 from .image import brightness, colorfulness, jpeg_compressibility, jpeg_incompressibility, of_measure
+from .onnx import OnnxReward
 from .remote.client import find
 from .text_image import Aesthetic, CLIPScore, HPSv2, ImageReward, PickScore
 from .user import adapt, from_spec
 from .vision_language import OCR, VQAScore
+
+ONNX = "onnx:"  # before the path of an ONNX file
 
 
 def _brightness() -> FunctionReward:
@@ -49,10 +53,10 @@ def load(spec: str | Callable[..., Any], **options: Any) -> Reward:
     """A reward by name, from the user's code, or from a function in one of the shapes of `user.adapt`.
 
     Args:
-        spec: a name in `KNOWN`, `path/to/file.py:name`, `module:name`, or a callable; a reward that runs elsewhere is
-            `http://HOST:PORT` of a reward server, or `path/to/file.py:name@/path/to/python`.
-        options: of a known reward its factory's keywords, of a function keywords that are bound once, of one elsewhere those
-            of `remote.over_http` and `remote.in_process`.
+        spec: a name in `KNOWN`, `path/to/file.py:name`, `module:name`, `onnx:path/to/file.onnx`, or a callable; a reward
+            that runs elsewhere is `http://HOST:PORT` of a reward server, or `path/to/file.py:name@/path/to/python`.
+        options: of a known reward its factory's keywords, of an ONNX file those of `OnnxReward`, of a function keywords
+            that are bound once, of one elsewhere those of `remote.over_http` and `remote.in_process`.
 
     Returns:
         A reward of samples [B, ...] and the condition of B: [B] float32 on their device (float64 for float64 samples). For
@@ -63,6 +67,8 @@ def load(spec: str | Callable[..., Any], **options: Any) -> Reward:
     """
     if not isinstance(spec, str):
         return adapt(spec, name_of(spec), options)
+    if spec.startswith(ONNX):
+        return _made(functools.partial(OnnxReward, spec.removeprefix(ONNX)), spec, options)
     if (elsewhere := find(spec, options)) is not None:
         return elsewhere
     if ":" in spec:
@@ -71,8 +77,12 @@ def load(spec: str | Callable[..., Any], **options: Any) -> Reward:
         raise RewardError(f"reward {spec!r} names a file but no function in it. Give '{spec}:name'.")
     if spec not in KNOWN:
         hint = known("Known", spec, KNOWN)
-        raise RewardError(f"unknown reward {spec!r}. {hint} Or give 'file.py:name' or 'module:name'.")
-    factory = KNOWN[spec]
+        raise RewardError(f"unknown reward {spec!r}. {hint} Or give 'file.py:name', 'module:name' or 'onnx:FILE'.")
+    return _made(KNOWN[spec], spec, options)
+
+
+def _made(factory: Callable[..., Reward], spec: str, options: dict[str, Any]) -> Reward:
+    """What a factory gives for options that its signature has. Raises RewardError for others."""
     signature = inspect.signature(factory)
     for option in options:
         if option not in signature.parameters:
