@@ -16,6 +16,7 @@ import scoreact as sa
 from scoreact.algorithms.registry import rules
 from scoreact.recipes.base import recipes
 from scoreact.recipes.gaussian import build
+from scoreact.rewards.onnx_operators import OPERATORS
 from scoreact.training.config import updated
 from scoreact.types import Condition, Metrics
 
@@ -105,3 +106,9 @@ def test_every_page_is_in_the_navigation() -> None:
 
 def leaves(pages: list[Any]) -> list[str]:
     return [page if isinstance(page, str) else next(iter(page.values())) for page in pages]
+
+
+def test_every_onnx_operator_is_listed() -> None:
+    page = (DOCS / "reference" / "rewards.md").read_text(encoding="utf-8")
+    listed = page.split("Known\noperators:\n\n")[1].split(".\n")[0]
+    assert [name.strip() for name in listed.split(",")] == sorted(OPERATORS)

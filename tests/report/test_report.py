@@ -24,6 +24,7 @@ from scoreact.report import figures
 from scoreact.report import html as report
 from scoreact.report.figures import CURVES, cost_figure, curve_figure, gallery
 from scoreact.report.numbers import aligned, duration, number
+from scoreact.report.progress import reference_lines
 from scoreact.report.words import headline, warnings
 from scoreact.runs.record import Lines, read_record
 from scoreact.support import files as checkpoint
@@ -501,3 +502,11 @@ def test_an_optimum_hardly_known_does_not_flatten_the_curve() -> None:
     bottom, top = figure.axes[0].get_ylim()
     assert -3 < bottom < -2.1
     assert 0.5 < top < 1
+
+
+def test_a_resumed_run_says_again_that_its_optimum_is_unknown() -> None:
+    """A file of lines holds null where the run's own line had inf."""
+    line = {"objective/effective_samples": 1.0, "objective/J_ref": 0.5, "objective/J_ref_se": 0.1} | {
+        f"objective/J_star{end}": None for end in ("", "_low", "_high")
+    }
+    assert "J*    unknown" in reference_lines(line)[1]

@@ -41,7 +41,7 @@ def operator(name: str, opset: int) -> Operator | None:
     """The function of an operator of the standard domain at that version of it; None for an unknown one."""
     if name in _BEFORE and opset < _BEFORE[name][0]:
         return _BEFORE[name][1]
-    return _OPERATORS.get(name)
+    return OPERATORS.get(name)
 
 
 def _refuse(condition: bool, what: str) -> None:
@@ -874,7 +874,7 @@ _BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "GreaterOrEqual": torch.ge, "Less": torch.lt, "LessOrEqual": torch.le, "MatMul": torch.matmul,
     "Mul": torch.mul, "Or": torch.logical_or, "Sub": torch.sub, "Xor": torch.logical_xor,
 }  # fmt: skip
-_OPERATORS: dict[str, Operator] = {
+OPERATORS: dict[str, Operator] = {
     **{name: _unary(function) for name, function in _UNARY.items()},
     **{name: _binary(function) for name, function in _BINARY.items()},
     **{
