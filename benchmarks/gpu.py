@@ -194,7 +194,7 @@ def bare(model: PipelineModel, kind: Call, device: str) -> float:
     if network == "decoder":
         with torch.no_grad():
             return seconds(lambda: family.decode(x), device)
-    prompt = {name: table[:1].expand(rows, *table.shape[1:]) for name, table in family.table.items()}
+    prompt = family.table.at(torch.zeros(rows, dtype=torch.long, device=device))
     t = torch.full((rows,), 500.0, device=device)
     state = x.to(family.dtype)
 

@@ -280,11 +280,11 @@ def test_each_prompt_is_encoded_once(build: Callable[..., PipelineModel], monkey
     calls = []
     encode = model.family.encode
     monkeypatch.setattr(
-        model.family, "encode", lambda prompt, negative: calls.append(prompt) or encode(prompt, negative)
+        model.family, "encode", lambda prompts, negative: calls.append(prompts) or encode(prompts, negative)
     )
     first = model.condition(["a cat", "two dogs", "a cat"])
     again = copy.deepcopy(model).condition(["two dogs", "a bird"])
-    assert calls == ["a cat", "two dogs", "a bird"]
+    assert calls == [["a cat", *["two dogs"] * 7], ["a bird"] * 8], "always eight together: the last call is filled up"
     assert first.rows is not None
     assert again.rows is not None
     assert first.rows.tolist() == [0, 1, 0]
@@ -354,7 +354,7 @@ def test_what_is_shared_moves_along(build: Callable[..., PipelineModel]) -> None
     assert set(model.parameters()) == before
     networks = [p for module in model.family.modules() for p in module.parameters()]
     assert before <= set(networks)
-    tables = [*model.family.table.values(), *model.family.negative.values()]
+    tables = [*model.family.table.at(torch.tensor([0])).values(), *model.family.negative.values()]
     assert {p.dtype for p in [*networks, *tables]} == {torch.float64}
     assert len(tables) == 2
 

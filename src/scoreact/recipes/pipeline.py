@@ -45,6 +45,7 @@ def build(
     prompt_draws: int = 256,
     lora: str | None = None,
     lora_reference: str = "lora",
+    prompt_memory: int = 1024,
 ) -> Problem:
     """See `models.diffusers.pipeline_model`; dtype: float32, float16 or bfloat16.
 
@@ -74,7 +75,7 @@ def build(
         HUB.get(path, path), lora_rank=lora_rank, full=full, dtype=types[dtype], guidance_scale=guidance_scale,
         negative_prompt=negative_prompt, height=height, width=width, frames=frames,
         gradient_checkpointing=gradient_checkpointing, rows_per_call=rows_per_call,
-        twice_differentiable=twice_differentiable, lora=lora, lora_reference=lora_reference,
+        twice_differentiable=twice_differentiable, lora=lora, lora_reference=lora_reference, prompt_memory=prompt_memory,
     )  # fmt: skip
     give_metadata(model, found)
     model.family.notes += found.notes if isinstance(found, Prompts) else []
@@ -103,7 +104,7 @@ OPTIONS: dict[str, Any] = {
     "negative_prompt": "",
     "height": None, "width": None, "frames": None, "gradient_checkpointing": False, "rows_per_call": 8,
     "twice_differentiable": False, "value_network": "encoder",
-    "prompt_draws": 256, "lora": None, "lora_reference": "lora",
+    "prompt_draws": 256, "lora": None, "lora_reference": "lora", "prompt_memory": 1024,
 }  # fmt: skip
 
 RECIPES = [

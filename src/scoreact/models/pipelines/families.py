@@ -19,14 +19,18 @@ from ...dynamics.schedule import ShiftedFlow, step_number
 from ...support.errors import ModelError
 from ...types import Condition
 from .adapters import Adapters
+from .prompt_table import MIB, PromptTable
 from .scheduler import read_scheduler
+
+TOGETHER = 8  # prompts in a call of the text encoders
 
 
 class Family(Adapters):
     """What every view of one pipeline shares: frozen networks, encoded prompts, the clock. A subclass a pipeline class.
 
     A subclass says which component is the denoiser, the latents' shape, how one prompt is encoded, and how the denoiser is
-    called. Prompts are encoded once each; a Condition holds row numbers of the table, so it costs nothing to repeat.
+    called. Prompts are encoded once each; a Condition holds row numbers of the table, so it costs nothing to repeat. Unless
+    prompts are being encoded the text encoders are on the CPU.
     """
 
     component: ClassVar[str] = "unet"
@@ -47,6 +51,7 @@ class Family(Adapters):
         size: tuple[int | None, int | None, int | None],
         max_sequence_length: int | None,
         rows_per_call: int | None,
+        prompt_memory: int = 1024,
     ) -> None:
         self.pipeline = pipeline
         super().__init__(getattr(pipeline, self.component))
@@ -72,17 +77,22 @@ class Family(Adapters):
         self.shape = self.latent_shape()
         self.schedule, self.prediction = read_scheduler(pipeline.scheduler, self.tokens())
         self.steps = int(pipeline.scheduler.config.num_train_timesteps)
-        self.rows: dict[str, int] = {}
         self.metadata: Mapping[str, Mapping[str, Any]] = {}  # of prompts that have any, for the reward
         self.notes: list[str] = []
-        self.table: dict[str, Tensor] = {}  # [P, ...] of every encoded prompt
+        self.too_long = 0  # prompts whose ends the text encoders do not see
+        self.table = PromptTable(prompt_memory)
         self.negative: dict[str, Tensor] = {}  # [1, ...]
 
     def modules(self) -> list[Any]:
         """The pipeline's networks that are used here."""
-        names = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", self.component)
-        found = [getattr(self.pipeline, name, None) for name in names]
-        return [module for module in found if module is not None]
+        return [*self._components("vae"), *self.text_encoders(), *self._components(self.component)]
+
+    def text_encoders(self) -> list[Any]:
+        """Those of the pipeline's networks that only prompts need."""
+        return self._components("text_encoder", "text_encoder_2", "text_encoder_3")
+
+    def _components(self, *names: str) -> list[Any]:
+        return [part for part in (getattr(self.pipeline, name, None) for name in names) if part is not None]
 
     @property
     def device(self) -> torch.device:
@@ -103,8 +113,8 @@ class Family(Adapters):
     def tokens(self) -> int:
         return 0
 
-    def encode(self, prompt: str, negative: bool) -> dict[str, Tensor]:
-        """One prompt, or the negative prompt: each tensor without a batch dimension."""
+    def encode(self, prompts: str | list[str], negative: bool) -> dict[str, Tensor]:
+        """What the denoiser is given of the prompts, or of the negative prompt instead: each tensor [B, ...]."""
         raise NotImplementedError
 
     def call(self, network: Any, timestep: Tensor, x: Tensor, prompt: dict[str, Tensor]) -> Tensor:
@@ -142,26 +152,85 @@ class Family(Adapters):
     def guides(self) -> bool:
         return self.guidance_scale != 1.0
 
-    @torch.no_grad()
     def remember(self, prompts: Sequence[str]) -> None:
-        """Encode what the table lacks, one prompt at a time: an embedding must not depend on its neighbours."""
-        for prompt in dict.fromkeys(prompts):
-            if prompt not in self.rows:
-                for name, row in self._encoded(prompt).items():
-                    self.table[name] = torch.cat([self.table[name], row]) if name in self.table else row
-                self.rows[prompt] = len(self.rows)
+        """Encode what the table lacks.
 
-    def _encoded(self, prompt: str, negative: bool = False) -> dict[str, Tensor]:
-        return {
-            name: row[None].to(self.device, self.dtype) for name, row in self.encode(prompt, negative).items()
-        }  # fmt: skip
+        An embedding must not depend on its neighbours, nor on who asked first: the encoders always see `TOGETHER` prompts, the
+        last call being filled up with repeats, so that a prompt has the same bits in every batch (on the CPU).
+        """
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.table.rows]
+        if not new:
+            return
+        self.too_long += self._count_too_long(new)
+        self.table.reserve(len(new))
+        with self.encoding():
+            for start in range(0, len(new), TOGETHER):
+                some = new[start : start + TOGETHER]
+                self.table.add(some, self._encoded(some + some[-1:] * (TOGETHER - len(some))))
+
+    @torch.no_grad()
+    def _encoded(self, prompts: str | list[str], negative: bool = False) -> dict[str, Tensor]:
+        found = self.encode(prompts, negative)
+        return {name: rows.to(self.device, self.dtype) for name, rows in found.items()}
+
+    @contextlib.contextmanager
+    def encoding(self) -> Iterator[None]:
+        """The text encoders on the denoiser's device, and quiet about ends that they cut off; afterwards on the CPU."""
+        from diffusers.utils import logging
+
+        self.put_text_encoders(self.device)
+        before = logging.get_verbosity()
+        logging.set_verbosity_error()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(before)
+            self.put_text_encoders(torch.device("cpu"))
+
+    def put_text_encoders(self, device: torch.device) -> None:
+        for module in self.text_encoders():
+            if next(module.parameters()).device != device:
+                module.to(device)
+
+    def _tokens(self) -> tuple[Any, int]:
+        """The tokenizer of the encoder that sees most of a prompt, and how many tokens those are."""
+        tokenizer = self._components("tokenizer", "tokenizer_2", "tokenizer_3")[-1]
+        parameters = inspect.signature(self.pipeline.encode_prompt).parameters
+        if "max_sequence_length" not in parameters or "CLIP" in type(tokenizer).__name__:
+            return tokenizer, int(tokenizer.model_max_length)
+        return tokenizer, self.max_sequence_length or int(parameters["max_sequence_length"].default)
+
+    def _count_too_long(self, prompts: Sequence[str]) -> int:
+        if not self._components("tokenizer", "tokenizer_2", "tokenizer_3"):
+            return 0
+        tokenizer, most = self._tokens()
+        parts = (
+            list(prompts[i : i + 256]) for i in range(0, len(prompts), 256)
+        )  # its records are larger than the prompts
+        return sum(len(ids) > most for part in parts for ids in tokenizer(part, verbose=False).input_ids)
+
+    def about_prompts(self) -> list[str]:
+        """What a user should know of the prompts, in sentences."""
+        found, table = list(self.notes), self.table
+        if self.too_long:
+            found.append(
+                f"{self.too_long} of {len(table.rows)} prompts are longer than the {self._tokens()[1]} tokens that the text "
+                "encoder sees; their ends are cut off."
+            )
+        if table.on_disk:
+            found.append(
+                f"The embeddings of {len(table.rows)} prompts take {len(table.rows) * table.row_bytes / MIB:.0f} MiB "
+                f"({table.row_bytes / 1024:.0f} KiB each): prompt_memory keeps {table.memory} MiB on {table.device.type}, the "
+                "others are in a temporary file."
+            )
+        return found
 
     def condition(self, prompts: Sequence[str]) -> Condition:
         for prompt in prompts:
             if not isinstance(prompt, str):
                 raise ModelError(f"prompt {prompt!r} is {type(prompt).__name__}; a pipeline's prompts are strings.")
         self.remember(list(prompts))
-        rows = torch.tensor([self.rows[prompt] for prompt in prompts], device=self.device)
+        rows = torch.tensor([self.table.rows[prompt] for prompt in prompts], device=self.device)
         return Condition(list(prompts), rows, [self.metadata.get(p, {}) for p in prompts] if self.metadata else ())
 
     def predict(self, network: nn.Module, t: Tensor, x: Tensor, condition: Condition) -> Tensor:
@@ -187,11 +256,12 @@ class Family(Adapters):
 
     def predict_rows(self, network: nn.Module, t: Tensor, x: Tensor, rows: Tensor, guided: bool = True) -> Tensor:
         timestep, state = self.timestep(t.float()), x.to(self.dtype)
-        prompt = {name: table[rows] for name, table in self.table.items()}
+        prompt = self.table.at(rows)
         guided = guided and self.guides and bool(prompt)
         if guided:
-            with torch.no_grad():
-                self.negative = self.negative or self._encoded("", negative=True)
+            if not self.negative:
+                with self.encoding():
+                    self.negative = self._encoded("", negative=True)
             timestep, state = torch.cat([timestep, timestep]), torch.cat([state, state])
             prompt = {name: torch.cat([self.negative[name].expand_as(p), p]) for name, p in prompt.items()}
         with torch.autocast(x.device.type, self.dtype, enabled=self.autocast), self.attention():
@@ -242,11 +312,11 @@ def _part(size: int, factor: int) -> int:
 class StableDiffusion(Family):
     """Versions 1 and 2: one text encoder."""
 
-    def encode(self, prompt: str, negative: bool) -> dict[str, Tensor]:
+    def encode(self, prompts: str | list[str], negative: bool) -> dict[str, Tensor]:
         text = self.pipeline.encode_prompt(
-            prompt, self.device, 1, negative, negative_prompt=self.negative_prompt or None
+            prompts, self.device, 1, negative, negative_prompt=self.negative_prompt or None
         )
-        return {"text": text[negative][0]}
+        return {"text": text[negative]}
 
     def call(self, network: Any, timestep: Tensor, x: Tensor, prompt: dict[str, Tensor]) -> Tensor:
         return network(x, timestep, encoder_hidden_states=prompt["text"], return_dict=False)[0]
@@ -255,14 +325,14 @@ class StableDiffusion(Family):
 class StableDiffusionXL(Family):
     """Two text encoders, and the picture's size as a condition: that of a picture never cropped nor scaled."""
 
-    def encode(self, prompt: str, negative: bool) -> dict[str, Tensor]:
+    def encode(self, prompts: str | list[str], negative: bool) -> dict[str, Tensor]:
         found = self.pipeline.encode_prompt(
-            prompt,
+            prompts,
             device=self.device,
             do_classifier_free_guidance=negative,
             negative_prompt=self.negative_prompt or None,
         )
-        return {"text": found[negative][0], "pooled": found[2 + negative][0]}
+        return {"text": found[negative], "pooled": found[2 + negative]}
 
     def call(self, network: Any, timestep: Tensor, x: Tensor, prompt: dict[str, Tensor]) -> Tensor:
         size = (self.height, self.width)
@@ -282,13 +352,13 @@ class StableDiffusion3(Family):
     def tokens(self) -> int:
         return math.prod(self.shape[1:]) // self.denoiser.config.patch_size**2
 
-    def encode(self, prompt: str, negative: bool) -> dict[str, Tensor]:
+    def encode(self, prompts: str | list[str], negative: bool) -> dict[str, Tensor]:
         length = {} if self.max_sequence_length is None else {"max_sequence_length": self.max_sequence_length}
         found = self.pipeline.encode_prompt(
-            prompt, None, None, device=self.device, do_classifier_free_guidance=negative,
+            prompts, None, None, device=self.device, do_classifier_free_guidance=negative,
             negative_prompt=self.negative_prompt or None, **length,
         )  # fmt: skip
-        return {"text": found[negative][0], "pooled": found[2 + negative][0]}
+        return {"text": found[negative], "pooled": found[2 + negative]}
 
     def call(self, network: Any, timestep: Tensor, x: Tensor, prompt: dict[str, Tensor]) -> Tensor:
         return network(
@@ -320,10 +390,10 @@ class Flux(Family):
     def guides(self) -> bool:
         return False
 
-    def encode(self, prompt: str, negative: bool) -> dict[str, Tensor]:
+    def encode(self, prompts: str | list[str], negative: bool) -> dict[str, Tensor]:
         length = {} if self.max_sequence_length is None else {"max_sequence_length": self.max_sequence_length}
-        text, pooled, _ = self.pipeline.encode_prompt(prompt, None, device=self.device, **length)
-        return {"text": text[0], "pooled": pooled[0]}
+        text, pooled, _ = self.pipeline.encode_prompt(prompts, None, device=self.device, **length)
+        return {"text": text, "pooled": pooled}
 
     def call(self, network: Any, timestep: Tensor, x: Tensor, prompt: dict[str, Tensor]) -> Tensor:
         batch, channels, high, wide = x.shape
@@ -365,12 +435,12 @@ class Wan(Family):
         wide = patch_width * _part(self.width, factor * patch_width)
         return (self.denoiser.config.in_channels, 1 + (self.frames - 1) // every, high, wide)
 
-    def encode(self, prompt: str, negative: bool) -> dict[str, Tensor]:
+    def encode(self, prompts: str | list[str], negative: bool) -> dict[str, Tensor]:
         text = self.pipeline.encode_prompt(
-            prompt, self.negative_prompt or None, do_classifier_free_guidance=negative,
+            prompts, self.negative_prompt or None, do_classifier_free_guidance=negative,
             max_sequence_length=self.max_sequence_length or 512, device=self.device,
         )  # fmt: skip
-        return {"text": text[negative][0]}
+        return {"text": text[negative]}
 
     def call(self, network: Any, timestep: Tensor, x: Tensor, prompt: dict[str, Tensor]) -> Tensor:
         return network(
@@ -396,7 +466,7 @@ class Unconditional(Family):
         return (self.denoiser.config.in_channels, self.height, self.width)
 
     def remember(self, prompts: Sequence[str]) -> None:
-        self.rows.update(dict.fromkeys(prompts, 0))
+        self.table.rows.update(dict.fromkeys(prompts, 0))
 
     def call(self, network: Any, timestep: Tensor, x: Tensor, prompt: dict[str, Tensor]) -> Tensor:
         return network(x, timestep, return_dict=False)[0]

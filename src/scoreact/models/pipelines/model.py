@@ -74,10 +74,14 @@ class PipelineModel(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PipelineModel:
         """Move the shared networks and the prompts along (`to`, `cuda`)."""
         super()._apply(fn, recurse)
-        for module in self.family.modules():
-            module._apply(fn)
-        for table in (self.family.table, self.family.negative):
-            table.update({name: fn(rows) for name, rows in table.items()})
+        family, encoders = self.family, self.family.text_encoders()
+        for module in family.modules():
+            stays = any(
+                module is encoder for encoder in encoders
+            )  # where it is: it comes when there is a prompt to encode
+            module._apply(lambda p, stays=stays: fn(p).to(p.device) if stays else fn(p))
+        family.table.apply(fn)
+        family.negative = {name: fn(row) for name, row in family.negative.items()}
         return self
 
     # the five members of a ScoreModel
@@ -201,6 +205,7 @@ class PipelineModel(nn.Module):
     def pipeline(self) -> Any:
         """The diffusers pipeline, with these weights in place until another view's are asked for."""
         family = self.family
+        family.put_text_encoders(family.device)  # whoever asks may call it
         self._end.detach()  # the pipeline may outlive this view, and needs its adapter then
         if self.network is not None:
             setattr(family.pipeline, family.component, self.network)
@@ -260,7 +265,7 @@ class PipelineModel(nn.Module):
 
     def notes(self) -> list[str]:
         """What a user should know of the prompts."""
-        return list(self.family.notes)
+        return self.family.about_prompts()
 
     @property
     def formats(self) -> tuple[str, ...]:

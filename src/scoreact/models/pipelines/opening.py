@@ -40,6 +40,7 @@ def pipeline_model(
     rows_per_call: int | None = None,
     vae_slicing: bool = True,
     twice_differentiable: bool = False,
+    prompt_memory: int = 1024,
 ) -> PipelineModel:
     """A diffusers pipeline with weights to train: a LoRA adapter, or all of the denoiser.
 
@@ -60,6 +61,7 @@ def pipeline_model(
             every batch; None: as many as are asked for.
         vae_slicing: decode one picture at a time.
         twice_differentiable: attention with second derivatives, which natural gradients (ctrl_trpo) need.
+        prompt_memory: MiB of prompts' embeddings that stay beside the denoiser; the others wait in a temporary file.
 
     Raises:
         ImportError: diffusers or peft are missing.
@@ -85,7 +87,13 @@ def pipeline_model(
         load_adapter(pipeline, family_class.component, lora)
     adopt = _adopts(pipeline, lora, lora_reference, full, lora_rank, lora_targets)
     family = family_class(
-        pipeline, guidance_scale, negative_prompt, (height, width, frames), max_sequence_length, rows_per_call
+        pipeline,
+        guidance_scale,
+        negative_prompt,
+        (height, width, frames),
+        max_sequence_length,
+        rows_per_call,
+        prompt_memory,
     )
     family.source = str(source) if pipeline is not source else pipeline.config.get("_name_or_path") or None
     family.licence = licence_of(Path(pipeline.config.get("_name_or_path") or family.source or ""))
