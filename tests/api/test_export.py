@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -127,6 +130,45 @@ def test_the_card_and_the_header_say_what_it_is(folder: Path) -> None:
     for text in ("license: openrail++", "Of the base model: openrail++.", "counted from the base model.", "ddim, 2 steps",
                  "the sampler of training", "What the reward does not see", "negative prompt | bad"):  # fmt: skip
         assert text in card, text
+
+
+def test_a_picture_is_the_same_whatever_else_is_drawn(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sampled(name: str, *words: str) -> tuple[list[dict[str, Any]], list[bytes]]:
+        out = tmp_path / name
+        assert cli.main(["sample", str(folder / "run"), *words, "--out", str(out)]) == 0
+        index = json.loads((out / "index.json").read_text())
+        assert [(out / sheet).is_file() for sheet in index["sheets"]] == [True]
+        return index["samples"], [(out / entry["file"]).read_bytes() for entry in index["samples"]]
+
+    (tmp_path / "more.txt").write_text("two birds\ncat\ndog\n")
+    monkeypatch.setattr("scoreact.api.result.AT_ONCE", 4)
+    entries, files = sampled("all", "--prompts", str(tmp_path / "more.txt"), "--count", "3")
+    assert [(e["prompt"], e["seed"]) for e in entries] == [
+        (p, i) for p in ("two birds", "cat", "dog") for i in range(3)
+    ]
+    assert len(set(files)) == 9
+    monkeypatch.setattr("scoreact.api.result.AT_ONCE", 256)
+    own, few = sampled("few", "--count", "2")
+    assert [(e["prompt"], e["seed"]) for e in own] == [("cat", 0), ("cat", 1), ("dog", 0), ("dog", 1)]
+    assert few == [files[3], files[4], files[6], files[7]]
+    one, single = sampled("one", "--prompts", "dog", "--seed", "2", "--count", "1")
+    assert single == [files[8]]
+    assert one[0]["reward"] == pytest.approx(entries[8]["reward"], abs=1e-4)
+    pixels = np.asarray(Image.open(tmp_path / "one" / "00000.png"), dtype=float)
+    assert one[0]["reward"] == pytest.approx(100 * pixels.mean() / 255, abs=0.2), "the reward is brightness"
+    from_python = sa.open_run(folder / "run").sample(["dog"], 1, seed=2)
+    assert np.abs(from_python[0].permute(1, 2, 0).numpy() * 255 - pixels).max() <= 0.5 + 1e-3
+    assert "reward" not in sampled("none", "--prompts", "dog", "--count", "1", "--no-reward")[0][0]
+    (folder / "rewards.py").rename(folder / "good.py")
+    try:
+        (folder / "rewards.py").write_text("def bright(images):\n    raise RuntimeError('the server is gone')\n")
+        capsys.readouterr()
+        assert "reward" not in sampled("broken", "--prompts", "dog", "--count", "1")[0][0]
+        assert "note: the index is without rewards" in capsys.readouterr().err
+    finally:
+        (folder / "good.py").rename(folder / "rewards.py")
 
 
 def test_a_run_in_another_type_is_exported_in_its_sources(

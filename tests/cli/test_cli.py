@@ -28,7 +28,7 @@ from scoreact.evaluation.optimum import estimate_optimum
 from scoreact.report.numbers import elapsed, rounded, share
 from scoreact.report.progress import reference_lines
 from scoreact.runs import session as run
-from scoreact.runs.samples import write_samples
+from scoreact.runs.samples import Drawn, thumbnails, write_samples
 from scoreact.support.settings import fields_of
 from scoreact.training.config import Config, rule_fields
 from scoreact.types import Condition
@@ -606,7 +606,9 @@ def test_samples_never_overwrite_others(say: Callable[..., Said], a_run: Path) -
 
 def test_pictures_become_single_files_and_a_sheet(tmp_path: Path) -> None:
     images: Tensor = rand(6, 1, 28, 28)
-    path, *single, index = write_samples(images, ["a"] * 6, tmp_path / "new", 3, {"seed": 4})
+    path, *single, index = write_samples(
+        [Drawn(images[:4], ["a"] * 4, [7, 8, 9, 10]), Drawn(images[4:], ["b"] * 2)], tmp_path / "new", 3, {"seed": 4}
+    )
     picture = np.asarray(Image.open(path))
     assert picture.shape == (2 * 112 + 2, 3 * 112 + 4), "two rows, four-fold, two pixels between"
     pixels = (images[:, 0] * 255).round().byte().numpy()
@@ -615,14 +617,30 @@ def test_pictures_become_single_files_and_a_sheet(tmp_path: Path) -> None:
     said = json.loads(index.read_text())
     assert said["seed"] == 4
     assert [entry["file"] for entry in said["samples"]] == [p.name for p in single]
-    colour = write_samples(rand(2, 3, 200, 100), ["a"] * 2, tmp_path / "colour", 2, {})[0]
+    assert [(e["number"], e["prompt"], e.get("seed")) for e in said["samples"]] == [
+        (0, "a", 7), (1, "a", 8), (2, "a", 9), (3, "a", 10), (4, "b", None), (5, "b", None),
+    ]  # fmt: skip
+    colour = write_samples([Drawn(rand(2, 3, 200, 100), ["a"] * 2)], tmp_path / "colour", 2, {})[0]
     assert np.asarray(Image.open(colour)).shape == (200, 202, 3)
     with pytest.raises(FileExistsError, match="never overwrite"):
-        write_samples(images, ["a"] * 6, tmp_path / "new", 3, {})
+        write_samples([Drawn(images, ["a"] * 6)], tmp_path / "new", 3, {})
+
+
+def test_many_pictures_have_several_sheets_of_small_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scoreact.runs.samples.ON_A_SHEET", 5)
+    images = rand(9, 1, 512, 512)
+    files = write_samples((Drawn(part, ["a"] * len(part)) for part in images.split(2)), tmp_path / "new", 2, {})
+    assert [path.name for path in files[:3]] == ["sheet.png", "sheet-2.png", "sheet-3.png"]
+    heights = [np.asarray(Image.open(path)).shape[0] for path in files[:3]]
+    assert heights == [2 * 256 + 2, 2 * 256 + 2, 256], "rows of two, half as large: four, four and one"
+    last = np.asarray(Image.open(files[2]))[:256, :256]
+    expected = (images[8, 0].reshape(256, 2, 256, 2).mean((1, 3)) * 255).round()
+    assert np.abs(last - expected.numpy()).max() <= 1
+    assert thumbnails(rand(2, 3, 200, 100)).shape == (2, 3, 200, 100)
 
 
 def test_series_become_an_array_alone(tmp_path: Path) -> None:
-    written = write_samples(rand(3, 2, 7), ["a"] * 3, tmp_path / "s", 3, {})
+    written = write_samples([Drawn(rand(3, 2, 7), ["a"] * 3)], tmp_path / "s", 3, {})
     assert [path.name for path in written] == ["samples.npy", "index.json"]
 
 

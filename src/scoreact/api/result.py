@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from ..report import html
 from ..report.pictures import before_and_after
 from ..report.progress import summary_lines
 from ..runs.record import Record
+from ..runs.samples import Drawn
 from ..sampling.draw import draw
 from ..support.devices import device_of
 from ..support.errors import ModelError, SettingError
@@ -38,7 +40,7 @@ class Sampled:
     problem: Problem
     config: Config
 
-    def draw(
+    def drawn(
         self,
         policy: Policy,
         prompts: Sequence[str] | None,
@@ -50,8 +52,11 @@ class Sampled:
         noise_scale: float = 1.0,
         guidance_scale: float | None = None,
         negative_prompt: str | None = None,
-    ) -> Tensor:
-        """Decoded samples of the policy or its reference, `count` a prompt, in the prompts' order: [B, ...] on the CPU."""
+    ) -> Iterator[Drawn]:
+        """Decoded samples of the policy or its reference, `count` a prompt, in the prompts' order, so many at a time.
+
+        Sample i of a prompt has the seed `seed` + i, and is the same whatever it is drawn with.
+        """
         if isinstance(prompts, str):
             raise SettingError(f"prompts is the text {prompts!r}; give a list of prompts, such as [{prompts!r}].")
         sampler = sampler_by_name(solver or self.config.solver)
@@ -60,15 +65,28 @@ class Sampled:
         with guided(policy, guidance_scale, negative_prompt):
             model.condition(names[::count])  # an unknown prompt is said before any work
             ts, device = self.times(model, steps), device_of(policy.model)
-            noise, parts = noise_level(noise_scale), []
+            noise, seeds = noise_level(noise_scale), [seed + i for i in occurrences(names)]
             for start in range(0, len(names), AT_ONCE):
-                some = names[start : start + AT_ONCE]
-                parts.append(draw(model, some, sampler, ts, seed + start, device, noise)[1].cpu())
-        return torch.cat(parts)
+                some, own = names[start : start + AT_ONCE], seeds[start : start + AT_ONCE]
+                yield Drawn(draw(model, some, sampler, ts, own, device, noise)[1].cpu(), some, own)
+
+    def draw(self, *what: Any, **how: Any) -> Tensor:
+        """All of `drawn` at once: [B, ...] on the CPU."""
+        return torch.cat([part.samples for part in self.drawn(*what, **how)])
 
     def times(self, model: ScoreModel, steps: int | None) -> Tensor:
         """The grid of training, with these steps or its own; a random one is uniform."""
         return self.config.times(model.schedule, steps=steps)
+
+
+def occurrences(names: Sequence[str]) -> list[int]:
+    """How often each name came before."""
+    seen: Counter[str] = Counter()
+    found = []
+    for name in names:
+        found.append(seen[name])
+        seen[name] += 1
+    return found
 
 
 @contextlib.contextmanager
@@ -120,7 +138,8 @@ class Result(Sampled):
 
         Args:
             prompts: Left out: those of training. steps, solver: Left out: those of training.
-            seed: The same seed gives the tuned and the pretrained model (`reference=True`) the same noise.
+            seed: Of the first sample of each prompt; the next has the next one. Sample i of a prompt is the same whatever else
+                is drawn; the same seed gives the tuned and the pretrained model (`reference=True`) the same noise.
             how: noise_scale (of a noisy solver, 1), guidance_scale, negative_prompt, of models that have them.
         """
         return self.draw(self.policy, prompts, count, steps, solver, seed, reference, **how)

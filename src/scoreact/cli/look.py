@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..runs.source import Source, find_recipe, open_source, recipe_options, short_name, source_of_run
 from ..support.errors import SettingError
 from ..support.names import known_name
+from .errors import sentence_of
 from .parser import Parser, assignments, whole
 from .train import write_report
 
 if TYPE_CHECKING:
+    from ..control.policy import Policy
     from ..recipes.base import Problem
+    from ..rewards.base import Reward
+    from ..runs.samples import Drawn
 
 
 # --- looking at runs -------------------------------------------------------------------------------------------------
@@ -46,7 +52,14 @@ def sample_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--guidance-scale", type=float, metavar="FLOAT", help="[default: the model's own]")
     parser.add_argument("--negative-prompt", metavar="TEXT", help="of a pipeline [default: the model's own]")
-    parser.add_argument("--seed", type=whole(0), default=0, metavar="INT", help="same seed, same noise [default 0]")
+    parser.add_argument(
+        "--seed",
+        type=whole(0),
+        default=0,
+        metavar="INT",
+        help="of the first of each prompt, the next has the next [default 0]",
+    )
+    parser.add_argument("--no-reward", action="store_true", help="do not ask the reward for the index")
     parser.add_argument("--reference", action="store_true", help="the pretrained model, on the same noise")
     parser.add_argument("--weights", choices=["final", "best"], default="final", help="of the run [default final]")
     parser.add_argument(
@@ -71,7 +84,7 @@ def sample(options: argparse.Namespace) -> int:
     from ..dynamics.samplers import sampler_by_name
     from ..recipes.prompts import give_metadata, read_prompts
     from ..report.progress import waiting
-    from ..runs.samples import free_folder, write_samples
+    from ..runs.samples import Drawn, free_folder, write_samples
 
     if options.solver is not None:
         sampler_by_name(options.solver)
@@ -90,28 +103,12 @@ def sample(options: argparse.Namespace) -> int:
             for note in prompts.notes:
                 print(f"note: {note}", file=sys.stderr)
     names = [p for p in (run.problem.prompts if named is None else named) for _ in range(options.count)]
-    run.problem.model.condition(names[:: options.count])  # an unknown prompt is said before any work
+    run.problem.model.condition(names[:: options.count])  # an unknown prompt is said before a folder is made
     solver, steps = options.solver or source.config.solver, options.steps or source.config.steps
     kind = "pretrained" if options.reference else weights
-    with waiting("sampling"):
-        if options.steer:
-            kind += f"-{options.steer}-"
-            kind += f"{options.strength:g}" if options.steer in ("value", "interpolate") else f"{options.particles}"
-            steering = run.steering(
-                options.steer, strength=options.strength, particles=options.particles, reference=options.reference,
-                solver=solver, noise_scale=options.noise_level, weights=options.weights,
-            )  # fmt: skip
-            with guided(policy, options.guidance_scale, options.negative_prompt):
-                found = steered(steering, names, run.times(policy, steps), options.seed)
-            decoded = found.samples.cpu()
-        else:
-            decoded = run.sample(
-                named, options.count, steps, solver, options.seed, options.reference, options.weights,
-                noise_scale=options.noise_level, guidance_scale=options.guidance_scale,
-                negative_prompt=options.negative_prompt,
-            )  # fmt: skip
     if options.steer:
-        _say_steered(options.steer, found, steering.value is not None)
+        kind += f"-{options.steer}-"
+        kind += f"{options.strength:g}" if options.steer in ("value", "interpolate") else f"{options.particles}"
     name = f"{kind}-{solver.rpartition(':')[2]}-{steps}-seed{options.seed}"
     parent = source.folder / "samples" if source.folder else Path("samples")
     folder = options.out or free_folder(parent, name)
@@ -121,11 +118,52 @@ def sample(options: argparse.Namespace) -> int:
         "noise_level": options.noise_level, "guidance_scale": options.guidance_scale,
         "negative_prompt": options.negative_prompt,
     }  # fmt: skip
-    files = write_samples(decoded, names, folder, columns, about)
+    with waiting("sampling"):
+        if options.steer:
+            steering = run.steering(
+                options.steer, strength=options.strength, particles=options.particles, reference=options.reference,
+                solver=solver, noise_scale=options.noise_level, weights=options.weights,
+            )  # fmt: skip
+            with guided(policy, options.guidance_scale, options.negative_prompt):
+                found = steered(steering, names, run.times(policy, steps), options.seed)
+            files = write_samples([Drawn(found.samples.cpu(), names, None, found.rewards)], folder, columns, about)
+        else:
+            parts = run.drawn(
+                policy, named, options.count, steps, solver, options.seed, options.reference, options.noise_level,
+                options.guidance_scale, options.negative_prompt,
+            )  # fmt: skip
+            files = write_samples(
+                parts if options.no_reward else _scored(parts, policy, run.problem.reward), folder, columns, about
+            )
+    if options.steer:
+        _say_steered(options.steer, found, steering.value is not None)
     print(f"{len(names)} samples in {folder}: {files[0].name}, {files[-1].name}" + (
         f" and {len(files) - 2} single files" if len(files) > 3 else ""
     ))  # fmt: skip
     return 0
+
+
+def _scored(parts: Iterator[Drawn], policy: Policy, asked: Reward) -> Iterator[Drawn]:
+    """The same with their rewards; without, and with a word, where there is no reward or it fails."""
+    import torch
+
+    from ..rewards.base import NO_REWARD
+    from ..rewards.check import checked
+    from ..support.devices import device_of
+
+    reward = None if asked is NO_REWARD else checked(asked)
+    for part in parts:
+        if reward is not None:
+            try:
+                with torch.no_grad():
+                    rewards = reward(part.samples.to(device_of(policy.model)), policy.condition(part.prompts))
+                part = dataclasses.replace(part, rewards=rewards.cpu())
+            except (ValueError, RuntimeError, OSError, LookupError, TypeError) as error:
+                print(
+                    f"note: the index is without rewards, for the reward failed: {sentence_of(error)}", file=sys.stderr
+                )
+                reward = None
+        yield part
 
 
 def _say_steered(method: str, found: Any, by_value: bool) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -35,6 +35,13 @@ def _rows(t: Tensor, x: Tensor) -> Tensor:
     return t.to(x.device).expand(len(x))
 
 
+def _normal(x: Tensor, generator: torch.Generator | Sequence[torch.Generator]) -> Tensor:
+    """Standard normal numbers as x; with a generator for each sample, a sample's do not depend on its neighbours."""
+    if isinstance(generator, torch.Generator):
+        return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    return torch.stack([torch.randn(x.shape[1:], generator=g, device=x.device, dtype=x.dtype) for g in generator])
+
+
 def _levels(sde: SDE, ts: Tensor) -> tuple[Tensor, Tensor]:
     """alpha and sigma at ts, [N + 1], in float64 on the CPU: as scalars they neither promote nor synchronise x."""
     ts = ts.double().cpu()
@@ -48,8 +55,7 @@ def by_steps(solver: Solver) -> Sampler:
         xs = [x]
         for t0, t1 in itertools.pairwise(ts):
             transition = solver(sde, score, _rows(t0, x), _rows(t1, x), xs[-1])
-            noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-            xs.append(transition.sample(noise))
+            xs.append(transition.sample(_normal(x, generator)))
         return torch.stack(xs)
 
     return sample
@@ -99,7 +105,7 @@ def dpm_solver_pp_2m_sde(sde: SDE, score: ScoreFn, ts: Tensor, x: Tensor, genera
         data = sde.x_data_hat(t0, xs[k], score(t0, xs[k]))
         first_order = k == 0 or (k == len(h) - 1 and last_is_first_order)
         target = data if first_order else data + 0.5 * h[k] / h[k - 1] * (data - previous)
-        noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        noise = _normal(x, generator)
         kept = sigma[k + 1] / sigma[k] * (-eta2[k] * h[k]).exp()
         pulled = -alpha[k + 1] * torch.expm1(-(1 + eta2[k]) * h[k])
         std = sigma[k + 1] * (-torch.expm1(-2 * eta2[k] * h[k])).sqrt()
@@ -214,6 +220,8 @@ SAMPLERS: dict[str, Sampler] = {
     "dpm_solver_pp_2m_sde": dpm_solver_pp_2m_sde,
     "adaptive_ode": adaptive_ode,
 }
+# take a generator for each sample instead of one, and treat every sample as if it were alone; adaptive steps are shared
+BY_SAMPLE = frozenset(sampler for name, sampler in SAMPLERS.items() if name != "adaptive_ode")
 
 
 def sampler_by_name(name: str) -> Sampler:

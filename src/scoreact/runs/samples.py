@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
 from ..support.errors import RunExists
 from ..support.files import write_json
+
+THUMBNAIL = 256  # pixels of a side on a contact sheet, at most
+ON_A_SHEET = 400  # pictures
 
 
 def free_folder(parent: Path, name: str) -> Path:
@@ -24,37 +30,93 @@ def free_folder(parent: Path, name: str) -> Path:
     return folder
 
 
-def write_samples(
-    decoded: Tensor, prompts: Sequence[str], folder: Path, columns: int, about: Mapping[str, Any]
-) -> list[Path]:
-    """Write samples and index.json into a new folder; returns the files.
+@dataclass(frozen=True)
+class Drawn:
+    """Some samples and what each is.
 
-    decoded: [B, ...]. Pictures [B, 1 or 3, H, W] in [0, 1] become a PNG each and a sheet of all; everything else becomes
-    samples.npy, and points and series [B, d] also samples.csv. prompts: B of them. about: what the index says of all of them.
+    samples: [B, ...]; prompts: B of them; seeds: of each, where it has one of its own; rewards: [B], where they were asked for.
+    """
+
+    samples: Tensor
+    prompts: Sequence[str]
+    seeds: Sequence[int] | None = None
+    rewards: Tensor | None = None
+
+    def entries(self, first: int) -> list[dict[str, Any]]:
+        """What the index says of each."""
+        found: list[dict[str, Any]] = [{"number": first + i, "prompt": prompt} for i, prompt in enumerate(self.prompts)]
+        for entry, seed in zip(found, self.seeds or (), strict=False):
+            entry["seed"] = seed
+        for entry, reward in zip(found, [] if self.rewards is None else self.rewards.tolist(), strict=False):
+            entry["reward"] = reward if math.isfinite(reward) else None
+        return found
+
+
+def write_samples(parts: Iterable[Drawn], folder: Path, columns: int, about: Mapping[str, Any]) -> list[Path]:
+    """Write samples and index.json into a new folder as they come; returns the files.
+
+    Pictures [B, 1 or 3, H, W] in [0, 1] become a PNG each, and contact sheets of all; everything else becomes samples.npy, and
+    points and series [B, d] also samples.csv. about: what the index says of all of them.
     Raises RunExists for a folder that holds something.
     """
     if folder.exists() and any(folder.iterdir()):
         raise RunExists(f"{folder} is not empty, and samples never overwrite others; give another --out.")
     folder.mkdir(parents=True, exist_ok=True)
-    array = decoded.detach().cpu().numpy()
-    entries: list[dict[str, Any]] = [{"number": i, "prompt": prompt} for i, prompt in enumerate(prompts)]
-    if array.ndim == 4 and array.shape[1] in (1, 3):
-        written = [folder / "sheet.png", *(folder / f"{i:05d}.png" for i in range(len(array)))]
-        sheet(decoded, columns).save(written[0])
-        for entry, path, picture in zip(entries, written[1:], decoded, strict=True):
-            as_picture(picture).save(path)
-            entry["file"] = path.name
-    else:
-        written = [folder / "samples.npy"]
+    entries: list[dict[str, Any]] = []
+    sheets: list[Path] = []
+    singles: list[Path] = []
+    small: list[Tensor] = []
+    others: list[np.ndarray] = []
+    shape: Sequence[int] = ()
+    on_a_sheet = columns * max(1, ON_A_SHEET // columns)
+    for part in parts:
+        new = part.entries(len(entries))
+        shape = part.samples.shape[1:]
+        if len(shape) == 3 and shape[0] in (1, 3):
+            for entry, picture in zip(new, part.samples, strict=True):
+                singles.append(folder / f"{entry['number']:05d}.png")
+                as_picture(picture).save(singles[-1])
+                entry["file"] = singles[-1].name
+            small.append(thumbnails(part.samples))
+            while sum(map(len, small)) > on_a_sheet:
+                whole = torch.cat(small)
+                sheets.append(_save_sheet(whole[:on_a_sheet], columns, folder, len(sheets)))
+                small = [whole[on_a_sheet:]]
+        else:
+            others.append(part.samples.detach().cpu().numpy())
+        entries += new
+    if small:
+        sheets.append(_save_sheet(torch.cat(small), columns, folder, len(sheets)))
+    written = [*sheets, *singles]
+    if others:
+        written.append(folder / "samples.npy")
+        array = np.concatenate(others)
         np.save(written[0], array)
         if array.ndim == 2:
             written.append(folder / "samples.csv")
             with written[1].open("w", newline="", encoding="utf-8") as file:
                 writer = csv.writer(file)
                 writer.writerow(["prompt", *(f"x{i}" for i in range(array.shape[1]))])
-                writer.writerows([prompt, *row] for prompt, row in zip(prompts, array.tolist(), strict=True))
-    write_json(folder / "index.json", {**about, "shape": list(array.shape), "samples": entries})
+                writer.writerows([entry["prompt"], *row] for entry, row in zip(entries, array.tolist(), strict=True))
+    index = {**about, "shape": [len(entries), *shape], "sheets": [path.name for path in sheets], "samples": entries}
+    write_json(folder / "index.json", index)
     return [*written, folder / "index.json"]
+
+
+def thumbnails(pictures: Tensor) -> Tensor:
+    """[B, C, H, W], no larger than THUMBNAIL."""
+    factor = -(-max(pictures.shape[-2:]) // THUMBNAIL)
+    return (
+        torch.nn.functional.avg_pool2d(pictures.detach().cpu().float(), factor)
+        if factor > 1
+        else pictures.detach().cpu()
+    )
+
+
+def _save_sheet(pictures: Tensor, columns: int, folder: Path, number: int) -> Path:
+    path = folder / (f"sheet-{number + 1}.png" if number else "sheet.png")
+    sheet(pictures, columns).save(path)
+    return path
 
 
 def as_picture(picture: Tensor) -> Image.Image:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..dynamics.samplers import Sampler
+from ..dynamics.samplers import BY_SAMPLE, Sampler
 from ..dynamics.sde import SDE, Noise, noise_level
 from ..models.base import ScoreModel
 
@@ -27,17 +28,28 @@ def draw(
     prompts: Sequence[str],
     sampler: Sampler,
     ts: Tensor,
-    seed: int,
+    seed: int | Sequence[int],
     device: torch.device | None = None,
     noise: Noise | None = None,
 ) -> tuple[Tensor, Tensor]:
     """States [N + 1, B, *D] and decoded samples of one path a prompt. The same seed gives two models the same noise.
 
+    seed: of all, or one for each: a sample is then the same whatever it is drawn with, to rounding.
     noise: of samplers that have any; noise_level(1) by default.
     """
-    generator = torch.Generator(device=device or torch.device("cpu")).manual_seed(seed)
+    if (
+        not isinstance(seed, int) and sampler not in BY_SAMPLE
+    ):  # one of the user's takes a generator, and shares its steps
+        paths = [draw(model, [p], sampler, ts, s, device, noise) for p, s in zip(prompts, seed, strict=True)]
+        return torch.cat([xs for xs, _ in paths], dim=1), torch.cat([decoded for _, decoded in paths])
+    place = device or torch.device("cpu")
+    generators = [torch.Generator(place).manual_seed(s) for s in ([seed] if isinstance(seed, int) else seed)]
     condition = model.condition(prompts)
-    x = model.prior(condition, generator)
+    if isinstance(seed, int):
+        x = model.prior(condition, generators[0])
+    else:
+        x = torch.cat([model.prior(condition[torch.tensor([i])], g) for i, g in enumerate(generators)])
     sde = SDE(model.schedule, noise or noise_level(1.0))
-    xs = sampler(sde, lambda t, state: model.score(t, state, condition), ts.to(x.device), x, generator)
+    source: Any = generators[0] if isinstance(seed, int) else generators
+    xs = sampler(sde, lambda t, state: model.score(t, state, condition), ts.to(x.device), x, source)
     return xs, model.decode(xs[-1])
