@@ -33,7 +33,6 @@ SKIPPED = {
     "docs/howto/reward-server.md": ["needs an environment of its own"],
     "docs/reference/rewards.md": [
         "needs published weights",
-        "needs pytesseract",
         "needs published weights",
     ],
 }

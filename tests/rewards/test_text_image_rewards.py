@@ -20,9 +20,10 @@ from scoreact.cli import main as cli
 from scoreact.dynamics import prediction
 from scoreact.dynamics.schedule import RectifiedFlow
 from scoreact.models.network import NetworkModel
+from scoreact.rewards import ocr as reading
 from scoreact.rewards import published_weights as convert
 from scoreact.rewards import text_image
-from scoreact.rewards import vision_language as reading
+from scoreact.rewards.image import pictures
 from scoreact.training.assembly import check_differentiable
 from scoreact.types import Condition
 
@@ -239,7 +240,7 @@ def clip_processor() -> Any:
 def test_preprocessing_is_the_processors_up_to_its_rounding(shape: tuple[int, int], channels: int) -> None:
     images = smooth(3, *shape, channels)
     processor = clip_processor()
-    expected = processor(reading.pictures(images), return_tensors="pt").pixel_values
+    expected = processor(pictures(images), return_tensors="pt").pixel_values
     found = text_image.preprocess(images, SIDE)
     assert found.shape == (3, 3, SIDE, SIDE)
     # Pillow rounds to 8 bits after each of its two passes; the second one's weights sum to at most 1.25 in size
@@ -292,7 +293,7 @@ def test_cosine_rewards_against_transformers_own_forward(folder: str, clip: Any,
     processor = clip_processor()
     images = smooth(5, SIDE, SIDE)
     inputs = tokenizer(PROMPTS, padding=True, return_tensors="pt")
-    pixels = processor(reading.pictures(images), return_tensors="pt").pixel_values
+    pixels = processor(pictures(images), return_tensors="pt").pixel_values
     pairs = clip(**inputs, pixel_values=pixels).logits_per_image.diagonal()
     scale = clip.logit_scale.exp()
     assert torch.allclose(load("pickscore", folder)(images, CONDITION), pairs, rtol=1e-3, atol=1e-3)
@@ -716,10 +717,10 @@ def test_levenshtein_by_hand(a: str, b: str, distance: int) -> None:
 
 def test_pictures_are_clipped_and_rounded() -> None:
     values = torch.tensor([-0.1, 0.4, 0.6, 254.4, 300.0]) / 255
-    grey = reading.pictures(values.reshape(1, 1, 1, 5))[0]
+    grey = pictures(values.reshape(1, 1, 1, 5))[0]
     assert grey.size == (5, 1)
     assert [grey.getpixel((x, 0)) for x in range(5)] == [(0,) * 3, (0,) * 3, (1,) * 3, (254,) * 3, (255,) * 3]
-    colour = reading.pictures(torch.tensor([0.2, 0.4, 1.0]).reshape(1, 3, 1, 1))[0]
+    colour = pictures(torch.tensor([0.2, 0.4, 1.0]).reshape(1, 3, 1, 1))[0]
     assert colour.getpixel((0, 0)) == (51, 102, 255)
 
 

@@ -22,11 +22,12 @@ from .image import (
     logistic_threshold,
     of_measure,
 )
+from .ocr import OCR, OCRLogProbability, TextRecogniser
 from .onnx import OnnxReward
 from .registry import KNOWN, load
 from .text_image import Aesthetic, CLIPScore, HPSv2, ImageReward, PickScore
 from .user import UserReward, adapt
-from .vision_language import OCR, VQAScore
+from .vision_language import VQAScore
 
 __all__ = [
     "KNOWN",
@@ -40,11 +41,13 @@ __all__ = [
     "ImageReward",
     "Linear",
     "Measure",
+    "OCRLogProbability",
     "OnnxReward",
     "PickScore",
     "Quadratic",
     "Reward",
     "RunningNormaliser",
+    "TextRecogniser",
     "UserReward",
     "VQAScore",
     "WeightedSum",

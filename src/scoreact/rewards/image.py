@@ -49,6 +49,12 @@ def to_bytes(images: Tensor) -> Tensor:
     return (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
 
+def pictures(images: Tensor) -> list[Image.Image]:
+    """[B, 1 or 3, H, W] in [0, 1], clipped and rounded to 8 bits, as B RGB pictures."""
+    check_images(images)
+    return [Image.fromarray(x.permute(1, 2, 0).contiguous().numpy()) for x in to_bytes(images).expand(-1, 3, -1, -1)]
+
+
 def brightness(images: Tensor) -> Tensor:
     """Mean luma in [0, 1]: 0.299 R + 0.587 G + 0.114 B, or the grey value. [B, 1 or 3, H, W] -> [B], differentiable."""
     check_images(images)

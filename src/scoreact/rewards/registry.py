@@ -15,11 +15,12 @@ from ..support.errors import RewardError
 from .base import FunctionReward, Reward, known, name_of
 from .closed_form import Linear, Quadratic
 from .image import brightness, colorfulness, jpeg_compressibility, jpeg_incompressibility, of_measure
+from .ocr import OCR, OCRLogProbability
 from .onnx import OnnxReward
 from .remote.client import find
 from .text_image import Aesthetic, CLIPScore, HPSv2, ImageReward, PickScore
 from .user import adapt, from_spec
-from .vision_language import OCR, VQAScore
+from .vision_language import VQAScore
 
 ONNX = "onnx:"  # before the path of an ONNX file
 
@@ -43,6 +44,7 @@ KNOWN: dict[str, Callable[..., Reward]] = {
     "jpeg_incompressibility": jpeg_incompressibility,
     "linear": Linear,
     "ocr": OCR,
+    "ocr_log_probability": OCRLogProbability,
     "pickscore": PickScore,
     "quadratic": Quadratic,
     "vqa": VQAScore,

@@ -1,14 +1,12 @@
-"""Rewards by models that read: a yes or no of any image-text-to-text model, and how well a wanted text can be read.
+"""A reward by models that read pictures and text: the yes or no of any image-text-to-text model.
 
-Both see pictures rounded to 8 bits, as their users give them, and have no gradient. Sources: Lin et al. 2024, VQAScore,
-arXiv 2404.01291 (t2v_metrics, `clip_t5_model.py`, has the question); Liu et al. 2025, Flow-GRPO, arXiv 2505.05470
-(flow_grpo, `ocr.py`) for the accuracy of a text.
+It sees pictures rounded to 8 bits, as its users give them, and has no gradient. Source: Lin et al. 2024, VQAScore,
+arXiv 2404.01291 (t2v_metrics, `clip_t5_model.py`, has the question).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from PIL import Image
@@ -16,18 +14,11 @@ from torch import Tensor
 
 from ..support.errors import RewardError
 from ..types import Condition
-from .base import name_of, reward_dtype
-from .image import check_images, to_bytes
+from .base import reward_dtype
+from .image import pictures
 from .text_image import dtype_of, in_parts_of, pretrained
-from .user import UserReward, adapt, from_spec
 
 QUESTION = 'Does this figure show "{}"? Please answer yes or no.'
-
-
-def pictures(images: Tensor) -> list[Image.Image]:
-    """[B, 1 or 3, H, W] in [0, 1], clipped and rounded to 8 bits, as B RGB pictures."""
-    check_images(images)
-    return [Image.fromarray(x.permute(1, 2, 0).contiguous().numpy()) for x in to_bytes(images).expand(-1, 3, -1, -1)]
 
 
 class VQAScore:
@@ -98,60 +89,3 @@ class VQAScore:
         content = [{"type": "image"}, {"type": "text", "text": question}]
         turn = [{"role": "user", "content": content}]
         return str(self.processor.apply_chat_template(turn, add_generation_prompt=True))
-
-
-class OCR:
-    """R = 1 - min(distance, n) / n: how well the text that the prompt puts in double quotes can be read. In [0, 1].
-
-    distance: Levenshtein's, of what the reader reads to that text of n letters, both in lower case and without spaces;
-    0 where the text is part of what is read. reader: a function of a list of B RGB PIL pictures -> B strings, or its
-    name 'file.py:function' or 'module:function'. Samples [B, 1 or 3, H, W] in [0, 1] -> [B], float32.
-    Raises ValueError for a prompt without such a text and for a reader that does not return B strings.
-    """
-
-    name = "ocr"
-    differentiable = False
-
-    def __init__(self, reader: str | Callable[[list[Image.Image]], Sequence[str]]) -> None:
-        found = from_spec(reader, {}) if isinstance(reader, str) else adapt(reader, name_of(reader))
-        if not isinstance(found, UserReward):
-            raise RewardError(
-                f"reader {reader!r} is a reward; give a function of a list of pictures that returns strings."
-            )
-        self.reader = found
-
-    def __call__(self, samples: Tensor, condition: Condition) -> Tensor:
-        seen: Any = pictures(samples)  # a reader is found and called as a reward is, but gets PIL pictures
-        read = self.reader.raw(seen, condition)
-        if not isinstance(read, list | tuple) or [type(x) for x in read] != [str] * len(samples):
-            raise RewardError(
-                f"reader {self.reader.name} returned {read!r:.100} for {len(samples)} pictures; give one string each."
-            )
-        scores = [accuracy(text, wanted_text(prompt)) for text, prompt in zip(read, condition.prompts, strict=True)]
-        return torch.tensor(scores, dtype=reward_dtype(samples), device=samples.device)
-
-
-def wanted_text(prompt: str) -> str:
-    """What a prompt puts between its first two double quotes. Raises ValueError if there is nothing."""
-    parts = prompt.split('"')
-    if len(parts) < 3 or not parts[1].strip():
-        raise RewardError(f'prompt {prompt!r} has no text in double quotes; write it as: a sign that says "open".')
-    return parts[1]
-
-
-def accuracy(read: str, target: str) -> float:
-    """1 - min(Levenshtein distance, n) / n of two texts without spaces, in lower case; 1 where the target is in the text."""
-    read, target = read.replace(" ", "").lower(), target.replace(" ", "").lower()
-    if target in read:
-        return 1.0
-    return 1 - min(levenshtein(read, target), len(target)) / len(target)
-
-
-def levenshtein(a: str, b: str) -> int:
-    """The fewest insertions, deletions and replacements of one letter that turn a into b."""
-    row = list(range(len(b) + 1))  # distances of the first letters of a to every beginning of b
-    for i, letter in enumerate(a, 1):
-        above, row = row, [i]
-        for j, other in enumerate(b, 1):
-            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (letter != other)))
-    return row[-1]
