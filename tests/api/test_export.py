@@ -171,6 +171,42 @@ def test_a_picture_is_the_same_whatever_else_is_drawn(
         (folder / "good.py").rename(folder / "rewards.py")
 
 
+def test_how_much_of_the_gain_survives(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["evaluate", str(folder / "run"), "--survey", "--samples", "6"]) == 0
+    said = capsys.readouterr().out
+    run = sa.open_run(folder / "run")
+    kept = json.loads((folder / "run" / "survey.json").read_text())
+    rows = {row["change"]: row for row in kept["rows"]}
+    assert list(rows) == [
+        "as trained", "guidance 1", "guidance 4.5", "twice the steps", "solver ode", "solver dpm_solver_pp_2m",
+    ]  # fmt: skip
+    assert all(name in said for name in rows)
+    # each row is what `evaluate` finds with that sampler and that guidance
+    policy = run.policy()
+    for change, scale, solver, steps in (
+        ("guidance 1", 1.0, "ddim", 2), ("guidance 4.5", 4.5, "ddim", 2), ("twice the steps", 3.0, "ddim", 4),
+        ("solver ode", 3.0, "ode", 2),
+    ):  # fmt: skip
+        policy.model.guidance_scale = scale
+        (found,) = run.evaluate(6, [solver], [steps])["transfer"]
+        for name in ("reward", "reference_reward", "gain", "gain_se"):
+            assert rows[change][name] == pytest.approx(found[name], abs=1e-4), (change, name)
+    policy.model.guidance_scale = 3.0
+    own, other = rows["as trained"], rows["solver ode"]
+    if own["share"] is not None:
+        assert own["share"] == pytest.approx(1)
+        assert own["share_se"] == pytest.approx(0, abs=1e-6)
+        assert other["share"] == pytest.approx(other["gain"] / own["gain"])
+    out = run.export(out=tmp_path / "with")
+    assert "## How much of the gain survives" in (out / "README.md").read_text()
+    assert "twice the steps" in html._survey(run.record, policy)
+    with torch.no_grad():
+        next(policy.model.parameters()).add_(1)
+    assert "of other weights than the final ones" in html._survey(run.record, policy)
+    assert cli.main(["evaluate", str(folder / "run"), "--survey", "--steps", "3"]) == 2
+    assert "--survey has solvers and steps of its own" in capsys.readouterr().err
+
+
 def test_a_run_in_another_type_is_exported_in_its_sources(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

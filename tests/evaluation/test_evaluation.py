@@ -16,7 +16,7 @@ from scoreact.dynamics.grids import uniform, uniform_log_snr
 from scoreact.dynamics.samplers import ode as ode_sampler
 from scoreact.dynamics.sde import SDE, noise_level
 from scoreact.dynamics.solvers import ddim, euler_maruyama
-from scoreact.evaluation.evaluate import TRANSFER, diversity, evaluate, transfer_table
+from scoreact.evaluation.evaluate import TRANSFER, diversity, evaluate, share_of, transfer_table
 from scoreact.evaluation.optimum import estimate_optimum, recovered
 from scoreact.models.gaussian_mixture import GaussianMixture
 from scoreact.recipes.gaussian import build, linear_reward, mixture, quadratic_reward
@@ -218,3 +218,18 @@ def test_step_invariance() -> None:
 def test_rewards_of_the_closed_form_problems_differ_by_seed() -> None:
     x = torch.ones(1, 2)
     assert float(linear_reward(2, 0)(x, empty(1))) != float(linear_reward(2, 1)(x, empty(1)))
+
+
+def test_the_share_of_a_gain_and_its_error() -> None:
+    """The error against the spread over repetitions; no share of a gain that may be none."""
+    generator = torch.Generator().manual_seed(0)
+    shares, errors = [], []
+    for _ in range(400):
+        own = 1 + torch.randn(100, generator=generator)
+        gains = 0.6 * own + 0.5 * torch.randn(100, generator=generator)
+        found = share_of(gains, own)
+        shares.append(found["share"])
+        errors.append(found["share_se"])
+    assert float(torch.tensor(shares).mean()) == pytest.approx(0.6, abs=4 * 0.05 / 20)
+    assert float(torch.tensor(shares).std()) == pytest.approx(sum(errors) / 400, rel=0.15)
+    assert math.isnan(share_of(gains, own - own.mean())["share"])

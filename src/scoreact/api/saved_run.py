@@ -16,11 +16,13 @@ from ..control.policy import Policy
 from ..dynamics.samplers import SAMPLERS, sampler_by_name
 from ..dynamics.sde import SDE, noise_level
 from ..dynamics.solvers import SOLVERS
-from ..evaluation.evaluate import evaluate, transfer_table
+from ..evaluation.evaluate import evaluate, gain_of, paired_rewards, share_of, transfer_table
 from ..evaluation.optimum import recovered
-from ..models.weights import load_weights, reference_digest_of, write_back
+from ..models.base import HasGuidance
+from ..models.weights import digest_of, load_weights, reference_digest_of, write_back
 from ..recipes.base import Problem
 from ..report import html
+from ..report.card import evaluation_of
 from ..rewards.check import checked
 from ..runs.checkpoint import load_checkpoint, read_run
 from ..runs.record import Record, read_record
@@ -33,15 +35,16 @@ from ..runs.source import (
     tuned_weights,
     weights_file,
 )
+from ..sampling.draw import balanced
 from ..sampling.particles import Steered
 from ..sampling.steering import Steering
 from ..support.devices import choose_device, device_of
 from ..support.errors import RunError, SettingError
-from ..support.files import Line, read_lines, write_json
+from ..support.files import Line, finite, read_lines, write_json
 from ..training.config import Config, updated
 from ..types import Metrics
 from .export import export
-from .result import AT_ONCE, Result, Sampled, plotted
+from .result import AT_ONCE, Result, Sampled, guided, plotted
 from .start import problem_of, train_problem
 
 
@@ -210,6 +213,46 @@ class SavedRun(Sampled):
             "transfer": table,
         }  # fmt: skip
         write_json(self.folder / "evaluation.json", found)
+        return found
+
+    def survey(self, samples: int | None = None, seed: int = 1, weights: str = "final") -> dict[str, Any]:
+        """How much of the gain in reward survives other guidance, more steps and other solvers; kept in survey.json.
+
+        One thing is changed at a time: guidance 1 and 1.5 times its own (where there is guidance), twice the steps, `ode`,
+        `dpm_solver_pp_2m`. The same prompts and noise in every row, for the tuned and the pretrained model.
+
+        Args:
+            samples: a row; heldout_samples by default. seed: of the noise. weights: final or best.
+
+        Returns:
+            {"weights", "iteration", "samples", "seed", "digest", "rows"}; a row: what is changed, solver, steps,
+            guidance_scale, reward, reference_reward, gain and share (of the first row's gain), each with its standard error.
+        """
+        policy, c, model = self.policy(weights), self.config, self.policy(weights).model
+        reward, device, count = checked(self.problem.reward), device_of(model), samples or c.heldout_samples
+        names = balanced(self.problem.prompts, count, torch.Generator().manual_seed(seed))
+        scale = model.guidance_scale if isinstance(model, HasGuidance) else None
+        plans: list[tuple[str, str, int, float | None]] = [("as trained", c.solver, c.steps, scale)]
+        if scale not in (None, 1.0):
+            plans += [(f"guidance {g:g}", c.solver, c.steps, g) for g in (1.0, 1.5 * scale)]
+        plans += [("twice the steps", c.solver, 2 * c.steps, scale)]
+        plans += [(f"solver {s}", s, c.steps, scale) for s in ("ode", "dpm_solver_pp_2m") if s != c.solver]
+        rows: list[dict[str, Any]] = []
+        own: Tensor | None = None
+        for change, solver, steps, guidance in plans:
+            with guided(policy, guidance, None):
+                tuned, before = paired_rewards(
+                    policy, reward, names, solver, steps, seed, c.grid, device, c.sde(model.schedule).noise
+                )
+            own = tuned - before if own is None else own
+            about = {"change": change, "solver": solver, "steps": steps, "guidance_scale": guidance}
+            rows.append({**about, **gain_of(tuned, before), **share_of(tuned - before, own)})
+        which = weights_file(self.folder, weights)[1]
+        found = {
+            "weights": which, "iteration": evaluation_of(self.record, which).get("iteration"), "samples": count, "seed": seed,
+            "digest": digest_of(model) if isinstance(model, nn.Module) else "", "rows": rows,
+        }  # fmt: skip
+        write_json(self.folder / "survey.json", finite(found))
         return found
 
     def steering(

@@ -182,15 +182,17 @@ def _say_steered(method: str, found: Any, by_value: bool) -> None:
 def evaluate_arguments(parser: Parser) -> None:
     parser.add_argument("run", metavar="RUN_DIR", type=Path)
     parser.add_argument("--samples", type=whole(2), metavar="INT", help="samples a row [default heldout_samples]")
-    parser.add_argument(
-        "--steps", type=whole(1), nargs="+", default=[5, 10, 20, 50], metavar="INT", help="[default 5 10 20 50]"
-    )
+    parser.add_argument("--steps", type=whole(1), nargs="+", metavar="INT", help="[default 5 10 20 50]")
     parser.add_argument(
         "--solver",
         nargs="+",
-        default=["ddim", "ode", "dpm_solver_pp_2m"],
         metavar="NAME",
         help="[default ddim ode dpm_solver_pp_2m]",
+    )
+    parser.add_argument(
+        "--survey",
+        action="store_true",
+        help="instead: how much of the gain survives other guidance, steps and solvers; the report then shows it",
     )
     parser.add_argument("--seed", type=whole(0), default=1, metavar="INT", help="of the noise [default 1]")
     parser.add_argument("--weights", choices=["final", "best"], default="final", help="of the run [default final]")
@@ -199,15 +201,25 @@ def evaluate_arguments(parser: Parser) -> None:
 def evaluate(options: argparse.Namespace) -> int:
     from ..api.saved_run import SavedRun
     from ..dynamics.samplers import sampler_by_name
-    from ..report.numbers import rounded, side_by_side
+    from ..report.numbers import rounded, side_by_side, survey_cells
     from ..report.progress import waiting
 
-    for name in options.solver:
+    if options.survey and (options.solver or options.steps):
+        raise SettingError("--survey has solvers and steps of its own; leave out --solver and --steps, or --survey.")
+    solvers, steps = options.solver or ["ddim", "ode", "dpm_solver_pp_2m"], options.steps or [5, 10, 20, 50]
+    for name in solvers:
         sampler_by_name(name)
     run = SavedRun(source_of_run(options.run))
     run.policy(options.weights)
+    if options.survey:
+        with waiting("survey"):
+            found = run.survey(options.samples, options.seed, options.weights)
+        print(f"{found['weights']} weights, {found['samples']} samples a row, same prompts and noise in all:\n")
+        print("\n".join(side_by_side(*survey_cells(found["rows"]))))
+        print(f"\n{options.run / 'survey.json'}; `scoreact report {options.run}` shows it")
+        return 0
     with waiting("evaluation"):
-        found = run.evaluate(options.samples, options.solver, options.steps, options.seed, options.weights)
+        found = run.evaluate(options.samples, solvers, steps, options.seed, options.weights)
     c, heldout = run.config, found["heldout"]
     print(f"{found['weights']} weights, {found['samples']} samples, as trained ({c.solver}, {c.steps} steps):")
     for name, value in heldout.items():

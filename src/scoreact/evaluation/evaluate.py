@@ -98,21 +98,53 @@ def transfer_table(
     Rows: solver, steps, reward, reward_se, reference_reward, reference_reward_se, gain, gain_se; the gain's error is
     that of the paired differences, which the shared noise makes smaller.
     """
-    generator = torch.Generator().manual_seed(seed)
-    names = balanced(prompts, samples, generator)
-    parts = [names[i : i + SAMPLES_AT_ONCE] for i in range(0, samples, SAMPLES_AT_ONCE)]
+    names = balanced(prompts, samples, torch.Generator().manual_seed(seed))
     table: list[dict[str, float | str]] = []
     for solver, steps in rows:
-        row: dict[str, float | str] = {"solver": solver, "steps": steps}
-        ts = grid_times(grid, policy.model.schedule, steps)
-        found = {}
-        for prefix, model in (("", policy), ("reference_", policy.reference)):
-            rewards = []
-            for number, part in enumerate(parts):
-                _, decoded = draw(model, part, sampler_by_name(solver), ts, seed + number, device, noise)
-                rewards.append(reward(decoded, model.condition(part)).cpu())
-            found[prefix] = torch.cat(rewards)
-            row[f"{prefix}reward"], row[f"{prefix}reward_se"] = mean_and_error(found[prefix])
-        row["gain"], row["gain_se"] = mean_and_error(found[""] - found["reference_"])
-        table.append(row)
+        tuned, before = paired_rewards(policy, reward, names, solver, steps, seed, grid, device, noise)
+        table.append({"solver": solver, "steps": steps, **gain_of(tuned, before)})
     return table
+
+
+def paired_rewards(
+    policy: Policy,
+    reward: Reward,
+    names: Sequence[str],
+    solver: str,
+    steps: int,
+    seed: int,
+    grid: str = "uniform",
+    device: torch.device | None = None,
+    noise: Noise | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Rewards [B] of the tuned and of the reference model, of a sample a name, from the same noise."""
+    ts = grid_times(grid, policy.model.schedule, steps)
+    found = []
+    for model in (policy, policy.reference):
+        rewards = []
+        for number, start in enumerate(range(0, len(names), SAMPLES_AT_ONCE)):
+            part = names[start : start + SAMPLES_AT_ONCE]
+            _, decoded = draw(model, part, sampler_by_name(solver), ts, seed + number, device, noise)
+            rewards.append(reward(decoded, model.condition(part)).cpu())
+        found.append(torch.cat(rewards))
+    return found[0], found[1]
+
+
+def gain_of(tuned: Tensor, before: Tensor) -> dict[str, float]:
+    """Means and their standard errors of paired rewards [B], and of their difference."""
+    row: dict[str, float] = {}
+    for name, values in (("reward", tuned), ("reference_reward", before), ("gain", tuned - before)):
+        row[name], row[f"{name}_se"] = mean_and_error(values)
+    return row
+
+
+def share_of(gains: Tensor, own: Tensor) -> dict[str, float]:
+    """mean(gains) / mean(own) of paired gains [B] and its standard error, by linearisation.
+
+    NaN where the own gain is within 1.96 standard errors of zero: a share of nothing.
+    """
+    whole, error = mean_and_error(own)
+    if not abs(whole) > 1.96 * error:
+        return {"share": math.nan, "share_se": math.nan}
+    share = float(gains.mean()) / whole
+    return {"share": share, "share_se": mean_and_error(gains - share * own)[1] / abs(whole)}

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..runs.record import Record, Row, value
-from .numbers import number
+from ..runs.record import Record, Row, read_json, value
+from .numbers import number, survey_cells
 from .words import before_training, warnings, what_happened
 
 KINDS = {
@@ -66,6 +66,7 @@ def model_card(run: Record, facts: Mapping[str, Any], form: str, weights: str, f
         f"{kind}: {base} fine-tuned to the reward `{reward}` by [scoreact](https://arxiv.org/abs/2502.01819) {__version__}. "
         f"These are the {weights} weights of the run.",
         "## Before and after\n\n" + _outcome(run, facts, weights),
+        _survey(run, weights),
         "## How to load it\n\n```python\n" + _lines(run, facts, form, folder) + "\n```",
         "## How it was made\n\n" + _settings(run, facts),
         "## Limits\n\n" + "\n".join(f"- {text}" for text in _limits(run, facts, form)),
@@ -106,6 +107,14 @@ def _outcome(run: Record, facts: Mapping[str, Any], weights: str) -> str:
         f"{facts.get('reference', 'the pretrained model')}."
     )
     return _table(("", "before", "after"), rows) + "\n\n" + note
+
+
+def _survey(run: Record, weights: str) -> str:
+    kept = read_json(run.path / "survey.json", [])
+    if kept.get("weights") != weights or kept.get("iteration") != evaluation_of(run, weights).get("iteration"):
+        return ""
+    note = f"{kept['samples']} samples a row, the same prompts and noise in all; one thing is changed at a time."
+    return "## How much of the gain survives\n\n" + _table(*survey_cells(kept["rows"])) + "\n\n" + note
 
 
 def _interval(mean: float, error: float = math.nan) -> str:
@@ -155,7 +164,7 @@ def _limits(run: Record, facts: Mapping[str, Any], form: str) -> list[str]:
     c = run.config
     found = [*warnings(run), *what_happened(run)]
     found.append(
-        f"The numbers above are of the sampler of training ({c.get('solver')}, {c.get('steps')} steps). "
+        f"Before and after are of the sampler of training ({c.get('solver')}, {c.get('steps')} steps). "
         "With other guidance, samplers and steps the gain is another."
     )
     found.append("More reward is what was trained for. What the reward does not see may have changed with it.")

@@ -27,7 +27,7 @@ from torch import nn
 
 from ..control.policy import Policy
 from ..evaluation.evaluate import TRANSFER, transfer_table
-from ..models.weights import load_weights
+from ..models.weights import digest_of, load_weights
 from ..recipes.base import Problem
 from ..runs.record import Record, Row, read_json, read_record, value
 from ..runs.source import weights_file
@@ -38,7 +38,7 @@ from ..support.settings import fields_of
 from ..training.config import RECORDS, setting_groups
 from . import figures
 from .figures import CURVES, Curve
-from .numbers import aligned, duration, number
+from .numbers import aligned, duration, number, survey_cells
 from .pictures import before_and_after
 from .words import before_training, headline, warnings, what_happened
 
@@ -178,6 +178,24 @@ def _transfer(run: Record, problem: Problem, policy: Policy) -> str:
     return f'<p class="soft">{html.escape(text)}</p>{table_text}'
 
 
+def _survey(run: Record, policy: Policy | None) -> str:
+    """What `scoreact evaluate --survey` found, where it was asked."""
+    kept = read_json(run.path / "survey.json", [])
+    if not kept.get("rows"):
+        return ""
+    title = "<h2>How much of the gain survives</h2>"
+    if policy is not None and isinstance(policy.model, nn.Module) and kept.get("digest") != digest_of(policy.model):
+        return title + _note(
+            "survey.json is of other weights than the final ones; `scoreact evaluate --survey` makes it anew."
+        )
+    header, cells = survey_cells(kept["rows"])
+    text = (
+        f"{kept['samples']} samples a row, the same prompts and noise in all; ± is half of a 95 % interval. One thing is "
+        "changed at a time from the sampler of training."
+    )
+    return f'{title}<p class="soft">{html.escape(text)}</p>{_table(header, cells, range(1, 5))}'
+
+
 def _judged(run: Record) -> str:
     """What the reward does not know, at the first and the last evaluation; nothing for a problem without a judge."""
     rows = [run.evaluations[0], run.evaluations[-1]] if len(run.evaluations) > 1 else run.evaluations
@@ -279,6 +297,7 @@ def write(run: Path, problem: Problem, policy: Policy | None = None) -> Path:
         f"<h2>Before and after</h2>{samples}",
         f'<h2>Training</h2><div class="plots">{curves}</div>',
         f"<h2>Other step counts and solvers</h2>{transfer}",
+        _piece("Survey", _survey, found, policy),
         _piece("Judge", _judged, found),
         f"<h2>How to repeat it</h2>{_piece('Origin', _origin, found)}{_piece('Settings', _configuration, found)}",
     ]

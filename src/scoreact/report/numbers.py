@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 def number(x: object) -> str:
@@ -53,6 +54,20 @@ def elapsed(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def survey_cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of a survey: what is changed, rewards, gain and its share, with halves of 95 % intervals."""
+
+    def cell(row: Mapping[str, Any], name: str, scale: float = 1.0) -> str:
+        value, error = row.get(name), row.get(f"{name}_se")
+        if value is None or error is None or math.isnan(value):
+            return "-"
+        return f"{number(scale * value)} ± {number(scale * 1.96 * error)}"
+
+    names = ("reference_reward", "reward", "gain")
+    cells = [[str(row["change"]), *(cell(row, name) for name in names), cell(row, "share", 100)] for row in rows]
+    return ["changed", "before", "after", "gain", "% of the gain"], cells
 
 
 def side_by_side(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
