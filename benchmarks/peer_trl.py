@@ -1,4 +1,4 @@
-"""One run of TRL 0.23.1's DDPOTrainer or AlignPropTrainer on a folder of `shapes.py pretrain`; prints one JSON line.
+"""One run of TRL 0.23.1's DDPOTrainer or AlignPropTrainer on a folder of `text_to_image.py`; prints one JSON line.
 
 Runs in an environment of its own (TRL dropped both trainers in 0.24):
     python -m venv peer && peer/bin/pip install torch==2.13.0
@@ -23,7 +23,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 from accelerate import PartialState
-from shapes import CAPTIONS, reward
+from text_to_image import captions_of, reward
 from trl import AlignPropConfig, AlignPropTrainer, DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
 
 
@@ -36,7 +36,7 @@ def main(run: dict[str, Any]) -> dict[str, Any]:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     PartialState(cpu=True)  # the pipeline logs before the trainer's Accelerator exists, and raises otherwise
-    score = functools.partial(reward, folder=run["folder"])
+    score, known = functools.partial(reward, folder=run["folder"]), captions_of(run["folder"])
     rewards: list[float] = []
     cpu: list[float] = []
 
@@ -66,13 +66,13 @@ def main(run: dict[str, Any]) -> dict[str, Any]:
         )  # fmt: skip
     random.seed(run["seed"])
     pipeline = DefaultDDPOStableDiffusionPipeline(run["folder"], use_lora=True)
-    trainer = kind(config, scored, lambda: (random.choice(CAPTIONS), {}), pipeline)
+    trainer = kind(config, scored, lambda: (random.choice(known), {}), pipeline)
     trainer.sd_pipeline.set_progress_bar_config(disable=True)
 
     @torch.no_grad()
     def heldout() -> float:
         """Mean reward of pictures from noise that no training sees, drawn as training draws them."""
-        captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(run["heldout"])]
+        captions = [known[i % len(known)] for i in range(run["heldout"])]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(20_000_003)
             images = trainer.sd_pipeline(

@@ -3,34 +3,22 @@
     python benchmarks/shapes.py pretrain shapes       # minutes on one CPU thread; writes a diffusers folder
     python benchmarks/shapes.py train shapes --picture docs/results/shapes.png
 
-The folder is an ordinary `StableDiffusionPipeline` (UNet, AutoencoderKL, CLIP text encoder) of 32x32 pictures, made from
-configs and trained here on drawings with captions such as "a red circle". Like captions of the web, those of the training
-set lie: WRONG of them name another colour or shape. So the pretrained model draws well and listens badly, and what it
-should become is known: p(picture | a caption that is true). The reward is log p(caption | picture) of a small classifier;
-alignment is measured by a second one of another architecture and seed, which no training sees.
-
-Imports nothing of scoreact at its top: `peer_trl.py` loads the reward in an environment without it.
+Captions such as "a red circle"; those of the training set name another colour or shape in WRONG of the cases.
+`text_to_image.py` says what the folder is and how it is made. Imports nothing of scoreact at its top.
 """
 
 from __future__ import annotations
 
-import argparse
-import functools
-import json
-import math
-import os
-import time
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-import yaml
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))  # a reward's file is run without its folder on the path
+from text_to_image import Task, main, other_class
+from text_to_image import reward as log_probability
 
 SIDE = 32
 COLOURS = {
@@ -40,9 +28,6 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle")
 CAPTIONS = [f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES]  # a caption's place is its class
 WRONG = 0.4  # share of the training captions that name another colour, another shape, or both
-
-
-# --- pictures --------------------------------------------------------------------------------------------------------
 
 
 def draw(classes: Tensor, generator: torch.Generator) -> Tensor:
@@ -69,320 +54,24 @@ def draw(classes: Tensor, generator: torch.Generator) -> Tensor:
 
 def lying_captions(classes: Tensor, generator: torch.Generator) -> Tensor:
     """The captions' classes [B] that a careless hand wrote beside drawings of `classes`."""
-    lies = torch.rand(len(classes), generator=generator) < WRONG
-    other = torch.randint(1, len(CAPTIONS), (len(classes),), generator=generator)
-    return torch.where(lies, (classes + other) % len(CAPTIONS), classes)
-
-
-# --- the classifiers: one rewards, the other judges ------------------------------------------------------------------
-
-
-def _classifier(widths: Sequence[int], kernel: int, activation: type[nn.Module]) -> nn.Sequential:
-    """log p(class | picture), [B, 3, 32, 32] in [0, 1] -> [B, 24]."""
-    layers: list[nn.Module] = []
-    for before, after in zip((3, *widths), widths, strict=False):
-        layers += [nn.Conv2d(before, after, kernel, stride=2, padding=kernel // 2), activation()]
-    features = widths[-1] * (SIDE >> len(widths)) ** 2
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, len(CAPTIONS)), nn.LogSoftmax(1))
-
-
-def rewarding() -> nn.Sequential:
-    return _classifier((24, 48), 5, nn.SiLU)
-
-
-def judging() -> nn.Sequential:
-    return _classifier((16, 32, 64), 3, nn.ReLU)
-
-
-def train_classifier(classifier: nn.Module, seed: int, steps: int) -> float:
-    """On noisy, dimmed, blurred drawings; returns its accuracy on clean ones it has not seen."""
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(classifier.parameters(), 2e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
-    for _ in range(steps):
-        classes = torch.randint(len(CAPTIONS), (128,), generator=generator)
-        pictures = draw(classes, generator)
-        blurred = F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, 1)
-        pictures = torch.lerp(pictures, blurred, torch.rand(128, 1, 1, 1, generator=generator))
-        noise = torch.randn(pictures.shape, generator=generator)
-        pictures = (pictures + 0.15 * torch.rand(128, 1, 1, 1, generator=generator) * noise).clamp(0, 1)
-        # smoothing bounds the reward: 0.1 spread over the classes is log p of about -5.5 at the least
-        loss = F.cross_entropy(classifier(pictures), classes, label_smoothing=0.1)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    with torch.no_grad():
-        classes = torch.arange(len(CAPTIONS)).repeat(40)
-        return float((classifier(draw(classes, generator)).argmax(1) == classes).float().mean())
-
-
-@functools.cache
-def load_classifier(path: str) -> nn.Sequential:
-    classifier = judging() if Path(path).stem == "judge" else rewarding()
-    classifier.load_state_dict(load_file(path))
-    return classifier.eval().requires_grad_(False)
+    return other_class(classes, len(CAPTIONS), WRONG, generator)
 
 
 def reward(images: Tensor, prompts: Sequence[str], folder: str = "shapes") -> Tensor:
     """log p(caption | picture) of the folder's classifier: [B, 3, 32, 32] in [0, 1] and captions -> [B], nats."""
-    classes = torch.tensor([CAPTIONS.index(prompt) for prompt in prompts])
-    return load_classifier(f"{folder}/reward.safetensors")(images).gather(1, classes[:, None]).squeeze(1)
+    return log_probability(images, prompts, folder)
 
 
 reward.differentiable = True  # type: ignore[attr-defined]
 
-
-def aligned(images: Tensor, prompts: Sequence[str], folder: str) -> dict[str, Tensor]:
-    """Whether the held-out judge sees what the caption says: booleans [B] for both, colour, shape."""
-    classes = torch.tensor([CAPTIONS.index(prompt) for prompt in prompts])
-    with torch.no_grad():
-        found = load_classifier(f"{folder}/judge.safetensors")(images).argmax(1)
-    n = len(SHAPES)
-    return {"both": found == classes, "colour": found // n == classes // n, "shape": found % n == classes % n}
-
-
-# --- the pipeline ----------------------------------------------------------------------------------------------------
-
-
-def tokenizer(folder: Path) -> Any:
-    """CLIP's, with one token a word of the captions."""
-    from transformers import CLIPTokenizer
-
-    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    merges: dict[str, str] = {}  # pair -> what it becomes
-    for word in sorted({word for caption in CAPTIONS for word in caption.split()}):
-        parts = [*word[:-1], f"{word[-1]}</w>"]
-        while len(parts) > 1:
-            merges[f"{parts[0]} {parts[1]}"] = parts[0] + parts[1]
-            parts[:2] = [parts[0] + parts[1]]
-    tokens = [*letters, *(f"{c}</w>" for c in letters), *merges.values(), "<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
-    return CLIPTokenizer.from_pretrained(str(folder), model_max_length=8)
-
-
-def untrained(folder: Path) -> Any:
-    """The pipeline with random weights."""
-    import diffusers
-    import transformers
-
-    words = tokenizer(folder / "tokenizer")
-    text = transformers.CLIPTextModel(
-        transformers.CLIPTextConfig(
-            vocab_size=len(words), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-            max_position_embeddings=8, projection_dim=64, bos_token_id=words.bos_token_id,
-            eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id,
-        )
-    )  # fmt: skip
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(16, 32, 32), latent_channels=4, norm_num_groups=8, sample_size=SIDE, layers_per_block=1,
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-    )  # fmt: skip
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=SIDE // 4, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
-        attention_head_dim=2, cross_attention_dim=64, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
-    scheduler = diffusers.DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
-        steps_offset=1,
-    )  # fmt: skip
-    return diffusers.StableDiffusionPipeline(
-        vae=vae, text_encoder=text, tokenizer=words, unet=unet, scheduler=scheduler, safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-
-
-def train_vae(vae: Any, steps: int) -> float:
-    """Reconstruction with a trace of KL; sets the scale that gives latents unit variance. Returns the mean absolute error."""
-    generator = torch.Generator().manual_seed(1)
-    optimizer = torch.optim.AdamW(vae.parameters(), 2e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    error = torch.zeros(())
-    for _ in range(steps):
-        pictures = draw(torch.randint(len(CAPTIONS), (32,), generator=generator), generator) * 2 - 1
-        posterior = vae.encode(pictures).latent_dist
-        again = vae.decode(posterior.sample(generator=generator)).sample
-        error = (again - pictures).abs().mean()
-        loss = error + (again - pictures).square().mean() + 1e-4 * posterior.kl().mean() / 16
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    with torch.no_grad():
-        pictures = draw(torch.randint(len(CAPTIONS), (512,), generator=generator), generator) * 2 - 1
-        vae.register_to_config(scaling_factor=1 / float(vae.encode(pictures).latent_dist.mean.std()))
-    return float(error.detach()) / 2
-
-
-def train_denoiser(pipeline: Any, steps: int, rate: float = 2e-3) -> float:
-    """UNet and text encoder on noised latents of drawings, captions dropped at 10 %. Returns the last losses' mean."""
-    generator = torch.Generator().manual_seed(2)
-    text, unet, vae, alphas = pipeline.text_encoder, pipeline.unet, pipeline.vae, pipeline.scheduler.alphas_cumprod
-    ids = pipeline.tokenizer([*CAPTIONS, ""], padding="max_length", return_tensors="pt").input_ids
-    parameters = [*unet.parameters(), *text.parameters()]
-    optimizer = torch.optim.AdamW(parameters, rate, weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
-    with torch.no_grad():
-        drawn = torch.randint(len(CAPTIONS), (8192,), generator=generator)
-        encoded = [vae.encode(draw(part, generator) * 2 - 1).latent_dist.mean for part in drawn.split(256)]
-        latents = torch.cat(encoded) * vae.config.scaling_factor
-        captions = lying_captions(drawn, generator)
-    losses = []
-    for _ in range(steps):
-        rows = torch.randint(len(latents), (64,), generator=generator)
-        caption = torch.where(torch.rand(64, generator=generator) < 0.1, len(CAPTIONS), captions[rows])
-        timestep = torch.randint(len(alphas), (64,), generator=generator)
-        alpha = alphas[timestep].reshape(-1, 1, 1, 1)
-        noise = torch.randn(latents[rows].shape, generator=generator)
-        noisy = alpha.sqrt() * latents[rows] + (1 - alpha).sqrt() * noise
-        predicted = unet(noisy, timestep, encoder_hidden_states=text(ids)[0][caption]).sample
-        loss = (predicted - noise).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(float(loss.detach()))
-    return sum(losses[-200:]) / len(losses[-200:])
-
-
-def for_older_transformers(folder: Path) -> None:
-    """Write tokenizer and text encoder as every version of transformers reads them.
-
-    Version 5 leaves the prefix `text_model.` away, and version 4 then draws such weights at random, with a warning only.
-    """
-    tokenizer(folder / "tokenizer")
-    path = str(folder / "text_encoder" / "model.safetensors")
-    weights = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(path).items()}
-    save_file(weights, path, metadata={"format": "pt"})
-
-
-def pretrain(folder: Path, vae_steps: int, denoiser_steps: int, classifier_steps: int) -> None:
-    """Everything that the folder holds, from seeds."""
-    begin = time.process_time()
-
-    def say(text: str) -> None:
-        print(f"{time.process_time() - begin:5.0f} s  {text}", flush=True)
-
-    torch.manual_seed(0)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "captions.txt").write_text("\n".join(CAPTIONS) + "\n")
-    for name, classifier, seed in (("reward", rewarding(), 10), ("judge", judging(), 20)):
-        accuracy = train_classifier(classifier, seed, classifier_steps)
-        save_file(classifier.state_dict(), str(folder / f"{name}.safetensors"))
-        say(f"{name}: accuracy {accuracy:.3f} on new drawings")
-    pipeline = untrained(folder)
-    say(f"VAE: mean absolute error {train_vae(pipeline.vae, vae_steps):.3f} of a pixel in [0, 1]")
-    pipeline.vae.requires_grad_(False)
-    say(f"denoiser: loss {train_denoiser(pipeline, denoiser_steps):.3f}")
-    pipeline.save_pretrained(str(folder))
-    for_older_transformers(folder)
-
-
-# --- reinforcement learning ------------------------------------------------------------------------------------------
-
-GUIDANCE = 2.0  # of every picture here: weak, and the same before and after
-
-
-def look(model: Any, folder: Path, each: int, steps: int, seed: int = 0) -> tuple[dict[str, Any], Tensor]:
-    """`each` samples a caption by `steps` steps of DDIM with noise: shares with 95 % intervals, and the pictures."""
-    from scoreact.dynamics.grids import GRIDS
-    from scoreact.dynamics.samplers import sampler_by_name
-    from scoreact.sampling.draw import draw as sample
-
-    prompts = [caption for caption in CAPTIONS for _ in range(each)]
-    ts = GRIDS["uniform"](model.schedule, steps, None)
-    parts = [prompts[start : start + 240] for start in range(0, len(prompts), 240)]
-    drawn = [
-        sample(model, part, sampler_by_name("ddim"), ts, seed + number)[1].detach() for number, part in enumerate(parts)
-    ]
-    pictures = torch.cat(drawn)
-    row: dict[str, Any] = {"reward": float(reward(pictures, prompts, str(folder)).mean())}
-    for name, right in aligned(pictures, prompts, str(folder)).items():
-        share = float(right.float().mean())
-        row[name], row[f"{name}_interval"] = share, 1.96 * math.sqrt(share * (1 - share) / len(right))
-    return row, pictures
-
-
-def train(folder: Path, out: Path | None, picture: Path | None, each: int, settings: dict[str, Any]) -> None:
-    """Fine-tune an adapter of rank 8 to the reward; print the held-out judge's view before and after."""
-    import scoreact as sa
-    from scoreact import rewards
-    from scoreact.models.pipelines.opening import pipeline_model
-    from scoreact.models.value_networks import Encoder
-    from scoreact.report.figures import gallery
-    from scoreact.training.config import updated
-
-    torch.manual_seed(0)  # of the adapter's initial weights
-    model = pipeline_model(str(folder), lora_rank=8, guidance_scale=GUIDANCE, vae_slicing=False)
-    config = updated(sa.Config(), settings, below=SETTINGS)
-    begin = time.process_time()
-
-    def show(kind: str, metrics: dict[str, float]) -> None:
-        if kind in ("iteration", "evaluation", "guard"):
-            kept = ("iteration", "reward/mean", "reward/heldout", "policy/kl", "objective/J", "objective/recovered")
-            words = [f"{name} {metrics[name]:.3g}" for name in kept if name in metrics]
-            print(f"{time.process_time() - begin:5.0f} s  {kind}  {'  '.join(words)}  {metrics.get('text', '')}")
-
-    result = sa.finetune(
-        model, rewards.load(reward, folder=str(folder)), CAPTIONS, config=config, out=out, on_event=show,
-        value_network=lambda: Encoder(model.shape[0], classes=len(CAPTIONS)),
-    )  # fmt: skip
-    seconds = time.process_time() - begin
-    views = {"before": look(result.policy.reference, folder, each, config.steps)}
-    views["after"] = look(result.policy.model, folder, each, config.steps)
-    kl, reference = result.final["policy/kl"], result.reference
-    print(
-        f"\nCPU seconds {seconds:.0f}; path KL {kl:.2f} nats; J* {reference['objective/J_star']:.3f}; {result.stopped}"
-    )
-    print("| held-out judge sees | before | after |\n| --- | --- | --- |")
-    for name in ("both", "colour", "shape"):
-        cells = [f"{row[name]:.3f} ± {row[f'{name}_interval']:.3f}" for row, _ in views.values()]
-        print(f"| {name} | {' | '.join(cells)} |")
-    cells = [f"{row['reward']:.3f}" for row, _ in views.values()]
-    print(f"| reward, nats | {' | '.join(cells)} |")
-    if picture is not None:
-        rows = [CAPTIONS.index(f"a {colour} {shape}") for colour, shape in SHOWN]
-        index = torch.tensor([row * each + j for row in rows for j in range(8)])
-        shown = [views[name][1][index] for name in ("before", "after")]
-        gallery([CAPTIONS[row] for row in rows], *shown).savefig(picture, dpi=60, bbox_inches="tight")
-
-
-SHOWN = [
-    ("red", "circle"), ("orange", "square"), ("yellow", "triangle"), ("green", "circle"), ("cyan", "square"),
-    ("blue", "triangle"), ("pink", "circle"), ("white", "square"),
-]  # fmt: skip
-SETTINGS: dict[str, Any] = {  # the reward has a gradient, which is the shortest way
-    "algorithm": "draft", "last_steps": 5, "steps": 10, "iterations": 30, "batch_size": 32, "minibatch_size": 16,
-    "reference_batches": 8, "learning_rate": 1e-2, "kl_weight": 0.01, "heldout_samples": 120, "evaluate_every": 30,
-}  # fmt: skip
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    first = commands.add_parser("pretrain")
-    first.add_argument("folder", type=Path)
-    first.add_argument("--vae-steps", type=int, default=500)
-    first.add_argument("--denoiser-steps", type=int, default=2000)
-    first.add_argument("--classifier-steps", type=int, default=600)
-    second = commands.add_parser("train")
-    second.add_argument("folder", type=Path)
-    second.add_argument("--out", type=Path, help="the run's folder; its adapter loads in plain diffusers")
-    second.add_argument("--picture", type=Path, help="a PNG of pictures before and after, from the same noise")
-    second.add_argument("--each", type=int, default=30, help="pictures a caption that the judge sees")
-    second.add_argument("--setting", action="append", default=[], metavar="NAME=VALUE", help="as of scoreact train")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    if arguments.command == "pretrain":
-        pretrain(arguments.folder, arguments.vae_steps, arguments.denoiser_steps, arguments.classifier_steps)
-    else:
-        settings = {name: yaml.safe_load(value) for name, value in (s.split("=", 1) for s in arguments.setting)}
-        train(arguments.folder, arguments.out, arguments.picture, arguments.each, settings)
-
+TASK = Task(
+    captions=CAPTIONS, draw=draw, lying_captions=lying_captions,
+    parts={"colour": lambda classes: classes // len(SHAPES), "shape": lambda classes: classes % len(SHAPES)},
+    shown=[
+        "a red circle", "a orange square", "a yellow triangle", "a green circle", "a cyan square", "a blue triangle",
+        "a pink circle", "a white square",
+    ],
+)  # fmt: skip
 
 if __name__ == "__main__":
-    main()
+    main(TASK, __doc__)

@@ -1,4 +1,4 @@
-"""Side by side with TRL 0.23.1 on the folder of `shapes.py pretrain`: speed and memory at equal settings, then progress.
+"""Side by side with TRL 0.23.1 on the folder of `shapes.py pretrain` or `counting.py pretrain`: speed and memory, progress.
 
     python benchmarks/trl_side_by_side.py shapes --peer peer/bin/python --out side.jsonl equal alignprop progress
     python benchmarks/trl_side_by_side.py shapes --out side.jsonl          # the tables of what is there
@@ -60,7 +60,7 @@ def cpu_seconds() -> float:
 def ours(run: Run) -> Run:
     """One run of scoreact, in this process."""
     import torch
-    from shapes import CAPTIONS, reward
+    from text_to_image import captions_of, reward
 
     import scoreact as sa
     from scoreact import rewards
@@ -73,6 +73,7 @@ def ours(run: Run) -> Run:
     model = pipeline_model(
         run["folder"], lora_rank=4, guidance_scale=run["guidance"], vae_slicing=False,
     )  # fmt: skip
+    captions = captions_of(run["folder"])
     found: Run = {"rewards": [], "cpu": [], "cpu_before": 0.0, "looks": []}
     begin, now = cpu_seconds(), 0.0  # now: CPU seconds of training so far
 
@@ -99,8 +100,8 @@ def ours(run: Run) -> Run:
     }  # fmt: skip
     given = usable(Config(), {**settings, **run["settings"]})
     sa.finetune(
-        model, rewards.load(reward, folder=run["folder"]), CAPTIONS, on_event=note, **given,
-        value_network=lambda: Encoder(model.shape[0], classes=len(CAPTIONS)),
+        model, rewards.load(reward, folder=run["folder"]), captions, on_event=note, **given,
+        value_network=lambda: Encoder(model.shape[0], classes=len(captions)),
     )  # fmt: skip
     return found
 
@@ -238,7 +239,7 @@ def progress(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", help="of `shapes.py pretrain`")
+    parser.add_argument("folder", help="of `shapes.py pretrain` or `counting.py pretrain`")
     parser.add_argument("parts", nargs="+", choices=["equal", "alignprop", "progress", "gradient"])
     parser.add_argument("--peer", metavar="PYTHON", help="of the peer's environment; only for runs not yet in --out")
     parser.add_argument("--out", type=Path, default=Path("trl_side_by_side.jsonl"))
