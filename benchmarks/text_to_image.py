@@ -16,6 +16,7 @@ import functools
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,10 +39,11 @@ class Task:
     """What the pictures show, and what is said of them. Classes [B] are places in `captions`."""
 
     captions: Sequence[str]
-    draw: Callable[[Tensor, torch.Generator], Tensor]  # classes [B] -> [B, 3, 32, 32] in [0, 1]
+    draw: Callable[[Tensor, torch.Generator], Tensor]  # classes [B] -> [B, 3, H, W] in [0, 1]
     lying_captions: Callable[[Tensor, torch.Generator], Tensor]  # classes drawn -> classes that the captions name
     parts: Mapping[str, Callable[[Tensor], Tensor]]  # what a caption says, part by part: classes -> the part's number
     shown: Sequence[str]  # captions of a picture before and after
+    size: tuple[int, int] = (SIDE, SIDE)  # height and width, multiples of 8
     classifier_steps: int = 600
     batch_norm: bool = False  # in the classifiers
 
@@ -63,13 +65,12 @@ def other_class(classes: Tensor, count: int, share: float, generator: torch.Gene
 def _classifier(
     widths: Sequence[int], kernel: int, activation: type[nn.Module], classes: int, batch_norm: bool
 ) -> nn.Sequential:
-    """log p(class | picture), [B, 3, 32, 32] in [0, 1] -> [B, classes]."""
+    """log p(class | picture), [B, 3, H, W] in [0, 1] -> [B, classes]; the first pictures, or the weights, fix the size."""
     layers: list[nn.Module] = []
     for before, after in zip((3, *widths), widths, strict=False):
         norm = [nn.BatchNorm2d(after)] if batch_norm else []
         layers += [nn.Conv2d(before, after, kernel, stride=2, padding=kernel // 2), *norm, activation()]
-    features = widths[-1] * (SIDE >> len(widths)) ** 2
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, classes), nn.LogSoftmax(1))
+    return nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(classes), nn.LogSoftmax(1))
 
 
 def rewarding(classes: int, batch_norm: bool = False) -> nn.Sequential:
@@ -125,7 +126,7 @@ def _classes(prompts: Sequence[str], folder: str) -> Tensor:
 
 
 def reward(images: Tensor, prompts: Sequence[str], folder: str) -> Tensor:
-    """log p(caption | picture) of the folder's classifier: [B, 3, 32, 32] in [0, 1] and captions -> [B], nats."""
+    """log p(caption | picture) of the folder's classifier: [B, 3, H, W] in [0, 1] and captions -> [B], nats."""
     found = load_classifier(f"{folder}/reward.safetensors")(images)
     return found.gather(1, _classes(prompts, folder)[:, None]).squeeze(1)
 
@@ -150,7 +151,8 @@ def tokenizer(captions: Sequence[str], folder: Path) -> Any:
 
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
     merges: dict[str, str] = {}  # pair -> what it becomes
-    known = sorted({word for caption in captions for word in caption.split()})
+    known = sorted({word for caption in captions for word in re.findall("[a-z]+", caption)})
+    marks = sorted({c for caption in captions for c in caption} - {*letters, " "})
     for word in known:
         parts = [*word[:-1], f"{word[-1]}</w>"]
         while len(parts) > 1:
@@ -161,7 +163,8 @@ def tokenizer(captions: Sequence[str], folder: Path) -> Any:
         return max(len(word) for word in known if word.startswith(merges[pair].removesuffix("</w>")))
 
     first = sorted(merges, key=longest, reverse=True)  # the earlier line wins: else "red" takes the "re" out of "three"
-    tokens = [*letters, *(f"{c}</w>" for c in letters), *merges.values(), "<|startoftext|>", "<|endoftext|>"]
+    tokens = [*letters, *(f"{c}</w>" for c in letters), *marks, *(f"{c}</w>" for c in marks), *merges.values()]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(first) + "\n")
@@ -173,7 +176,7 @@ def untrained(task: Task, folder: Path) -> Any:
     import diffusers
     import transformers
 
-    words = tokenizer(task.captions, folder / "tokenizer")
+    words, (high, wide) = tokenizer(task.captions, folder / "tokenizer"), (side // 4 for side in task.size)
     text = transformers.CLIPTextModel(
         transformers.CLIPTextConfig(
             vocab_size=len(words), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
@@ -182,11 +185,11 @@ def untrained(task: Task, folder: Path) -> Any:
         )
     )  # fmt: skip
     vae = diffusers.AutoencoderKL(
-        block_out_channels=(16, 32, 32), latent_channels=4, norm_num_groups=8, sample_size=SIDE, layers_per_block=1,
+        block_out_channels=(16, 32, 32), latent_channels=4, norm_num_groups=8, sample_size=max(task.size), layers_per_block=1,
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
     )  # fmt: skip
     unet = diffusers.UNet2DConditionModel(
-        sample_size=SIDE // 4, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
+        sample_size=high if high == wide else (high, wide), block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
         attention_head_dim=2, cross_attention_dim=64, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
