@@ -19,7 +19,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,9 @@ from torch.nn import functional as F
 SIDE = 32
 
 
+Scorer = Callable[[Tensor, Sequence[str], str], Tensor]  # pictures, their captions, the task's folder -> [B]
+
+
 @dataclass(frozen=True)
 class Task:
     """What the pictures show, and what is said of them. Classes [B] are places in `captions`."""
@@ -46,6 +49,8 @@ class Task:
     size: tuple[int, int] = (SIDE, SIDE)  # height and width, multiples of 8
     classifier_steps: int = 600
     batch_norm: bool = False  # in the classifiers
+    reward: Scorer | None = None  # None: `reward`, of the folder's classifier
+    readers: Mapping[str, Scorer] = field(default_factory=dict)  # judges beside the folder's: what they find right
 
     def random(self, count: int, generator: torch.Generator) -> Tensor:
         """Drawings of `count` random classes."""
@@ -135,11 +140,13 @@ reward.differentiable = True  # type: ignore[attr-defined]
 
 
 def aligned(task: Task, images: Tensor, prompts: Sequence[str], folder: str) -> dict[str, Tensor]:
-    """Whether the held-out judge sees what the caption says: booleans [B] for both parts of it and for each."""
+    """Whether the held-out judge sees what the caption says, booleans [B]: all of it and each part; then other judges."""
     classes = _classes(prompts, folder)
     with torch.no_grad():
         found = load_classifier(f"{folder}/judge.safetensors")(images).argmax(1)
-    return {"both": found == classes, **{name: of(found) == of(classes) for name, of in task.parts.items()}}
+    parts = {name: of(found) == of(classes) for name, of in task.parts.items()}
+    others = {name: of(images, prompts, folder) for name, of in task.readers.items()}
+    return {"caption": found == classes, **parts, **others}
 
 
 # --- the pipeline ----------------------------------------------------------------------------------------------------
@@ -279,6 +286,8 @@ def pretrain(task: Task, folder: Path, vae_steps: int, denoiser_steps: int, clas
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "captions.txt").write_text("\n".join(task.captions) + "\n")
     for name, make, seed in (("reward", rewarding, 10), ("judge", judging, 20)):
+        if name == "reward" and task.reward is not None:
+            continue
         classifier = make(len(task.captions), task.batch_norm)
         accuracy = train_classifier(task, classifier, seed, classifier_steps)
         save_file(classifier.state_dict(), str(folder / f"{name}.safetensors"))
@@ -296,8 +305,29 @@ def pretrain(task: Task, folder: Path, vae_steps: int, denoiser_steps: int, clas
 GUIDANCE = 2.0  # of every picture here: weak, and the same before and after
 
 
-def look(task: Task, model: Any, folder: Path, each: int, steps: int, seed: int = 0) -> tuple[dict[str, Any], Tensor]:
-    """`each` samples a caption by `steps` steps of DDIM with noise: shares with 95 % intervals, and the pictures."""
+def judged(task: Task, pictures: Tensor, prompts: Sequence[str], folder: Path) -> dict[str, float]:
+    """Shares that the judges find right with 95 % intervals, the reward, and its spread between pictures of one caption."""
+    rewards = (task.reward or reward)(pictures, prompts, str(folder)).detach()
+    within = rewards.reshape(len(task.captions), -1).var(1).mean().sqrt()
+    row = {"reward": float(rewards.mean()), "reward_within": float(within)}
+    for name, right in aligned(task, pictures, prompts, str(folder)).items():
+        share = float(right.float().mean())
+        row[name], row[f"{name}_interval"] = share, 1.96 * math.sqrt(share * (1 - share) / len(right))
+    return row
+
+
+def table(task: Task, rows: Mapping[str, dict[str, float]]) -> str:
+    lines = [f"| held-out judge sees | {' | '.join(rows)} |", "| --- " * (1 + len(rows)) + "|"]
+    for name in ("caption", *task.parts, *task.readers):
+        cells = [f"{row[name]:.3f} ± {row[f'{name}_interval']:.3f}" for row in rows.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    for name, label in (("reward", "reward, nats"), ("reward_within", "its standard deviation within a caption")):
+        lines.append(f"| {label} | {' | '.join(f'{row[name]:.3f}' for row in rows.values())} |")
+    return "\n".join(lines)
+
+
+def look(task: Task, model: Any, folder: Path, each: int, steps: int, seed: int = 0) -> tuple[dict[str, float], Tensor]:
+    """`each` samples a caption, in the captions' order, by `steps` steps of DDIM with noise: judged, and the pictures."""
     from scoreact.dynamics.grids import GRIDS
     from scoreact.dynamics.samplers import sampler_by_name
     from scoreact.sampling.draw import draw as sample
@@ -309,11 +339,29 @@ def look(task: Task, model: Any, folder: Path, each: int, steps: int, seed: int 
         sample(model, part, sampler_by_name("ddim"), ts, seed + number)[1].detach() for number, part in enumerate(parts)
     ]
     pictures = torch.cat(drawn)
-    row: dict[str, Any] = {"reward": float(reward(pictures, prompts, str(folder)).mean())}
-    for name, right in aligned(task, pictures, prompts, str(folder)).items():
-        share = float(right.float().mean())
-        row[name], row[f"{name}_interval"] = share, 1.96 * math.sqrt(share * (1 - share) / len(right))
-    return row, pictures
+    return judged(task, pictures, prompts, folder), pictures
+
+
+def look_at(task: Task, folder: Path, each: int, guidance: float) -> None:
+    """Print what the judges see in drawings, in drawings that went through the VAE, and in the model's pictures."""
+    import diffusers
+
+    from scoreact.models.pipelines.opening import pipeline_model
+
+    classes = torch.arange(len(task.captions)).repeat_interleave(each)
+    drawings = task.draw(classes, torch.Generator().manual_seed(3))
+    prompts = [task.captions[c] for c in classes]
+    vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae").eval()
+    with torch.no_grad():
+        codes = [vae.encode(part * 2 - 1).latent_dist.mean for part in drawings.split(120)]
+        again = torch.cat([vae.decode(code).sample for code in codes]) / 2 + 0.5
+    rows = {
+        "drawings": judged(task, drawings, prompts, folder),
+        "drawings through the VAE": judged(task, again.clamp(0, 1), prompts, folder),
+    }
+    model = pipeline_model(str(folder), guidance_scale=guidance, vae_slicing=False)
+    rows[f"pictures at guidance {guidance:g}"], _ = look(task, model, folder, each, SETTINGS["steps"])
+    print(table(task, rows))
 
 
 def train(
@@ -339,7 +387,7 @@ def train(
             print(f"{time.process_time() - begin:5.0f} s  {kind}  {'  '.join(words)}  {metrics.get('text', '')}")
 
     result = sa.finetune(
-        model, rewards.load(reward, folder=str(folder)), task.captions, config=config, out=out, on_event=show,
+        model, rewards.load(task.reward or reward, folder=str(folder)), task.captions, config=config, out=out, on_event=show,
         value_network=lambda: Encoder(model.shape[0], classes=len(task.captions)),
     )  # fmt: skip
     seconds = time.process_time() - begin
@@ -349,12 +397,7 @@ def train(
     print(
         f"\nCPU seconds {seconds:.0f}; path KL {kl:.2f} nats; J* {reference['objective/J_star']:.3f}; {result.stopped}"
     )
-    print("| held-out judge sees | before | after |\n| --- | --- | --- |")
-    for name in ("both", *task.parts):
-        cells = [f"{row[name]:.3f} ± {row[f'{name}_interval']:.3f}" for row, _ in views.values()]
-        print(f"| {name} | {' | '.join(cells)} |")
-    cells = [f"{row['reward']:.3f}" for row, _ in views.values()]
-    print(f"| reward, nats | {' | '.join(cells)} |")
+    print(table(task, {name: row for name, (row, _) in views.items()}))
     if picture is not None:
         rows = [task.captions.index(caption) for caption in task.shown]
         index = torch.tensor([row * each + j for row in rows for j in range(8)])
@@ -369,7 +412,7 @@ SETTINGS: dict[str, Any] = {  # the reward has a gradient, which is the shortest
 
 
 def main(task: Task, about: str) -> None:
-    """The commands `pretrain` and `train` of a task's file."""
+    """The commands `pretrain`, `look` and `train` of a task's file."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     first = commands.add_parser("pretrain")
@@ -383,10 +426,16 @@ def main(task: Task, about: str) -> None:
     second.add_argument("--picture", type=Path, help="a PNG of pictures before and after, from the same noise")
     second.add_argument("--each", type=int, default=30, help="pictures a caption that the judge sees")
     second.add_argument("--setting", action="append", default=[], metavar="NAME=VALUE", help="as of scoreact train")
+    third = commands.add_parser("look", help="what the judges see in drawings and in the model's pictures")
+    third.add_argument("folder", type=Path)
+    third.add_argument("--each", type=int, default=30, help="pictures a caption")
+    third.add_argument("--guidance", type=float, default=GUIDANCE)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.command == "pretrain":
         pretrain(task, arguments.folder, arguments.vae_steps, arguments.denoiser_steps, arguments.classifier_steps)
+    elif arguments.command == "look":
+        look_at(task, arguments.folder, arguments.each, arguments.guidance)
     else:
         settings = {name: yaml.safe_load(value) for name, value in (s.split("=", 1) for s in arguments.setting)}
         train(task, arguments.folder, arguments.out, arguments.picture, arguments.each, settings)

@@ -163,7 +163,7 @@ def test_the_judge_is_asked_for_each_part(common: Any, counting: Any, tmp_path: 
     prompts = ["three yellow dots", "three blue dots", "two yellow dots", "one red dot"]
     found = common.aligned(counting.TASK, torch.rand(4, 3, 32, 32), prompts, str(tmp_path))
     assert {name: right.tolist() for name, right in found.items()} == {
-        "both": [True, False, False, False],
+        "caption": [True, False, False, False],
         "count": [True, True, False, False],
         "colour": [True, False, True, False],
     }
