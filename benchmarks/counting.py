@@ -77,7 +77,7 @@ TASK = Task(
         "one red dot", "two yellow dots", "three green dots", "four blue dots", "five red dots", "two blue dots",
         "three yellow dots", "five green dots",
     ],
-    classifier_steps=1200, batch_norm=True,  # dots are harder to count than shapes to name
+    classifier_steps=1200, batch_norm=True, emphasis=10.0,  # dots are small, and harder to count than shapes to name
 )  # fmt: skip
 
 if __name__ == "__main__":

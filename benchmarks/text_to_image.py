@@ -49,6 +49,7 @@ class Task:
     size: tuple[int, int] = (SIDE, SIDE)  # height and width, multiples of 8
     classifier_steps: int = 600
     batch_norm: bool = False  # in the classifiers
+    emphasis: float = 0.0  # extra weight, in the VAE's loss, of a pixel whose colour is not the ground's
     reward: Scorer | None = None  # None: `reward`, of the folder's classifier
     readers: Mapping[str, Scorer] = field(default_factory=dict)  # judges beside the folder's: what they find right
 
@@ -218,10 +219,13 @@ def train_vae(task: Task, vae: Any, steps: int) -> float:
     error = torch.zeros(())
     for _ in range(steps):
         pictures = task.random(32, generator) * 2 - 1
+        contrast = (pictures - pictures.flatten(2).median(2).values[..., None, None]).abs() / 2
+        weight = 1 + task.emphasis * contrast
         posterior = vae.encode(pictures).latent_dist
         again = vae.decode(posterior.sample(generator=generator)).sample
-        error = (again - pictures).abs().mean()
-        loss = error + (again - pictures).square().mean() + 1e-4 * posterior.kl().mean() / 16
+        error = (again - pictures).abs()
+        squares = (again - pictures).square()
+        loss = (weight * error).mean() + (weight * squares).mean() + 1e-4 * posterior.kl().mean() / 16
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -229,7 +233,7 @@ def train_vae(task: Task, vae: Any, steps: int) -> float:
     with torch.no_grad():
         pictures = task.random(512, generator) * 2 - 1
         vae.register_to_config(scaling_factor=1 / float(vae.encode(pictures).latent_dist.mean.std()))
-    return float(error.detach()) / 2
+    return float(error.detach().mean()) / 2
 
 
 def train_denoiser(task: Task, pipeline: Any, steps: int, rate: float = 2e-3) -> float:
