@@ -345,16 +345,3 @@ def test_the_recipe_knows_its_optimum() -> None:
     first = next(line for line in result.history if "evaluation" in line)
     gain = result.final["objective/J"] - first["objective/J"]
     assert result.final["objective/recovered"] == pytest.approx(gain / (exact - result.reference["objective/J_ref"]))
-
-
-def test_tensorboard_shows_what_the_metrics_say(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    finetune(model(), linear_reward(2, 0), [""], out=tmp_path / "run", tensorboard=True, **{**SMALL, "iterations": 3})
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
-    events.Reload()
-    for name in ("reward/mean", "reward/heldout", "objective/J", "cost/network_calls"):
-        written = [(line["iteration"], line[name]) for line in lines(tmp_path / "run") if name in line]
-        assert len(written) >= 2
-        assert [(e.step, pytest.approx(e.value, rel=1e-5)) for e in events.Scalars(name)] == written

@@ -26,6 +26,7 @@ from ..runs.source import (
     stored_config,
     tuned_weights,
 )
+from ..runs.trackers import Tracker
 from ..support import distributed
 from ..support.errors import SettingError
 from ..training.config import Config, updated
@@ -55,7 +56,7 @@ def finetune(
     progress: bool | None = None,
     on_event: Event | None = None,
     hooks: Sequence[Hook] = (),
-    tensorboard: bool = False,
+    trackers: Sequence[str | Tracker] = (),
     **settings: Any,
 ) -> Result:
     """Fine-tune a pretrained model to a reward, by continuous-time reinforcement learning.
@@ -84,7 +85,7 @@ def finetune(
         progress: Print what happens. Left out: in a terminal and in a notebook.
         on_event: Told (kind, metrics) of everything that happens.
         hooks: Told of each iteration, with the trainer; see `Hook`.
-        tensorboard: Write TensorBoard events into `out` too.
+        trackers: tensorboard, wandb, mlflow, file.py:Class, or objects with the methods of `Tracker`.
 
     Raises:
         SettingError: For a setting that cannot be used. RewardError, LoadError, ModelError: For a reward or model that cannot.
@@ -108,18 +109,18 @@ def finetune(
         description["start"] = {"run": str(Path(start_from).resolve()), "reference": start_reference}
     return train_problem(
         problem, config, folder, resume=resume, extend=extend, start=start, description=description, progress=progress,
-        on_event=on_event, hooks=hooks, tensorboard=tensorboard,
+        on_event=on_event, hooks=hooks, trackers=trackers,
     )  # fmt: skip
 
 
 def train_source(
     source: Source, command: str, *, resume: bool = False, extend: bool = False, on_event: Event | None = None,
-    tensorboard: bool = False, problem: Problem | None = None,
+    trackers: Sequence[str | Tracker] = (), problem: Problem | None = None,
 ) -> Result:  # fmt: skip
     """Train what a recipe or the user's file describes, in `source.folder`; without a report, which the caller writes."""
     return train_problem(
         problem or source.build(), source.config, source.folder, resume=resume, extend=extend, start=source.start_weights(),
-        description=source.description(command), progress=False, on_event=on_event, tensorboard=tensorboard, report=False,
+        description=source.description(command), progress=False, on_event=on_event, trackers=trackers, report=False,
     )  # fmt: skip
 
 
@@ -135,7 +136,7 @@ def train_problem(
     progress: bool | None,
     on_event: Event | None,
     hooks: Sequence[Hook] = (),
-    tensorboard: bool = False,
+    trackers: Sequence[str | Tracker] = (),
     report: bool = True,
 ) -> Result:
     model = problem.model
@@ -146,7 +147,7 @@ def train_problem(
         problem.optimum, start,
     )  # fmt: skip
     session = Session(
-        trainer, out, resume=resume, extend=extend, description=description, hooks=hooks, tensorboard=tensorboard,
+        trainer, out, resume=resume, extend=extend, description=description, hooks=hooks, trackers=trackers,
         notes=noticed,
     )  # fmt: skip
     shows = somebody_looks() if progress is None else progress

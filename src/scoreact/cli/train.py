@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import os
 import shlex
@@ -33,6 +32,9 @@ from .settings_text import config_yaml, setting_help, setting_metavar
 if TYPE_CHECKING:
     from ..recipes.base import Recipe
 
+TRACKER: dict[str, Any] = {
+    "action": "extend", "nargs": "+", "default": [], "metavar": "NAME", "help": "tensorboard, wandb, mlflow or my.py:Class",
+}  # fmt: skip
 ABOUT = "Fine-tune a recipe's model to its reward, or to yours."
 
 
@@ -57,7 +59,7 @@ def train_arguments(parser: Parser, config: Config | None = None) -> None:
     )
     add("--from-reference", choices=["first", "tuned"], default="first", help="the pretrained model that path KL is counted "
         "from: that run's own, or its outcome [default first]")  # fmt: skip
-    add("--tensorboard", action="store_true", help="write TensorBoard events too")
+    add("--tracker", **TRACKER)
     add("--print-config", action="store_true", help="write the settings as YAML and train nothing")
 
     def setting(field: dataclasses.Field[Any], hint: Any, text: str) -> None:
@@ -214,12 +216,12 @@ def train(options: argparse.Namespace) -> int:
     if options.print_config:
         print(config_yaml(source.config, source.recipe.name, source.options, source.reward))
         return 0
-    if options.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise SettingError(
-            "tensorboard is needed for --tensorboard; `pip install 'scoreact[tensorboard]'`, or leave it out."
-        )
+    if options.tracker:
+        from ..runs.trackers import make_trackers
+
+        make_trackers(options.tracker)  # what is not installed is said now
     out = Path(options.out) if options.out else new_folder(source.recipe)
-    return run_training(dataclasses.replace(source, folder=out), options.command, tensorboard=options.tensorboard)
+    return run_training(dataclasses.replace(source, folder=out), options.command, trackers=options.tracker)
 
 
 def resume_arguments(parser: Parser) -> None:
@@ -227,7 +229,7 @@ def resume_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--iterations", metavar="INT", type=whole(1), help="extend the run to so many; rates go on and fall to 0 there"
     )
-    parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard events too")
+    parser.add_argument("--tracker", **TRACKER)
 
 
 def resume(options: argparse.Namespace) -> int:
@@ -245,11 +247,11 @@ def resume(options: argparse.Namespace) -> int:
             )
         print(f"{out} has finished its {planned} iterations; only its summary and report are made anew. "
               "`--iterations` with more of them extends it.")  # fmt: skip
-    return run_training(source, options.command, resuming=True, extend=extend, tensorboard=options.tensorboard)
+    return run_training(source, options.command, resuming=True, extend=extend, trackers=options.tracker)
 
 
 def run_training(
-    source: Source, command: str, *, resuming: bool = False, extend: bool = False, tensorboard: bool = False
+    source: Source, command: str, *, resuming: bool = False, extend: bool = False, trackers: Sequence[str] = ()
 ) -> int:
     """Train, show, report."""
     from ..api.start import train_source as start
@@ -274,7 +276,7 @@ def run_training(
                 resume=resuming,
                 extend=extend,
                 on_event=screen,
-                tensorboard=tensorboard,
+                trackers=trackers,
                 problem=problem,
             )
         except KeyboardInterrupt:

@@ -21,7 +21,7 @@ from .. import __version__
 from ..models.base import Exports, HasNotes, HasReference
 from ..models.weights import reference_digest_of
 from ..support import distributed
-from ..support.errors import Diverged, RunError, RunExists
+from ..support.errors import Diverged, RunError, RunExists, SettingError
 from ..support.files import Line, append_line, read_lines, read_tensors, truncate_lines, write_json, write_tensors
 from ..training.config import from_stored
 from ..training.kl_price import has_kl_term, sees_kl
@@ -30,7 +30,9 @@ from ..training.state import restore, state_of
 from ..training.trainer import Trainer
 from ..types import Metrics
 from .checkpoint import load_checkpoint, read_run, save_checkpoint
+from .samples import sheet, thumbnails
 from .source import REFERENCE
+from .trackers import Tracker, finite_numbers, flat, make_trackers
 
 Event = Callable[[str, Metrics], None]
 """(kind, line): reference, evaluation, iteration, guard, checkpoint, interrupted, stopped, finished; line: its metrics."""
@@ -65,7 +67,7 @@ class Session(Hook):
         description: Mapping[str, Any] | None = None,
         on_event: Event | None = None,
         hooks: Sequence[Hook] = (),
-        tensorboard: bool = False,
+        trackers: Sequence[str | Tracker] = (),
         notes: Sequence[str] = (),
     ) -> None:
         self.trainer, self.on_event, self.hooks = trainer, on_event, tuple(hooks)
@@ -77,17 +79,21 @@ class Session(Hook):
         self._said: set[str] = set()  # the model's notes
         self._looked_at = 0  # the iteration of the last evaluation
         self._interrupted = False
-        self._writer: Any = None
+        self._trackers = make_trackers(trackers) if distributed.rank() == 0 else []  # refused before a folder is made
+        if self._trackers and out is None:
+            raise SettingError("trackers keep their files in the run's folder; give one with out.")
         self._notes = list(notes)  # said before anything else
         self.digest = reference_digest_of(trainer.policy.reference)
         if out is not None and resume:
             self._restore(out, extend)
         elif self.out is not None:
             self._begin(self.out, dict(description or {}))
-        if tensorboard and self.out is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(self.out / "tensorboard"))
+        for tracker in self._trackers:
+            assert out is not None
+            about = {
+                k: v for k, v in (description or {}).items() if isinstance(v, str) and k not in ("command", "made_by")
+            }
+            tracker.start(out, {**about, **flat(trainer.config.to_dict())}, resume)
 
     def run(self) -> Outcome:
         """Everything from the first look at the reference to the final evaluation.
@@ -108,12 +114,16 @@ class Session(Hook):
                 self._checkpoint()
         except Diverged as error:
             self._write_result(str(error))
+            self._track("end", True)
+            raise
+        except BaseException:
+            self._track("end", True)
             raise
         finally:
             _restore_signals(previous)
-            if self._writer is not None:
-                self._writer.close()
-        return self._finish(stop.reason if stop is not None else None)
+        outcome = self._finish(stop.reason if stop is not None else None)
+        self._track("end", False)
+        return outcome
 
     # --- the hook -----------------------------------------------------------------------------------------------
 
@@ -323,11 +333,25 @@ class Session(Hook):
         self.history.append(line)
         if self.out is not None:
             append_line(self.out / "metrics.jsonl", line)
-        if self._writer is not None:
-            for name, value in metrics.items():
-                if isinstance(value, float | int):
-                    self._writer.add_scalar(name, value, self.trainer.iteration)
         self._tell(kind, line)
+        if numbers := finite_numbers(metrics):
+            self._track("metrics", self.trainer.iteration, numbers)
+        if "text" in metrics:
+            self._track("text", self.trainer.iteration, metrics["text"])
+        seen = self.trainer.seen
+        if kind == "evaluation" and self._trackers and seen is not None and seen.ndim == 4 and seen.shape[1] in (1, 3):
+            self._track("pictures", self.trainer.iteration, sheet(thumbnails(seen), 4))
+
+    def _track(self, what: str, *words: Any) -> None:
+        """Tell every tracker. One that fails is left out from then on, with a word: a run outlives them."""
+        for tracker in list(self._trackers):
+            try:
+                getattr(tracker, what)(*words)
+            except Exception as error:
+                self._trackers.remove(tracker)
+                reason = " ".join(str(error).split())[:200]
+                text = f"{type(tracker).__name__} failed and is told nothing more: {type(error).__name__}: {reason}"
+                self._record("guard", {"guard": "tracker", "text": text})
 
     def _tell(self, kind: str, metrics: Mapping[str, Any]) -> None:
         if self.on_event is not None:

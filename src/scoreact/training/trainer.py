@@ -46,6 +46,7 @@ from .optim import AdamSteps, Average
 from .rounding import rounding_kl
 
 EVALUATION_SEED = 1_000_003  # held-out noise: never a training seed's stream
+SEEN = 8  # samples of an evaluation that are kept to be shown
 NATURAL_STEP = 1e-4  # of a weight, where rounding is measured under a rule whose steps have no learning rate
 
 
@@ -114,6 +115,7 @@ class Trainer:
         self.iteration = 0
         self.reference: Metrics = {}
         self.start: Metrics = {}  # held-out J before the first update
+        self.seen: Tensor | None = None  # some samples of the last evaluation
         self.saved: list[Paths] = []  # the reference's paths that the first iterations learn from
 
     # --- the loop -----------------------------------------------------------------------------------------------
@@ -283,6 +285,7 @@ class Trainer:
         return {"policy/kl_rounding": found}
 
     def _look_at_samples(self, samples: Tensor, condition: Condition) -> Metrics:
+        self.seen = samples[:SEEN].detach().cpu()
         return self.guard.look_at_samples(samples, condition, first=not self.start)
 
     # --- what it is made of ------------------------------------------------------------------------------------
