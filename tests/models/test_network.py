@@ -214,3 +214,40 @@ def test_a_wrapped_network_shows_features_if_it_has_some() -> None:
     twin = copy.deepcopy(wrapped)
     twin.network.layer.weight.data.add_(1)  # type: ignore[union-attr, operator]
     assert not torch.equal(twin.with_features(x, t)[0], wrapped.with_features(x, t)[0]), "a copy shows its own"
+
+
+class Counting(nn.Module):
+    """Its output tells how many states it saw at once; features are the states themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        return self.with_features(x, t, label)[0]
+
+    def with_features(self, x: Tensor, t: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        row = 10 * label[:, None] + t[:, None] + self.weight * x + 1000 * len(x)
+        return row, x
+
+
+def test_the_network_sees_always_as_many_states() -> None:
+    def model(rows: int | None) -> NetworkModel:
+        return NetworkModel(Counting(), RectifiedFlow(), prediction.score, (2,), ["a", "b"], rows_per_call=rows)
+
+    x = torch.randn(7, 2, requires_grad=True)
+    t, condition = torch.linspace(0.1, 0.9, 7), model(None).condition(["a", "b", "a", "b", "b", "a", "a"])
+    plain = model(None).score(t, x, condition) - 7000
+    for rows in (1, 3, 7, 16):
+        fixed = model(rows)
+        found = fixed.score(t, x, condition)
+        assert torch.allclose(found - 1000 * rows, plain, atol=1e-2)
+        assert torch.equal(torch.autograd.grad(found.sum(), x)[0], torch.ones(7, 2))
+        assert torch.equal(fixed.score(t[4:], x[4:], condition[torch.arange(4, 7)]), found[4:]), "in another batch"
+        fixed.keep_features()
+        assert torch.equal(fixed.score(t, x.detach(), condition), found)
+        features, passes = fixed.features(t, x.detach(), condition)
+        assert torch.equal(features, x)
+        assert passes == 0
+    with pytest.raises(ModelError, match="rows_per_call is 0; give at least 1, or None for any number"):
+        model(0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -38,9 +38,12 @@ class NetworkModel(nn.Module):
             beyond; left out, samples are decoded as they are.
         high: the greatest value of the data.
         bfloat16: run the network in bfloat16 where that is the faster of the two; state in and score out stay float32.
+        rows_per_call: states that the network sees at once, always that many (the last call is filled up with repeats): a
+            sample's score then has the same bits in every batch, which convolutions and attention do not promise, and memory
+            is bounded. None: as many as are asked for.
 
     Raises:
-        ModelError: a range with one end or none inside, no class at all, or guidance without classes.
+        ModelError: a range with one end or none inside, no class at all, guidance without classes, or no rows a call.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class NetworkModel(nn.Module):
         low: float | None = None,
         high: float | None = None,
         bfloat16: bool = False,
+        rows_per_call: int | None = None,
     ) -> None:
         super().__init__()
         if (low is None) != (high is None):
@@ -67,6 +71,8 @@ class NetworkModel(nn.Module):
             raise ModelError(
                 f"guidance_scale is {guidance_scale}, but there are no classes to guide to; leave it at 1."
             )
+        if rows_per_call is not None and rows_per_call < 1:
+            raise ModelError(f"rows_per_call is {rows_per_call}; give at least 1, or None for any number.")
         self.network = network
         self._schedule = schedule
         self.prediction = prediction
@@ -76,6 +82,7 @@ class NetworkModel(nn.Module):
         self.guidance_scale = guidance_scale
         self.low, self.high = low, high
         self.use_bfloat16 = bfloat16
+        self.rows_per_call = rows_per_call
         self.memory: FeatureMemory | None = None
         self._cut = _Cut()
 
@@ -132,7 +139,20 @@ class NetworkModel(nn.Module):
             output = none + self.guidance_scale * (output - none)
         return kinds.convert(self.prediction, kinds.score, self.schedule, t, x, output)
 
+    def _calls(self, *given: Tensor) -> Iterator[tuple[list[Tensor], int]]:
+        """What each call of the network gets, and how many of its rows are not there to fill it up."""
+        count, size = len(given[0]), self.rows_per_call
+        if size is None:
+            yield list(given), count
+            return
+        for start in range(0, count, size):
+            rows = torch.arange(start, start + size, device=given[0].device).clamp(max=count - 1)
+            yield [x[rows] for x in given], count - start
+
     def _predict(self, t: Tensor, x: Tensor, *label: Tensor) -> Tensor:
+        return torch.cat([self._one_call(*given)[:count] for given, count in self._calls(t, x, *label)])
+
+    def _one_call(self, t: Tensor, x: Tensor, *label: Tensor) -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.use_bfloat16):
             output: Any = self.network(x, t, *label)
         if not isinstance(output, Tensor) or output.shape != x.shape:
@@ -145,9 +165,13 @@ class NetworkModel(nn.Module):
 
     def _with_features(self, t: Tensor, x: Tensor, *label: Tensor) -> tuple[Tensor, Tensor]:
         assert isinstance(self.network, HasFeatures)  # `keep_features` has looked
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.use_bfloat16):
-            output, features = self.network.with_features(x, t, *label)
-        return output.float(), features.float()
+        outputs, features = [], []
+        for (t_part, x_part, *rest), count in self._calls(t, x, *label):
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.use_bfloat16):
+                output, seen = self.network.with_features(x_part, t_part, *rest)
+            outputs.append(output[:count].float())
+            features.append(seen[:count].float())
+        return torch.cat(outputs), torch.cat(features)
 
     def keep_features(self) -> None:
         """Remember from now on the features of every state whose score is asked for. Raises ModelError if there are none."""

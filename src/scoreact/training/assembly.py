@@ -184,5 +184,6 @@ def check_ratio(rule: Rule, rows: Rows) -> None:
     if not worst <= limit and not (isinstance(model, BatchDependent) and model.batch_dependent):
         raise Diverged(
             f"before the first update log-ratios reach {worst:.2g} instead of 0: the model's score depends on the batch "
-            "or is random. Put the model in eval mode and remove dropout, or compute it in float32."
+            "or is random. Put the model in eval mode and remove dropout, compute it in float32, or give the network always "
+            "as many states at once (rows_per_call)."
         )
