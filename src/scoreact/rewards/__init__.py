@@ -22,6 +22,7 @@ from .image import (
     logistic_threshold,
     of_measure,
 )
+from .imagenet import ImageNet, ImageNetClassifier, ZeroShot
 from .ocr import OCR, OCRLogProbability, TextRecogniser
 from .onnx import OnnxReward
 from .registry import KNOWN, load
@@ -38,6 +39,8 @@ __all__ = [
     "ClassOf",
     "ClassifierAlignment",
     "HPSv2",
+    "ImageNet",
+    "ImageNetClassifier",
     "ImageReward",
     "Linear",
     "Measure",
@@ -51,6 +54,7 @@ __all__ = [
     "UserReward",
     "VQAScore",
     "WeightedSum",
+    "ZeroShot",
     "adapt",
     "brightness",
     "checked",

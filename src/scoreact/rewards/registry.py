@@ -15,6 +15,7 @@ from ..support.errors import RewardError
 from .base import FunctionReward, Reward, known, name_of
 from .closed_form import Linear, Quadratic
 from .image import brightness, colorfulness, jpeg_compressibility, jpeg_incompressibility, of_measure
+from .imagenet import ImageNet, ZeroShot
 from .ocr import OCR, OCRLogProbability
 from .onnx import OnnxReward
 from .remote.client import find
@@ -39,6 +40,7 @@ KNOWN: dict[str, Callable[..., Reward]] = {
     "clip": CLIPScore,
     "colorfulness": _colorfulness,
     "hps": HPSv2,
+    "imagenet": ImageNet,
     "imagereward": ImageReward,
     "jpeg_compressibility": jpeg_compressibility,
     "jpeg_incompressibility": jpeg_incompressibility,
@@ -48,6 +50,7 @@ KNOWN: dict[str, Callable[..., Reward]] = {
     "pickscore": PickScore,
     "quadratic": Quadratic,
     "vqa": VQAScore,
+    "zero_shot": ZeroShot,
 }
 
 
