@@ -291,6 +291,71 @@ def test_each_prompt_is_encoded_once(build: Callable[..., PipelineModel], monkey
     assert again.rows.tolist() == [1, 2]  # copies share the table, so conditions may travel between them
 
 
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("sd", {"guidance_rescale": 0.7}),
+        ("sd_v", {"guidance_rescale": 1.0}),
+        ("sdxl", {"guidance_rescale": 0.3}),
+        ("sdxl", {"clip_skip": 1}),
+        ("sdxl", {"original_size": (24, 40)}),
+        ("sdxl", {"crops_coords_top_left": (7, 3)}),
+        ("sdxl", {"target_size": (20, 12)}),
+        ("sd3", {"clip_skip": 1}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
+def test_arguments_of_the_pipelines_own_call(
+    name: str, given: dict[str, Any], build: Callable[..., PipelineModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drawn as diffusers draws with the same argument; without it the pictures are others."""
+    model = build(name, moved=True, **{k: list(v) if isinstance(v, tuple) else v for k, v in given.items()})
+    x = model.prior(model.condition(PROMPTS), torch.Generator().manual_seed(2))
+    ts = model.scheduler_times(2)
+    if name == "sd3":
+        monkeypatch.setattr(model.pipeline.scheduler, "sigma_max", float(1 - ts[0]))
+        ts[1:] = model.scheduler_times(2)[1:]
+    found = ours(model, x, ts)
+    assert float((found - theirs(name, model.pipeline, x, 2, **given)).abs().max()) < 1e-4
+    assert float((found - theirs(name, model.pipeline, x, 2)).abs().max()) > 3e-4
+    assert model.family.call_options().items() >= given.items()
+
+
+def test_clip_skip_of_stable_diffusion(build: Callable[..., PipelineModel]) -> None:
+    """As theirs, or refused where theirs fails: diffusers 0.42 asks transformers 5 for a part that it has no more."""
+    model = build("sd", clip_skip=1)
+    x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    try:
+        expected = theirs("sd", model.pipeline, x, 2, clip_skip=1)
+    except AttributeError:
+        with pytest.raises(sa.ModelError, match="clip_skip is 1, and the pipeline's own encode_prompt fails with it"):
+            model.condition(PROMPTS)
+    else:
+        assert float((ours(model, x, model.scheduler_times(2)) - expected).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "said"),
+    [
+        ("flux", {"clip_skip": 1}, r"clip_skip is 1, but FluxPipeline has no such argument \(it has max_sequence_length\)"),
+        ("sd", {"max_sequence_length": 16}, "max_sequence_length is 16, but StableDiffusionPipeline has no such argument"),
+        ("ddpm", {"guidance_rescale": 0.5}, "has no such argument .it has none of its kind"),
+        ("sd3", {"original_size": [8, 8]}, "original_size is .8, 8., but StableDiffusion3Pipeline has no such argument"),
+        ("sdxl", {"original_size": 512}, "original_size is 512; expected two whole numbers, height and width"),
+        ("sd", {"guidance_rescale": 1.5}, "guidance_rescale is 1.5; expected a number from 0"),
+        ("sd", {"guidance_rescale": 0.5, "guidance_scale": 1.0}, "but guidance_scale 1 guides nothing"),
+        ("sd", {"clip_skip": "one"}, "clip_skip is 'one'; expected a whole number of at least 1"),
+        ("sd", {"lora_targets": ["to_q", "to_w"]}, "lora_targets names 'to_w', but no linear layer .* Did you mean"),
+        ("sd", {"lora_targets": []}, "lora_targets is empty"),
+    ],
+)  # fmt: skip
+def test_arguments_that_a_pipeline_would_not_use_are_refused(
+    name: str, given: dict[str, Any], said: str, build: Callable[..., PipelineModel]
+) -> None:
+    with pytest.raises(sa.ModelError, match=said):
+        build(name, **given)
+
+
 # --- the adapter, the reference and copies -----------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -164,6 +165,31 @@ def test_forms_that_do_not_hold_the_weights_are_refused(opened: Opened, tmp_path
     for form in ("peft", "kohya"):
         with pytest.raises(sa.ModelError, match=f"an adapter on a text encoder too, which {form}'s form does not hold"):
             model.save(tmp_path, form)
+
+
+@pytest.mark.parametrize("form", ["diffusers", "peft", "pipeline"])
+def test_dora(form: str, opened: Opened, tmp_path: Path) -> None:
+    """A magnitude a layer: it starts as the base, copies have magnitudes of their own, and others read it."""
+    model = opened("sd", moved=False, lora_rank=2, use_dora=True)
+    x = inputs(model)[1]
+    ts, base = model.scheduler_times(2), theirs("sd", make("sd", spelling_tokenizer()), inputs(model)[1], 2)
+    assert apart(ours(model, x, ts), base) < 1e-4
+    assert sum("lora_magnitude_vector" in name for name, _ in model.named_parameters()) == len(
+        acting_layers(model.family.denoiser, model._adapters())
+    )
+    move(model)
+    expected, second = ours(model, x, ts), copy.deepcopy(model)
+    assert apart(expected, base) > 1e-3
+    assert apart(ours(second, x, ts), expected) < 1e-6
+    move(second)
+    assert apart(ours(model, x, ts), expected) < 1e-6
+    assert apart(ours(model.reference(), x, ts), base) < 1e-4
+    model.save(tmp_path, form)
+    assert apart(theirs("sd", loaded("sd", tmp_path, form), x, 2), expected) < 1e-4
+    with pytest.raises(sa.ModelError, match="diffusers drops what kohya's form calls dora_scale"):
+        model.save(tmp_path / "kohya", "kohya")
+    with pytest.raises(sa.ModelError, match="use_dora makes a new adapter, and full trains other weights"):
+        opened("sd", use_dora=True, full=True)
 
 
 # --- read ------------------------------------------------------------------------------------------------------------

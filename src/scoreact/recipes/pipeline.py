@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -45,6 +46,14 @@ def build(
     prompt_draws: int = 256,
     lora: str | None = None,
     lora_reference: str = "lora",
+    lora_targets: Sequence[str] | None = None,
+    use_dora: bool = False,
+    max_sequence_length: int | None = None,
+    guidance_rescale: float = 0.0,
+    clip_skip: int | None = None,
+    original_size: Sequence[int] | None = None,
+    crops_coords_top_left: Sequence[int] | None = None,
+    target_size: Sequence[int] | None = None,
     prompt_memory: int = 1024,
 ) -> Problem:
     """See `models.diffusers.pipeline_model`; dtype: float32, float16 or bfloat16.
@@ -75,7 +84,10 @@ def build(
         HUB.get(path, path), lora_rank=lora_rank, full=full, dtype=types[dtype], guidance_scale=guidance_scale,
         negative_prompt=negative_prompt, height=height, width=width, frames=frames,
         gradient_checkpointing=gradient_checkpointing, rows_per_call=rows_per_call,
-        twice_differentiable=twice_differentiable, lora=lora, lora_reference=lora_reference, prompt_memory=prompt_memory,
+        twice_differentiable=twice_differentiable, lora=lora, lora_reference=lora_reference,
+        lora_targets=lora_targets, use_dora=use_dora, max_sequence_length=max_sequence_length,
+        guidance_rescale=guidance_rescale, clip_skip=clip_skip, original_size=original_size,
+        crops_coords_top_left=crops_coords_top_left, target_size=target_size, prompt_memory=prompt_memory,
     )  # fmt: skip
     give_metadata(model, found)
     model.family.notes += found.notes if isinstance(found, Prompts) else []

@@ -22,6 +22,7 @@ from .adapters import Adapters
 from .prompt_table import MIB, PromptTable
 from .scheduler import read_scheduler
 
+SIZES = ("original_size", "crops_coords_top_left", "target_size")  # (height, width), of SDXL's micro-conditioning
 TOGETHER = 8  # prompts in a call of the text encoders
 
 
@@ -39,6 +40,7 @@ class Family(Adapters):
     video: ClassVar[bool] = False
     takes_negative_prompt: ClassVar[bool] = True
     takes_prompts: ClassVar[bool] = True
+    takes: ClassVar[Sequence[str]] = ()  # arguments of the pipeline's own call that can be given here too
     source: str | None = None  # the folder or hub id that it was opened from
     licence: str | None = None  # where that says it
     lora: str | None = None  # the user's own adapter
@@ -49,7 +51,7 @@ class Family(Adapters):
         guidance_scale: float | None,
         negative_prompt: str,
         size: tuple[int | None, int | None, int | None],
-        max_sequence_length: int | None,
+        call: Mapping[str, Any],
         rows_per_call: int | None,
         prompt_memory: int = 1024,
     ) -> None:
@@ -69,7 +71,7 @@ class Family(Adapters):
             guidance_scale = inspect.signature(type(pipeline).__call__).parameters["guidance_scale"].default
         self.guidance_scale = float(guidance_scale)
         self.negative_prompt = negative_prompt
-        self.max_sequence_length = max_sequence_length
+        self.call_arguments = self._checked(call)
         self.rows_per_call = rows_per_call
         if size[2] is not None and not self.video:
             raise ModelError(f"frames is {size[2]}, but {type(pipeline).__name__} makes pictures; leave it out.")
@@ -132,9 +134,35 @@ class Family(Adapters):
             found["num_frames"] = self.frames
         if self.negative_prompt and self.guides:
             found["negative_prompt"] = self.negative_prompt
-        if self.max_sequence_length is not None:
-            found["max_sequence_length"] = self.max_sequence_length
-        return found
+        return {**found, **self.call_arguments}
+
+    def _checked(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        """What is given of the arguments of the pipeline's own call. Raises ModelError for what this pipeline would not use."""
+        given = {name: value for name, value in call.items() if value not in (None, 0.0)}
+        for name, value in given.items():
+            if name not in self.takes:
+                have = f"it has {', '.join(self.takes)}" if self.takes else "it has none of its kind"
+                kind = type(self.pipeline).__name__
+                raise ModelError(f"{name} is {value!r}, but {kind} has no such argument ({have}); leave it out.")
+            if name in SIZES:
+                if not isinstance(value, list | tuple) or len(value) != 2 or not all(isinstance(x, int) for x in value):
+                    raise ModelError(
+                        f"{name} is {value!r}; expected two whole numbers, height and width, as [1024, 1024]."
+                    )
+                given[name] = tuple(value)
+            elif name == "guidance_rescale":
+                if not isinstance(value, float | int) or not 0 <= value <= 1:
+                    raise ModelError(f"guidance_rescale is {value!r}; expected a number from 0 (off) to 1.")
+                if not self.guides:
+                    raise ModelError(f"guidance_rescale is {value:g}, but guidance_scale 1 guides nothing; raise it, or leave "
+                                     "guidance_rescale out.")  # fmt: skip
+            elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ModelError(f"{name} is {value!r}; expected a whole number of at least 1.")
+        return given
+
+    def given(self, *names: str) -> dict[str, Any]:
+        """Of these arguments those that were given."""
+        return {name: self.call_arguments[name] for name in names if name in self.call_arguments}
 
     def attention(self) -> contextlib.AbstractContextManager[None]:
         """Fused attention has no second derivative; the plain formula has."""
@@ -170,7 +198,16 @@ class Family(Adapters):
 
     @torch.no_grad()
     def _encoded(self, prompts: str | list[str], negative: bool = False) -> dict[str, Tensor]:
-        found = self.encode(prompts, negative)
+        try:
+            found = self.encode(prompts, negative)
+        except (AttributeError, IndexError) as error:  # Stable Diffusion 1's, by diffusers 0.42 beside transformers 5
+            if "clip_skip" not in self.call_arguments:
+                raise
+            skip, reason = self.call_arguments["clip_skip"], " ".join(str(error).split())
+            raise ModelError(
+                f"clip_skip is {skip}, and the pipeline's own encode_prompt fails with it ({reason}); "
+                "leave it out, or take versions of diffusers and transformers in which it works."
+            ) from error
         return {name: rows.to(self.device, self.dtype) for name, rows in found.items()}
 
     @contextlib.contextmanager
@@ -198,7 +235,9 @@ class Family(Adapters):
         parameters = inspect.signature(self.pipeline.encode_prompt).parameters
         if "max_sequence_length" not in parameters or "CLIP" in type(tokenizer).__name__:
             return tokenizer, int(tokenizer.model_max_length)
-        return tokenizer, self.max_sequence_length or int(parameters["max_sequence_length"].default)
+        return tokenizer, self.call_arguments.get("max_sequence_length") or int(
+            parameters["max_sequence_length"].default
+        )
 
     def _count_too_long(self, prompts: Sequence[str]) -> int:
         if not self._components("tokenizer", "tokenizer_2", "tokenizer_3"):
@@ -270,6 +309,8 @@ class Family(Adapters):
         if guided:
             negative, positive = output.chunk(2)
             output = negative + self.guidance_scale * (positive - negative)
+            if share := self.call_arguments.get("guidance_rescale"):
+                output = share * output * (_spread(positive) / _spread(output)) + (1 - share) * output
         return output
 
     def decode(self, x: Tensor) -> Tensor:
@@ -303,6 +344,11 @@ class Family(Adapters):
         self.denoiser.enable_gradient_checkpointing(recompute_with_its_adapter)
 
 
+def _spread(x: Tensor) -> Tensor:
+    """The standard deviation of each sample's numbers, ready to be multiplied with x."""
+    return x.std(dim=list(range(1, x.ndim)), keepdim=True)
+
+
 def _part(size: int, factor: int) -> int:
     if size % factor:
         raise ModelError(f"a side of {size} pixels is no multiple of {factor}; take {max(1, size // factor) * factor}.")
@@ -312,9 +358,11 @@ def _part(size: int, factor: int) -> int:
 class StableDiffusion(Family):
     """Versions 1 and 2: one text encoder."""
 
+    takes = ("guidance_rescale", "clip_skip")
+
     def encode(self, prompts: str | list[str], negative: bool) -> dict[str, Tensor]:
         text = self.pipeline.encode_prompt(
-            prompts, self.device, 1, negative, negative_prompt=self.negative_prompt or None
+            prompts, self.device, 1, negative, negative_prompt=self.negative_prompt or None, **self.given("clip_skip")
         )
         return {"text": text[negative]}
 
@@ -323,7 +371,9 @@ class StableDiffusion(Family):
 
 
 class StableDiffusionXL(Family):
-    """Two text encoders, and the picture's size as a condition: that of a picture never cropped nor scaled."""
+    """Two text encoders, and the picture's size as a condition: by default that of one never cropped nor scaled."""
+
+    takes = ("guidance_rescale", "clip_skip", *SIZES)
 
     def encode(self, prompts: str | list[str], negative: bool) -> dict[str, Tensor]:
         found = self.pipeline.encode_prompt(
@@ -331,12 +381,15 @@ class StableDiffusionXL(Family):
             device=self.device,
             do_classifier_free_guidance=negative,
             negative_prompt=self.negative_prompt or None,
+            **self.given("clip_skip"),
         )
         return {"text": found[negative], "pooled": found[2 + negative]}
 
     def call(self, network: Any, timestep: Tensor, x: Tensor, prompt: dict[str, Tensor]) -> Tensor:
         size = (self.height, self.width)
-        ids = torch.tensor([*size, 0, 0, *size], device=x.device, dtype=x.dtype).expand(len(x), -1)
+        defaults = {"original_size": size, "crops_coords_top_left": (0, 0), "target_size": size}
+        numbers = [n for name in SIZES for n in self.call_arguments.get(name, defaults[name])]
+        ids = torch.tensor(numbers, device=x.device, dtype=x.dtype).expand(len(x), -1)
         added = {"text_embeds": prompt["pooled"], "time_ids": ids}
         return network(
             x, timestep, encoder_hidden_states=prompt["text"], added_cond_kwargs=added, return_dict=False
@@ -347,16 +400,16 @@ class StableDiffusion3(Family):
     """Versions 3 and 3.5: a flow, three text encoders of which the third may be left out."""
 
     component = "transformer"
+    takes = ("clip_skip", "max_sequence_length")
     targets = (*Family.targets, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
     def tokens(self) -> int:
         return math.prod(self.shape[1:]) // self.denoiser.config.patch_size**2
 
     def encode(self, prompts: str | list[str], negative: bool) -> dict[str, Tensor]:
-        length = {} if self.max_sequence_length is None else {"max_sequence_length": self.max_sequence_length}
         found = self.pipeline.encode_prompt(
             prompts, None, None, device=self.device, do_classifier_free_guidance=negative,
-            negative_prompt=self.negative_prompt or None, **length,
+            negative_prompt=self.negative_prompt or None, **self.given(*self.takes),
         )  # fmt: skip
         return {"text": found[negative], "pooled": found[2 + negative]}
 
@@ -371,6 +424,7 @@ class Flux(Family):
     """A flow on 2 x 2 patches of latents. guidance_scale is an input of the distilled network; there is no negative prompt."""
 
     takes_negative_prompt = False
+    takes = ("max_sequence_length",)
 
     component = "transformer"
     targets = StableDiffusion3.targets
@@ -391,8 +445,7 @@ class Flux(Family):
         return False
 
     def encode(self, prompts: str | list[str], negative: bool) -> dict[str, Tensor]:
-        length = {} if self.max_sequence_length is None else {"max_sequence_length": self.max_sequence_length}
-        text, pooled, _ = self.pipeline.encode_prompt(prompts, None, device=self.device, **length)
+        text, pooled, _ = self.pipeline.encode_prompt(prompts, None, device=self.device, **self.given(*self.takes))
         return {"text": text, "pooled": pooled}
 
     def call(self, network: Any, timestep: Tensor, x: Tensor, prompt: dict[str, Tensor]) -> Tensor:
@@ -418,6 +471,7 @@ class Wan(Family):
 
     component = "transformer"
     video = True
+    takes = ("max_sequence_length",)
 
     def size(self, height: int | None, width: int | None, frames: int | None) -> tuple[int, int, int]:
         own = inspect.signature(type(self.pipeline).__call__).parameters
@@ -438,7 +492,7 @@ class Wan(Family):
     def encode(self, prompts: str | list[str], negative: bool) -> dict[str, Tensor]:
         text = self.pipeline.encode_prompt(
             prompts, self.negative_prompt or None, do_classifier_free_guidance=negative,
-            max_sequence_length=self.max_sequence_length or 512, device=self.device,
+            max_sequence_length=self.call_arguments.get("max_sequence_length", 512), device=self.device,
         )  # fmt: skip
         return {"text": text[negative]}
 

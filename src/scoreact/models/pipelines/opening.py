@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 import yaml
+from torch import nn
 
 from ...support.errors import ModelError
+from ...support.names import did_you_mean
 from .families import FAMILIES
-from .formats import GIVEN, load_adapter, merge_adapters
+from .formats import GIVEN, has_adapters, load_adapter, merge_adapters
 from .model import PipelineModel
 
 
@@ -25,7 +27,8 @@ def pipeline_model(
     source: Any,
     *,
     lora_rank: int | None = None,
-    lora_targets: Sequence[str] | None = None,
+    lora_targets: str | Sequence[str] | None = None,
+    use_dora: bool = False,
     lora: str | Path | None = None,
     lora_reference: str = "lora",
     full: bool = False,
@@ -37,6 +40,11 @@ def pipeline_model(
     frames: int | None = None,
     gradient_checkpointing: bool = False,
     max_sequence_length: int | None = None,
+    guidance_rescale: float = 0.0,
+    clip_skip: int | None = None,
+    original_size: Sequence[int] | None = None,
+    crops_coords_top_left: Sequence[int] | None = None,
+    target_size: Sequence[int] | None = None,
     rows_per_call: int | None = None,
     vae_slicing: bool = True,
     twice_differentiable: bool = False,
@@ -47,7 +55,8 @@ def pipeline_model(
     Args:
         source: a folder, a hub id, or the pipeline itself, which is changed.
         lora_rank: of the adapter, 16 by default; its alpha is the rank too.
-        lora_targets: names of layers; the attention's projections by default.
+        lora_targets: names of layers, whole or their ends; the attention's projections by default.
+        use_dora: a direction by LoRA and a magnitude of its own for each layer (Liu et al. 2024, arXiv 2402.09353).
         lora: an adapter to start from: a safetensors file of diffusers', kohya's or peft's form, or its folder.
         lora_reference: which model is then the pretrained one. "lora": the pipeline with that adapter, and a second one is
             trained; what is saved holds both. "base": the pipeline without it, and that very adapter is trained on.
@@ -56,7 +65,9 @@ def pipeline_model(
         guidance_scale, negative_prompt: of classifier-free guidance; the pipeline's own scale by default.
         height, width, frames: in pixels, and of a video; the pipeline's own by default.
         gradient_checkpointing: less memory for a second forward pass.
-        max_sequence_length: tokens of a prompt; the pipeline's own by default.
+        max_sequence_length: tokens of a prompt, of a T5; the pipeline's own by default.
+        guidance_rescale, clip_skip, original_size, crops_coords_top_left, target_size: as in the pipeline's own call, of those
+            that have them; the sizes are SDXL's micro-conditioning, (height, width) in pixels.
         rows_per_call: states that the denoiser sees at once, always that many, so that a sample's score has the same bits in
             every batch; None: as many as are asked for.
         vae_slicing: decode one picture at a time.
@@ -91,7 +102,14 @@ def pipeline_model(
         guidance_scale,
         negative_prompt,
         (height, width, frames),
-        max_sequence_length,
+        {
+            "max_sequence_length": max_sequence_length,
+            "guidance_rescale": guidance_rescale,
+            "clip_skip": clip_skip,
+            "original_size": original_size,
+            "crops_coords_top_left": crops_coords_top_left,
+            "target_size": target_size,
+        },
         rows_per_call,
         prompt_memory,
     )
@@ -109,22 +127,45 @@ def pipeline_model(
     family.twice_differentiable = twice_differentiable
     if gradient_checkpointing:
         family.enable_checkpointing()
+    if use_dora and (full or adopt):
+        raise ModelError(f"use_dora makes a new adapter, and {'full' if full else 'lora_reference base'} trains other weights; "
+                         "leave it out.")  # fmt: skip
     if full:
         merge_adapters(family.denoiser)  # around trained weights they would be trained, and saved under lost names
         family.autocast = family.dtype != torch.float32
         return PipelineModel(family, network=family.denoiser.float().requires_grad_(True))
     if adopt:
         return PipelineModel(family, family.adopt(GIVEN), starts_elsewhere=True)
-    targets = list(family.targets if lora_targets is None else lora_targets)
+    if use_dora and has_adapters(family.denoiser):
+        raise ModelError(
+            "the pipeline has an adapter, beside which DoRA's magnitudes mean nothing; leave use_dora out."
+        )
+    targets = list(family.targets) if lora_targets is None else known_targets(family.denoiser, lora_targets)
     rank = 16 if lora_rank is None else lora_rank
     if not isinstance(rank, int) or rank < 1:
         raise ModelError(f"lora_rank must be at least 1, got {rank!r}; use full=True to train all weights.")
-    return PipelineModel(family, family.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)))
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, use_dora=use_dora)
+    return PipelineModel(family, family.add_adapter(config))
 
 
-def _adopts(
-    pipeline: Any, lora: object, reference: str, full: bool, rank: int | None, targets: Sequence[str] | None
-) -> bool:
+def known_targets(network: nn.Module, targets: str | Sequence[str]) -> list[str]:
+    """Names of layers that get an adapter. Raises ModelError for one that no linear layer or convolution has: peft would
+    leave it out where another is found."""
+    layers = [name for name, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.Conv3d)]
+    named = [targets] if isinstance(targets, str) else list(targets)
+    for target in named:
+        if not any(f".{name}".endswith(f".{target}") for name in layers):
+            ends = list(dict.fromkeys(name.rpartition(".")[2] for name in layers if not name.endswith(".0")))
+            raise ModelError(
+                f"lora_targets names {target!r}, but no linear layer or convolution of the {type(network).__name__} is called "
+                f"so; their names end in {', '.join(ends)}.{did_you_mean(str(target), ends)}"
+            )
+    if not named:
+        raise ModelError("lora_targets is empty; name layers, or leave it out for the attention's projections.")
+    return named
+
+
+def _adopts(pipeline: Any, lora: object, reference: str, full: bool, rank: int | None, targets: object) -> bool:
     """Whether the given adapter itself is trained. Raises ModelError where it cannot be."""
     if reference not in ("lora", "base"):
         raise ModelError(f"lora_reference is {reference!r}; known: lora (the pipeline with it), base (without it).")
