@@ -58,6 +58,13 @@ def test_the_network_has_the_published_size(weights: str) -> None:
     assert network(IMAGES[:, :1]).shape == (3, 1000)
 
 
+def test_grey_is_zero_and_white_is_one_to_the_network(weights: str) -> None:
+    classifier = imagenet.ImageNetClassifier(weights, 32)
+    for value, inside in ((127 / 255, 0.0), (1.0, 1.0)):
+        found = classifier.features(torch.full((1, 3, 40, 40), value))
+        torch.testing.assert_close(found, classifier.network(torch.full((1, 3, 32, 32), inside)), atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize(("side", "kernel", "stride"), [(7, 3, 2), (8, 3, 2), (8, 5, 2), (9, 5, 1), (6, 1, 1)])
 def test_padding_is_tensorflows(side: int, kernel: int, stride: int) -> None:
     """ceil(side / stride) windows, what is left over of the padding at the right and the bottom."""
@@ -121,6 +128,8 @@ def test_zero_shot_is_the_probability_of_a_class_that_is_meant(weights: str, cla
         torch.testing.assert_close(
             reward.vectors[i], vector(f"a photo of a {NAMES[i].split(',')[0]}"), atol=1e-5, rtol=0
         )
+    together = reward._embed(prompts)  # the shorter one is padded, which must not count
+    torch.testing.assert_close(together, torch.stack([vector(prompt) for prompt in prompts]), atol=1e-5, rtol=0)
     p = imagenet.ImageNetClassifier(weights, 32)(IMAGES).softmax(1)
     meant = torch.stack([(5 * reward.vectors @ vector(prompt)).softmax(0) for prompt in prompts])
     expected = (p * meant).sum(1).log().tolist()
