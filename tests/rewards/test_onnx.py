@@ -135,6 +135,27 @@ def test_half_precision_is_widened() -> None:
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
 
 
+def test_every_input_is_wanted() -> None:
+    module = OnnxModule(exported(nn.Linear(2, 1), torch.rand(3, 2)))
+    with pytest.raises(RewardError, match=r"got z. Its inputs: x \[batch, 2\] float32"):
+        module({"z": torch.rand(3, 2)})
+
+
+@pytest.mark.gpu
+def test_on_a_gpu() -> None:
+    torch.manual_seed(0)
+    module = OnnxModule(exported(Everything().eval(), torch.rand(3, 3, 16, 17)))
+    x = torch.rand(2, 3, 16, 17)
+    there, here = x.cuda().requires_grad_(True), x.clone().requires_grad_(True)
+    b = module({"x": here})["y"]
+    a = module.cuda()({"x": there})["y"]
+    torch.testing.assert_close(a.cpu(), b, rtol=1e-2, atol=1e-3)  # TF32 convolutions
+    a.square().sum().backward()
+    b.square().sum().backward()
+    assert there.grad is not None
+    torch.testing.assert_close(there.grad.cpu(), here.grad, rtol=2e-2, atol=1e-3)
+
+
 # --- small graphs by hand --------------------------------------------------------------------------------------------
 
 IMAGES = torch.rand(3, 3, 6, 8, generator=torch.Generator().manual_seed(0))

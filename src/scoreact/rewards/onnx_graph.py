@@ -87,6 +87,8 @@ class OnnxModule(nn.Module):
         return f"inputs: {'; '.join(map(str, self.inputs))}. Outputs: {'; '.join(map(str, self.outputs))}."
 
     def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if set(inputs) != {port.name for port in self.inputs}:
+            raise RewardError(f"{self.where} got {', '.join(inputs) or 'nothing'}. Its {self.ports()}")
         values = {**self._constants, **{name: getattr(self, buffer) for name, buffer in self._buffer_of.items()}}
         values.update(inputs)
         for step in self._steps:
