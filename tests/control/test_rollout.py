@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from scoreact.control.trajectory import Trajectory
 from scoreact.dynamics.grids import uniform, uniform_log_snr
 from scoreact.dynamics.schedule import VP, RectifiedFlow, Schedule
 from scoreact.dynamics.sde import SDE, noise_level
-from scoreact.dynamics.solvers import SOLVERS, ddim, euler_maruyama, step_of
+from scoreact.dynamics.solvers import SOLVERS, Transition, ddim, euler_maruyama, step_of
 from scoreact.models.gaussian_mixture import GaussianMixture
 from scoreact.recipes.gaussian import linear_reward, mixture
 from scoreact.types import Condition
@@ -200,6 +201,23 @@ def test_gradients_stay_off_and_network_calls_are_counted(generator: torch.Gener
     path = rollout(policy, sde, euler_maruyama, uniform(sde.schedule, 3), condition(7), generator)
     assert not path.xs.requires_grad
     assert policy.network_calls == 2 * 3 * 7
+
+
+@pytest.mark.parametrize(("with_reference", "calls"), [(True, 1 + 2 * 3), (False, 1 + 3)])
+def test_a_step_makes_each_kernel_once(with_reference: bool, calls: int, generator: torch.Generator) -> None:
+    """Small networks feel what a step computes beside them. One call more says which steps have noise."""
+    policy, sde = policies()
+    made = []
+
+    def solver(*arguments: Any) -> Transition:
+        made.append(arguments[2])
+        return euler_maruyama(*arguments)
+
+    drawn = rollout(
+        policy, sde, solver, uniform(sde.schedule, 3), condition(7), generator, with_reference=with_reference
+    )
+    assert len(made) == calls
+    assert bool(drawn.controls[:-1].isnan().all()) != with_reference
 
 
 def test_gaussian_actions_have_the_scale() -> None:

@@ -139,6 +139,28 @@ def test_random_grid_jitters_by_up_to_half_a_step(generator: torch.Generator) ->
     assert torch.equal(random(VE(), 10, generator.manual_seed(3)), random(VE(), 10, generator.manual_seed(3)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_tables_coefficients_are_computed_once_a_time(dtype: torch.dtype) -> None:
+    """At knots, between and beyond them: bit for bit what each formula gives by itself."""
+    table = [0.99, 0.7, 0.3, 0.05]
+    schedule, t = FromAlphasCumprod(table), torch.linspace(-0.1, 1.0, 23).to(dtype)
+    alphas = torch.tensor(table, dtype=torch.float64)
+    knots = (alphas.log() - torch.log1p(-alphas)).flip(0).to(dtype)
+    left = (t * 4).clamp(0, 3).floor().clamp(max=2).long()
+    rise = knots[left + 1] - knots[left]
+    value, slope = knots[left] + ((t * 4).clamp(0, 3) - left) * rise, 4 * rise
+    formulas = {
+        "alpha": torch.sigmoid(value).sqrt(),
+        "sigma": torch.sigmoid(-value).sqrt(),
+        "d_alpha": 0.5 * torch.sigmoid(value).sqrt() * torch.sigmoid(-value) * slope,
+        "d_sigma": -0.5 * torch.sigmoid(-value).sqrt() * torch.sigmoid(value) * slope,
+    }
+    for name, expected in formulas.items():
+        found = getattr(schedule, name)(t)
+        assert torch.equal(found, expected)
+        assert getattr(schedule, name)(t) is found
+
+
 def test_a_tables_memory_of_the_last_times_sees_every_change() -> None:
     schedule = FromAlphasCumprod([0.99, 0.7, 0.3, 0.05])
     t, other = torch.tensor([0.1, 0.6], dtype=torch.float64), torch.tensor([0.3], dtype=torch.float64)

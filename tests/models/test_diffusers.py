@@ -472,9 +472,12 @@ def test_recomputed_activations_belong_to_the_adapter_of_the_forward_pass(build:
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_the_ratio_before_the_first_update_is_one_in_bfloat16(full: bool, build: Callable[..., PipelineModel]) -> None:
+@pytest.mark.parametrize("compute", [torch.bfloat16, torch.float32])
+def test_the_ratio_before_the_first_update_is_one_in_bfloat16(
+    compute: torch.dtype, full: bool, build: Callable[..., PipelineModel]
+) -> None:
     """A network in bfloat16 under float32 mathematics, asked again in other batches than the rollout's."""
-    model = build("sd", dtype=torch.bfloat16, full=full, rows_per_call=2)
+    model = build("sd", dtype=torch.bfloat16, compute_dtype=compute, full=full, rows_per_call=2)
     assert all(p.dtype == torch.float32 for p in model.parameters())
     policy, sde = Policy(model, model.reference()), SDE(model.schedule, noise_level(1.0))
     condition = model.condition(PROMPTS)
@@ -495,9 +498,10 @@ def test_the_ratio_before_the_first_update_is_one_in_bfloat16(full: bool, build:
 # --- training ------------------------------------------------------------------------------------------------------------
 
 
-def test_second_derivatives_when_asked_for(build: Callable[..., PipelineModel]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_second_derivatives_when_asked_for(dtype: torch.dtype, build: Callable[..., PipelineModel]) -> None:
     """Natural gradients need them, and fused attention has none; a finite difference of the gradient knows them too."""
-    model = build("sd", moved=True, twice_differentiable=True)
+    model = build("sd", moved=True, twice_differentiable=True, dtype=dtype)
     t, x, condition = inputs(model)
     x.requires_grad_(True)
     direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
@@ -551,9 +555,10 @@ def test_training_changes_the_trainable_weights_alone(
 
 
 @pytest.mark.slow
-def test_a_resumed_run_is_bit_equal(build: Callable[..., PipelineModel]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_resumed_run_is_bit_equal(dtype: torch.dtype, build: Callable[..., PipelineModel]) -> None:
     def trainer() -> Trainer:
-        return Trainer(build("sd"), light, PROMPTS[:2], None, Config(**SETTINGS))  # type: ignore[arg-type]
+        return Trainer(build("sd", dtype=dtype), light, PROMPTS[:2], None, Config(**SETTINGS))  # type: ignore[arg-type]
 
     whole, first, second = trainer(), trainer(), trainer()
     for run in (whole, first):

@@ -20,7 +20,7 @@ from scoreact.training.trainer import Trainer
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
-from tiny_pipelines import light, make, move_by, spelling_tokenizer
+from tiny_pipelines import SIZES, light, make, move_by, spelling_tokenizer
 
 from scoreact.models.pipelines.model import PipelineModel
 from scoreact.models.pipelines.opening import pipeline_model
@@ -28,12 +28,13 @@ from scoreact.models.pipelines.opening import pipeline_model
 PROMPTS = ["a cat"] * 8
 
 
-def model_in(dtype: torch.dtype, **options: Any) -> PipelineModel:
+def model_in(dtype: torch.dtype, name: str = "sd", **options: Any) -> PipelineModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         return pipeline_model(
-            make("sd", spelling_tokenizer()), lora_rank=2, rows_per_call=8, guidance_scale=1.0, dtype=dtype, **options
-        )
+            make(name, spelling_tokenizer()), lora_rank=2, rows_per_call=8, dtype=dtype,
+            **{"guidance_scale": 1.0, "compute_dtype": dtype, **options},
+        )  # fmt: skip
 
 
 def path_of(model: PipelineModel) -> Trajectory:
@@ -59,6 +60,15 @@ def test_it_is_what_half_precision_adds_to_the_path_kl(dtype: torch.dtype) -> No
     assert expected == pytest.approx(extra, rel=0.2)
 
 
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux_guided", "wan", "ddpm"])
+def test_weights_in_bfloat16_have_none_where_they_are_computed_with_in_float32(name: str) -> None:
+    options = {"guidance_scale": 5.0, **SIZES.get(name, {})}
+    found = rounding(model_in(torch.bfloat16, name, **{**options, "compute_dtype": None}), 1e-4)
+    half = rounding(model_in(torch.bfloat16, name, **options), 1e-4)
+    assert half > 1e-6
+    assert found < max(1e-7, 1e-4 * half)  # float32's own is 2e-8
+
+
 def test_float32_has_none_and_the_weights_are_put_back() -> None:
     model = model_in(torch.float32)
     move_by(model, 0.1)
@@ -71,15 +81,24 @@ def test_float32_has_none_and_the_weights_are_put_back() -> None:
     assert all(torch.equal(p, before[name]) for name, p in model.trainable_state().items())
 
 
-@pytest.mark.parametrize(("dtype", "max_kl"), [(torch.bfloat16, 1e-3), (torch.float32, 1e-9)])
-def test_a_run_measures_it_and_says_when_it_stops_all_learning(dtype: torch.dtype, max_kl: float) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "compute", "max_kl"),
+    [
+        (torch.bfloat16, torch.bfloat16, 1e-3),
+        (torch.bfloat16, torch.float32, 1e-3),
+        (torch.float32, torch.float32, 1e-9),
+    ],
+)
+def test_a_run_measures_it_and_says_when_it_stops_all_learning(
+    dtype: torch.dtype, compute: torch.dtype, max_kl: float
+) -> None:
     config = Config(
         iterations=1, batch_size=2, steps=2, reference_batches=1, heldout_samples=2, value_first_steps=1, value_steps=1,
         value_batch_size=4, max_kl=max_kl, device="cpu",
     )  # fmt: skip
     said: list[Any] = []
-    trainer = Trainer(model_in(dtype), light, ["a cat"], None, config)
+    trainer = Trainer(model_in(dtype, compute_dtype=compute), light, ["a cat"], None, config)
     Session(trainer, on_event=lambda kind, line: said.append(line.get("text", ""))).run()
     refused = [text for text in said if "rounding alone costs" in str(text)]
-    assert len(refused) == (dtype == torch.bfloat16)
+    assert len(refused) == (compute == torch.bfloat16)
     assert ("policy/kl_rounding" in trainer.reference) == (dtype == torch.bfloat16)

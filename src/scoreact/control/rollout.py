@@ -47,39 +47,46 @@ def rollout(
     batch = len(x)
     acts: list[bool] = []
     records: tuple[list[Tensor], ...] = ([x], [], [], [], [], [], [])  # in the order of the fields of Trajectory
-    for k, (t0, t1) in enumerate(zip(ts[:-1].tolist(), ts[1:].tolist(), strict=True)):
+    by_ode = [False] * (len(ts) - 1) if stochastic is None else (~stochastic).tolist()
+    for t0, t1, drawn_by_ode, noisy in zip(
+        ts[:-1].tolist(), ts[1:].tolist(), by_ode, _noisy(sde, solver, ts, x), strict=True
+    ):
         begin, end = x.new_full((batch,), t0), x.new_full((batch,), t1)
-        drawn_by_ode = stochastic is not None and not bool(stochastic[k])
-        kernel = ode if drawn_by_ode else sde
-        std = step_of(kernel, solver, x, begin, end, x).std  # the same for every score
-        noisy = float(std.max()) > 0
+        kernel, noisy = (ode, False) if drawn_by_ode else (sde, noisy)
         own = not reference_only and t0 < policy.act_until and (noisy or drawn_by_ode)
         acts.append(noisy and t0 < policy.act_until)
         if own and not with_reference:
             reference = torch.full_like(x, math.nan)
         else:
             reference = policy.reference_score(begin, x, condition)
-        base = solver(kernel, _constant(reference), begin, end, x)
+        action, control = reference, torch.zeros_like(x)
         if own:
             action = policy.score(begin, x, condition)
             if exploration is not None and noisy:
                 action = exploration(begin, x, action, reference, generator)
-            step = solver(kernel, _constant(action), begin, end, x)
-        else:
-            action, step = reference, base
+        step = solver(kernel, _constant(action), begin, end, x)
+        if own and noisy:
+            control = step.shift(solver(kernel, _constant(reference), begin, end, x)) if with_reference else reference
         noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         if not noisy:
             noise = torch.zeros_like(noise)
         x = step.sample(noise)
         for record, value in zip(
             records,
-            (x, action, reference, step.mean, step.shift(base), noise, step.std[0]),
+            (x, action, reference, step.mean, control, noise, step.std[0]),
             strict=True,
         ):
             record.append(value)
     xs, actions, references, means, controls, noises, std = (torch.stack(record) for record in records)
     acting = torch.tensor(acts, device=x.device)
     return Trajectory(ts, xs, actions, references, means, controls, noises, std, acting, condition)
+
+
+def _noisy(sde: SDE, solver: Solver, ts: Tensor, x: Tensor) -> list[bool]:
+    """Whether the step from each time to the next one has noise, which no state and no score decides."""
+    rows = x[:1].expand(len(ts) - 1, *x.shape[1:])
+    found: list[bool] = (step_of(sde, solver, rows, ts[:-1], ts[1:], rows).std > 0).tolist()
+    return found
 
 
 # --- exploration beyond the SDE's own noise ----------------------------------------------------------------------------

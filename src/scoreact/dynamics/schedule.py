@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -193,6 +193,13 @@ class EDM:
         return self.rho * self._root(t).pow(self.rho - 1) * (b - a)
 
 
+class _Coefficients(NamedTuple):
+    alpha: Tensor
+    sigma: Tensor
+    d_alpha: Tensor
+    d_sigma: Tensor
+
+
 @dataclass(frozen=True)
 class FromAlphasCumprod:
     """The continuous schedule through a discrete table (DDPM, Stable Diffusion): log-SNR interpolated linearly in time.
@@ -211,8 +218,8 @@ class FromAlphasCumprod:
     t_min: float = 0.0
     t_max: float = field(init=False, default=1.0)
     _log_snr: Tensor = field(init=False, repr=False, compare=False, default=None)  # type: ignore[assignment]
-    # the last times asked for: a step asks a dozen times for its two, which small networks feel
-    _last: list[tuple[Tensor, int, Tensor, Tensor]] = field(init=False, repr=False, compare=False, default_factory=list)
+    # of the last times asked for: a step asks a dozen times for its two, which small networks feel
+    _last: list[tuple[Tensor, int, _Coefficients]] = field(init=False, repr=False, compare=False, default_factory=list)
 
     def __post_init__(self) -> None:
         table = torch.as_tensor(self.alphas_cumprod, dtype=torch.float64).cpu()
@@ -225,37 +232,37 @@ class FromAlphasCumprod:
         object.__setattr__(self, "t_max", 1.0 - 1.0 / len(table))
         object.__setattr__(self, "_log_snr", (table.log() - torch.log1p(-table)).flip(0))
 
-    def _interpolate(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """log-SNR and its slope at t."""
+    def _at(self, t: Tensor) -> _Coefficients:
         if t.requires_grad or t.is_inference():  # a graph is used once; no version to tell a change by
             return self._interpolated(t)
-        for asked, version, value, slope in self._last:
+        for asked, version, found in self._last:
             if asked is t and version == t._version:
-                return value, slope
-        value, slope = self._interpolated(t)
-        self._last[:] = [(t, t._version, value, slope), *self._last[:2]]
-        return value, slope
+                return found
+        found = self._interpolated(t)
+        self._last[:] = [(t, t._version, found), *self._last[:2]]
+        return found
 
-    def _interpolated(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def _interpolated(self, t: Tensor) -> _Coefficients:
         knots = self._log_snr.to(device=t.device, dtype=t.dtype)
         position = (t * len(knots)).clamp(0, len(knots) - 1)
         left = position.floor().clamp(max=len(knots) - 2).long()
-        slope = knots[left + 1] - knots[left]
-        return knots[left] + (position - left) * slope, slope * len(knots)
+        rise = knots[left + 1] - knots[left]
+        log_snr, slope = knots[left] + (position - left) * rise, rise * len(knots)
+        kept, lost = torch.sigmoid(log_snr), torch.sigmoid(-log_snr)  # alpha^2 and sigma^2
+        alpha, sigma = kept.sqrt(), lost.sqrt()
+        return _Coefficients(alpha, sigma, 0.5 * alpha * lost * slope, -0.5 * sigma * kept * slope)
 
     def alpha(self, t: Tensor) -> Tensor:
-        return torch.sigmoid(self._interpolate(t)[0]).sqrt()
+        return self._at(t).alpha
 
     def sigma(self, t: Tensor) -> Tensor:
-        return torch.sigmoid(-self._interpolate(t)[0]).sqrt()
+        return self._at(t).sigma
 
     def d_alpha(self, t: Tensor) -> Tensor:
-        value, slope = self._interpolate(t)
-        return 0.5 * torch.sigmoid(value).sqrt() * torch.sigmoid(-value) * slope
+        return self._at(t).d_alpha
 
     def d_sigma(self, t: Tensor) -> Tensor:
-        value, slope = self._interpolate(t)
-        return -0.5 * torch.sigmoid(-value).sqrt() * torch.sigmoid(value) * slope
+        return self._at(t).d_sigma
 
 
 def step_number(t: Tensor, steps: int, rounded: bool = False) -> Tensor:

@@ -99,6 +99,11 @@ class NetworkModel(nn.Module):
         """In bfloat16 the last bits of a sample's score depend on the batch around it."""
         return self.use_bfloat16
 
+    @property
+    def rounds(self) -> bool:
+        """Whether it computes in less than float32, which costs path KL by rounding alone."""
+        return self.use_bfloat16
+
     def prior(self, condition: Condition, generator: torch.Generator) -> Tensor:
         """sigma(t_min) times standard normal noise, [B, *D]."""
         noise = torch.randn(len(condition), *self.shape, generator=generator, device=self.device)

@@ -34,6 +34,7 @@ def build(
     lora_rank: int | None = None,
     full: bool = False,
     dtype: str = "",
+    compute_dtype: str = "",
     guidance_scale: float | None = None,
     negative_prompt: str = "",
     height: int | None = None,
@@ -56,7 +57,7 @@ def build(
     target_size: Sequence[int] | None = None,
     prompt_memory: int = 1024,
 ) -> Problem:
-    """See `models.diffusers.pipeline_model`; dtype: float32, float16 or bfloat16.
+    """See `models.pipelines.opening.pipeline_model`; dtype and compute_dtype: float32, float16 or bfloat16.
 
     prompts: a file (`read_prompts`, as prompt_column), one prompt, or file.py:function, which is called prompt_draws times
         (`drawn_prompts`).
@@ -75,13 +76,18 @@ def build(
         raise SettingError(
             f"dtype is {dtype!r}; known: float32, float16, bfloat16, or nothing for the stored weights' own."
         )
+    if compute_dtype not in types:
+        raise SettingError(
+            f"compute_dtype is {compute_dtype!r}; known: float32 (the default), or what the weights are stored in."
+        )
     if value_network not in ("encoder", "features"):
         raise SettingError(f"value_network is {value_network!r}; known: encoder, features.")
     function = prompt_function(prompts)
     found = read_prompts(prompts, prompt_column) if function is None else drawn_prompts(function, prompt_draws, prompts)
     names = list(found)
     model = pipeline_model(
-        HUB.get(path, path), lora_rank=lora_rank, full=full, dtype=types[dtype], guidance_scale=guidance_scale,
+        HUB.get(path, path), lora_rank=lora_rank, full=full, dtype=types[dtype],
+        compute_dtype=types[compute_dtype], guidance_scale=guidance_scale,
         negative_prompt=negative_prompt, height=height, width=width, frames=frames,
         gradient_checkpointing=gradient_checkpointing, rows_per_call=rows_per_call,
         twice_differentiable=twice_differentiable, lora=lora, lora_reference=lora_reference,
@@ -112,8 +118,8 @@ SETTINGS = Config(
     accumulate=4, kl_states=32, value_inputs="x_data_hat", value_batch_size=64, heldout_samples=64,
 )  # fmt: skip
 OPTIONS: dict[str, Any] = {
-    "path": "", "prompts": "", "prompt_column": "", "lora_rank": None, "full": False, "dtype": "", "guidance_scale": None,
-    "negative_prompt": "",
+    "path": "", "prompts": "", "prompt_column": "", "lora_rank": None, "full": False, "dtype": "", "compute_dtype": "",
+    "guidance_scale": None, "negative_prompt": "",
     "height": None, "width": None, "frames": None, "gradient_checkpointing": False, "rows_per_call": 8,
     "twice_differentiable": False, "value_network": "encoder",
     "prompt_draws": 256, "lora": None, "lora_reference": "lora", "prompt_memory": 1024,

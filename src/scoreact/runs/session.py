@@ -197,7 +197,7 @@ class Session(Hook):
         if c.uses("max_kl") and found.get("policy/kl_rounding", 0.0) > most:
             text = (
                 f"rounding alone costs {found['policy/kl_rounding']:.2g} nats of path KL, more than max_kl ({most:g}), so that "
-                "every step of the policy is refused; compute in float32 or float16, or with less guidance."
+                "every step of the policy is refused; compute in float32 (of a pipeline --option compute_dtype=float32)."
             )
             self._record("guard", {"guard": "rounding", "text": text})
         return found

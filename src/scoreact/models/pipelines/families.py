@@ -19,6 +19,7 @@ from ...dynamics.schedule import ShiftedFlow, step_number
 from ...support.errors import ModelError
 from ...types import Condition
 from .adapters import Adapters
+from .casting import tensor_cores
 from .prompt_table import MIB, PromptTable
 from .scheduler import read_scheduler
 
@@ -61,7 +62,8 @@ class Family(Adapters):
         self.stored = {name: next(m.parameters()).dtype for name, m in networks.items()}  # what they are opened in
         for module in self.modules():
             module.requires_grad_(False).eval()
-        self.dtype: torch.dtype = self.denoiser.dtype
+        self.dtype: torch.dtype = self.denoiser.dtype  # of the stored weights
+        self.compute_dtype = self.dtype
         self.autocast = False
         self.twice_differentiable = False
         self.keeps_features = False  # of every state that a reference is asked about, for a value network
@@ -120,7 +122,7 @@ class Family(Adapters):
         raise NotImplementedError
 
     def call(self, network: Any, timestep: Tensor, x: Tensor, prompt: dict[str, Tensor]) -> Tensor:
-        """The network's output, [B, *D]. timestep [B] float32, x in the network's dtype."""
+        """The network's output, [B, *D]. timestep [B] float32, x in compute_dtype."""
         raise NotImplementedError
 
     # of all
@@ -169,6 +171,16 @@ class Family(Adapters):
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         return sdpa_kernel(SDPBackend.MATH) if self.twice_differentiable else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """In compute_dtype; in float32 without TF32, which rounds as float16 does."""
+        dtype, device = self.compute_dtype, self.device.type
+        with (
+            torch.autocast(device, dtype, enabled=self.autocast),
+            tensor_cores(False) if dtype == torch.float32 else contextlib.nullcontext(),
+        ):
+            yield
 
     def timestep(self, t: Tensor) -> Tensor:
         """The network's time at t, float32; at a knot of the table the very integer it was trained with."""
@@ -294,16 +306,16 @@ class Family(Adapters):
             yield torch.arange(start, start + size, device=x.device).clamp(max=len(x) - 1), len(x) - start
 
     def predict_rows(self, network: nn.Module, t: Tensor, x: Tensor, rows: Tensor, guided: bool = True) -> Tensor:
-        timestep, state = self.timestep(t.float()), x.to(self.dtype)
-        prompt = self.table.at(rows)
+        timestep, state = self.timestep(t.float()), x.to(self.compute_dtype)
+        prompt = {name: row.to(self.compute_dtype) for name, row in self.table.at(rows).items()}
         guided = guided and self.guides and bool(prompt)
         if guided:
             if not self.negative:
                 with self.encoding():
                     self.negative = self._encoded("", negative=True)
             timestep, state = torch.cat([timestep, timestep]), torch.cat([state, state])
-            prompt = {name: torch.cat([self.negative[name].expand_as(p), p]) for name, p in prompt.items()}
-        with torch.autocast(x.device.type, self.dtype, enabled=self.autocast), self.attention():
+            prompt = {name: torch.cat([self.negative[name].to(p).expand_as(p), p]) for name, p in prompt.items()}
+        with self.computing(), self.attention():
             output = self.call(network, timestep, state, prompt).float()
         output = output[:, : x.shape[1]]  # some networks also predict a variance
         if guided:

@@ -146,8 +146,9 @@ class PipelineModel(nn.Module):
 
     @property
     def rounds(self) -> bool:
-        """Whether the denoiser computes in less than float32, which has a price of its own: see `rounding`."""
-        return self.family.dtype != torch.float32
+        """Whether a part of it is less than float32, or may be on its device (TF32): see `rounding`."""
+        family = self.family
+        return family.dtype != torch.float32 or family.device.type == "cuda"
 
     @property
     def rows_per_call(self) -> int | None:

@@ -18,6 +18,7 @@ from torch import nn
 
 from ...support.errors import ModelError
 from ...support.names import did_you_mean
+from .casting import compute_in_float32
 from .families import FAMILIES
 from .formats import GIVEN, has_adapters, load_adapter, merge_adapters
 from .model import PipelineModel
@@ -33,6 +34,7 @@ def pipeline_model(
     lora_reference: str = "lora",
     full: bool = False,
     dtype: torch.dtype | None = None,
+    compute_dtype: torch.dtype | None = None,
     guidance_scale: float | None = None,
     negative_prompt: str = "",
     height: int | None = None,
@@ -60,8 +62,10 @@ def pipeline_model(
         lora: an adapter to start from: a safetensors file of diffusers', kohya's or peft's form, or its folder.
         lora_reference: which model is then the pretrained one. "lora": the pipeline with that adapter, and a second one is
             trained; what is saved holds both. "base": the pipeline without it, and that very adapter is trained on.
-        full: train the denoiser's own weights instead; they are float32, and the network runs under autocast.
+        full: train the denoiser's own weights instead; they are float32.
         dtype: of the networks; that of the stored weights by default. Adapter, state and score are float32 all the same.
+        compute_dtype: of the denoiser's activations and products: float32 by default, whatever dtype is (each layer's weights
+            are cast when it is called), or dtype's own, which is quicker and costs path KL by rounding alone.
         guidance_scale, negative_prompt: of classifier-free guidance; the pipeline's own scale by default.
         height, width, frames: in pixels, and of a video; the pipeline's own by default.
         gradient_checkpointing: less memory for a second forward pass.
@@ -78,9 +82,10 @@ def pipeline_model(
         ImportError: diffusers or peft are missing.
         ModelError: a pipeline, a scheduler, an adapter or an option that is not supported.
 
-    In less than float32 any change of the weights is rounded anew in every layer, which costs path KL by itself (`rounding`).
-    On a tiny Stable Diffusion (256 numbers, 3 steps) 0.5 nats in bfloat16, 0.008 in float16, none in float32; guided by 4,
-    25 times that. It grows with the latents' size and with the steps; a run measures its own at the start.
+    A denoiser that computes in less than float32 rounds any change of its weights anew in every layer, which costs path KL by
+    itself (`rounding`). On a tiny Stable Diffusion (256 numbers, 3 steps) 0.5 nats in bfloat16, 0.008 in float16, none in
+    float32; guided by 4, 25 times that. It grows with the latents' size and with the steps; a run measures its own at the
+    start.
     """
     try:
         from diffusers import DiffusionPipeline
@@ -125,6 +130,12 @@ def pipeline_model(
         if vae_slicing and hasattr(vae, "enable_slicing"):
             vae.enable_slicing()
     family.twice_differentiable = twice_differentiable
+    family.compute_dtype = torch.float32 if compute_dtype is None else compute_dtype
+    if family.compute_dtype not in (torch.float32, family.dtype):
+        raise ModelError(
+            f"compute_dtype is {compute_dtype}, but the weights are {family.dtype}; take torch.float32 or their own, or open "
+            f"the pipeline with dtype {compute_dtype}."
+        )
     if gradient_checkpointing:
         family.enable_checkpointing()
     if use_dora and (full or adopt):
@@ -132,8 +143,10 @@ def pipeline_model(
                          "leave it out.")  # fmt: skip
     if full:
         merge_adapters(family.denoiser)  # around trained weights they would be trained, and saved under lost names
-        family.autocast = family.dtype != torch.float32
+        family.autocast = family.compute_dtype != torch.float32
         return PipelineModel(family, network=family.denoiser.float().requires_grad_(True))
+    if family.compute_dtype == torch.float32:
+        compute_in_float32(family.denoiser)
     if adopt:
         return PipelineModel(family, family.adopt(GIVEN), starts_elsewhere=True)
     if use_dora and has_adapters(family.denoiser):

@@ -1,0 +1,216 @@
+"""Half precision: what it costs in path KL, and what is learned with it. On the small trained pipeline of `shapes.py`.
+
+    python benchmarks/shapes.py pretrain shapes
+    python benchmarks/precision.py shapes                      # what precision.jsonl lacks, then its table
+    python benchmarks/precision.py shapes --rules draft --seeds 1
+
+Path KL by rounding: of 24 captions at the rule's steps, by a change of the weights as large as one step of the optimiser
+(`training.rounding`). Gain: the reward on 240 pictures from the same noise before and after, drawn in the precision that was
+trained in; seeds differ in the adapter's first weights, the rollouts and the pictures. The reward is a black box to `ctrl`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import shapes
+import torch
+from torch import Tensor
+
+import scoreact as sa
+from scoreact import rewards
+from scoreact.control.policy import Policy
+from scoreact.dynamics.grids import GRIDS
+from scoreact.dynamics.sde import SDE, noise_level
+from scoreact.dynamics.solvers import ddim
+from scoreact.models.pipelines import casting
+from scoreact.models.pipelines.model import PipelineModel
+from scoreact.models.pipelines.opening import pipeline_model
+from scoreact.models.value_networks import Encoder
+from scoreact.training.config import updated
+from scoreact.training.rounding import rounding_kl
+
+RESULTS = Path(__file__).with_suffix(".jsonl")
+STEPS, RATE = 10, 4e-3
+RULES: dict[str, dict[str, Any]] = {
+    "ctrl": {
+        "algorithm": "ctrl", "value": "residual", "value_loss": "martingale", "kl_weight": 0.1,
+        "iterations": 4, "batch_size": 48, "minibatch_size": 48, "kl_states": 48, "learning_rate": RATE, "average": 0.5,
+        "warmup": 0, "epochs": 1, "value_first_steps": 10, "value_steps": 5, "value_batch_size": 96,
+    },
+    "draft": {
+        "algorithm": "draft", "last_steps": 5, "kl_weight": 0.01, "iterations": 9, "batch_size": 32, "minibatch_size": 16,
+        "kl_states": 96, "learning_rate": 1e-2,
+    },
+}  # fmt: skip
+EVERYWHERE = {"steps": STEPS, "reference_batches": 1, "heldout_samples": 24, "evaluate_every": 100, "device": "cpu"}
+
+# --- ways to compute: the dtype that weights are stored in, and what is done with them -------------------------------
+
+
+def tf32(product: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A product of TF32 as a GPU makes it: of factors rounded to 11 bits, summed in float32."""
+
+    def rounded(x: Tensor) -> Tensor:
+        return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+    return product(rounded(x), rounded(weight.float()), bias)
+
+
+def one_product(product: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return tf32(product, x, weight, bias)
+
+
+def two_products(product: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return casting.in_two_parts(functools.partial(tf32, product), x, weight, bias)
+
+
+def opened(folder: Path, way: str, seed: int) -> PipelineModel:
+    stored = {"float16": torch.float16, "float32": torch.float32, "bfloat16 under autocast": torch.float32}
+    dtype = stored.get(way, torch.bfloat16)
+    compute = dtype if way in ("bfloat16", "float16") else torch.float32
+    torch.manual_seed(seed)  # of the adapter's first weights
+    model = pipeline_model(
+        str(folder), lora_rank=8, guidance_scale=shapes.GUIDANCE, vae_slicing=False, dtype=dtype, compute_dtype=compute,
+    )  # fmt: skip
+    if way == "bfloat16 under autocast":
+        model.family.compute_dtype, model.family.autocast = torch.bfloat16, True
+    casting.multiply = EMULATED.get(way, MULTIPLY)
+    return model
+
+
+MULTIPLY = casting.multiply
+EMULATED = {"bfloat16, products in TF32": one_product, "bfloat16, two products in TF32": two_products}
+WAYS = ["float32", "bfloat16", "bfloat16 under autocast", "float16", *EMULATED, "bfloat16, computed in float32"]
+TRAINED = ["float32", "bfloat16", "bfloat16, computed in float32"]
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+def floor(folder: Path, way: str) -> dict[str, Any]:
+    """Path KL by rounding, and the CPU seconds of the passes beside those of float32."""
+    model = opened(folder, way, 0)
+    ts = GRIDS["uniform"](model.schedule, STEPS, None)
+    condition = model.condition(shapes.CAPTIONS)
+    begin = time.process_time()
+    found = rounding_kl(
+        Policy(model),
+        SDE(model.schedule, noise_level(1.0)),
+        ddim,
+        ts,
+        condition,
+        torch.Generator().manual_seed(0),
+        RATE,
+    )
+    return {"kl": found, "seconds": time.process_time() - begin}
+
+
+def rewards_of(model: Any, folder: Path, seed: int) -> Tensor:
+    """Of 10 pictures a caption, [240]."""
+    pictures = shapes.look(model, folder, 10, STEPS, 100 + seed)[1]
+    return shapes.reward(pictures, [caption for caption in shapes.CAPTIONS for _ in range(10)], str(folder))
+
+
+BEFORE: dict[tuple[str, int], Tensor] = {}  # of the reference
+
+
+def run(folder: Path, rule: str, way: str, seed: int) -> dict[str, Any]:
+    model = opened(folder, way, seed)
+    config = updated(sa.Config(), {**EVERYWHERE, **RULES[rule], "seed": seed})
+    begin = time.process_time()
+    result = sa.finetune(
+        model, rewards.load(shapes.reward, folder=str(folder)), shapes.CAPTIONS, config=config,
+        value_network=lambda: Encoder(model.shape[0], classes=len(shapes.CAPTIONS)),
+    )  # fmt: skip
+    seconds = time.process_time() - begin
+    if (way, seed) not in BEFORE:
+        BEFORE[way, seed] = rewards_of(result.policy.reference, folder, seed)
+    before = BEFORE[way, seed]
+    gains = rewards_of(result.policy.model, folder, seed) - before
+    row = {
+        "before": float(before.mean()), "gain": float(gains.mean()), "error": float(gains.std()) / math.sqrt(len(gains)),
+        "path_kl": result.final["policy/kl"], "rounding": result.reference.get("policy/kl_rounding", 0.0),
+        "seconds": seconds, "paths": config.iterations * config.batch_size,
+    }  # fmt: skip
+    if way == "bfloat16, computed in float32":  # what plain diffusers draws with the exported adapter
+        result.policy.model.family.compute_dtype = torch.bfloat16
+        row["gain_in_plain_diffusers"] = float((rewards_of(result.policy.model, folder, seed) - before).mean())
+    return row
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def interval(rows: list[dict[str, Any]], name: str) -> str:
+    """Mean over seeds, and 95 % by the pictures' spread."""
+    mean = sum(row[name] for row in rows) / len(rows)
+    error = math.sqrt(sum(row["error"] ** 2 for row in rows)) / len(rows)
+    return f"{mean:+.3f} ± {1.96 * error:.3f}"
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    floors = {row["way"]: row for row in found if row["what"] == "floor"}
+    lines = ["| denoiser | path KL by rounding, nats | CPU time of its passes |", "| --- | ---: | ---: |"]
+    lines += [
+        f"| {way} | {floors[way]['kl']:.2g} | {floors[way]['seconds'] / floors['float32']['seconds']:.2f} |"
+        for way in WAYS
+        if way in floors
+    ]
+    lines += [
+        "",
+        "| rule | denoiser | gain | path KL | step refused by rounding | CPU s |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for rule in RULES:
+        for way in TRAINED:
+            rows = [row for row in found if row["what"] == rule and row["way"] == way]
+            if rows:
+                kl, rounding, seconds = (
+                    sum(row[name] for row in rows) / len(rows) for name in ("path_kl", "rounding", "seconds")
+                )
+                lines.append(
+                    f"| {rule}, {rows[0]['paths']} paths, {len(rows)} seeds | {way} | {interval(rows, 'gain')} | {kl:.2f} | "
+                    f"{rounding:.2g} | {seconds:.0f} |"
+                )
+                if "gain_in_plain_diffusers" in rows[0]:
+                    gain = sum(row["gain_in_plain_diffusers"] for row in rows) / len(rows)
+                    lines.append(f"| | its adapter, drawn with in bfloat16 | {gain:+.3f} | | | |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="of `benchmarks/shapes.py pretrain`")
+    parser.add_argument("--rules", nargs="*", choices=tuple(RULES), default=list(RULES))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    found = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
+    wanted = [("floor", way, 0) for way in WAYS]
+    wanted += [
+        (rule, way, seed) for seed in range(options.seeds) for rule in options.rules for way in reversed(TRAINED)
+    ]
+    for what, way, seed in wanted:
+        if any((row["what"], row["way"], row["seed"]) == (what, way, seed) for row in found):
+            continue
+        row = floor(options.folder, way) if what == "floor" else run(options.folder, what, way, seed)
+        found.append({"what": what, "way": way, "seed": seed, **row})
+        with options.out.open("a") as file:
+            file.write(json.dumps(found[-1]) + "\n")
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
