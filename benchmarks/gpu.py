@@ -5,11 +5,13 @@
     python benchmarks/gpu.py --compile                    # the same with torch.compile
     python benchmarks/gpu.py --precision                  # only: what rounding costs in path KL, a dtype and guidance
     python benchmarks/gpu.py --tiny                       # a minute on a CPU: that every line of it runs
+    python benchmarks/gpu.py --all                        # eight minutes: tests and all shapes, into benchmarks/gpu/
+    python benchmarks/gpu.py --all --tiny                 # the same on a CPU, tiny
 
 Rollout: pictures a second, and the share of what the bare calls of denoiser and decoder on the same batches reach (wanted:
 0.95). Iteration: seconds of one whole iteration of a rule, and how much more that is than the sum of its network passes, each
-kind timed alone at its own number of rows (wanted: 5 %). Memory: peak of that iteration. Weights are random: speed does not
-depend on them, and nothing is downloaded.
+kind timed alone at its own number of rows (wanted: 5 %). Memory: peak of that iteration. Path KL by rounding: of four pictures.
+Weights are random: speed does not depend on them, and nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ import itertools
 import json
 import os
 import resource
+import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -80,6 +84,13 @@ def vae(widths: tuple[int, ...], layers: int, channels: int, side: int, **config
     )  # fmt: skip
 
 
+def sd15_scheduler() -> Any:
+    return diffusers.DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1,
+    )  # fmt: skip
+
+
 def sd15(tiny: bool) -> Any:
     words = tokenizer(16 if tiny else 77)
     small: dict[str, Any] = dict(
@@ -90,14 +101,10 @@ def sd15(tiny: bool) -> Any:
     full: dict[str, Any] = dict(
         sample_size=64, cross_attention_dim=768, attention_head_dim=8
     )  # the rest is the default
-    scheduler = diffusers.DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
-        steps_offset=1,
-    )  # fmt: skip
     return diffusers.StableDiffusionPipeline(
         vae=vae((8, 16), 1, 4, 16) if tiny else vae((128, 256, 512, 512), 2, 4, 512),
         text_encoder=clip(words, "CLIPTextModel", 16 if tiny else 768, 2 if tiny else 12), tokenizer=words,
-        unet=diffusers.UNet2DConditionModel(**(small if tiny else full)), scheduler=scheduler, safety_checker=None,
+        unet=diffusers.UNet2DConditionModel(**(small if tiny else full)), scheduler=sd15_scheduler(), safety_checker=None,
         feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
 
@@ -122,13 +129,39 @@ def sd35(tiny: bool) -> Any:
     )  # fmt: skip
 
 
-def opened(options: argparse.Namespace, dtype: str, guidance: float, batch: int) -> PipelineModel:
+def sdxl(tiny: bool) -> Any:
+    words = tokenizer(16 if tiny else 77)
+    one, two = (16, 16) if tiny else (768, 1280)
+    small: dict[str, Any] = dict(
+        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, attention_head_dim=4,
+        cross_attention_dim=32, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 16,
+    )  # fmt: skip
+    full: dict[str, Any] = dict(
+        sample_size=128, block_out_channels=(320, 640, 1280), cross_attention_dim=2048, attention_head_dim=(5, 10, 20),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=(1, 2, 10),
+        use_linear_projection=True, addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
+    )  # fmt: skip
+    return diffusers.StableDiffusionXLPipeline(
+        vae=vae((8, 16), 1, 4, 16) if tiny else vae((128, 256, 512, 512), 2, 4, 1024),
+        text_encoder=clip(words, "CLIPTextModel", one, 2 if tiny else 12), tokenizer=words, tokenizer_2=words,
+        text_encoder_2=clip(words, "CLIPTextModelWithProjection", two, 2 if tiny else 20),
+        unet=diffusers.UNet2DConditionModel(addition_embed_type="text_time", **(small if tiny else full)),
+        scheduler=sd15_scheduler(), add_watermarker=False,
+    )  # fmt: skip
+
+
+def opened(options: argparse.Namespace, dtype: str, guidance: float, batch: int, compute: str) -> PipelineModel:
     torch.manual_seed(0)
-    pipeline = {"sd15": sd15, "sd35": sd35}[options.shape](options.tiny)
+    with torch.device(options.device):  # where billions of random numbers take seconds
+        pipeline = {"sd15": sd15, "sdxl": sdxl, "sd35": sd35}[options.shape](options.tiny)
     pipeline.to(dtype=DTYPES[dtype])
     model = pipeline_model(
-        pipeline, lora_rank=16, guidance_scale=guidance, gradient_checkpointing=options.checkpointing, vae_slicing=False,
-        rows_per_call=min(options.rows, batch), max_sequence_length=16 if options.tiny else None,
+        pipeline, compute_dtype=DTYPES[compute], lora_rank=16, guidance_scale=guidance, vae_slicing=False,
+        gradient_checkpointing=options.checkpointing, rows_per_call=min(options.rows, batch),
+        max_sequence_length=16 if options.tiny else None,
     )  # fmt: skip
     return model.to(options.device)
 
@@ -194,12 +227,14 @@ def bare(model: PipelineModel, kind: Call, device: str) -> float:
     if network == "decoder":
         with torch.no_grad():
             return seconds(lambda: family.decode(x), device)
+    dtype = family.compute_dtype
     prompt = family.table.at(torch.zeros(rows, dtype=torch.long, device=device))
+    prompt = {name: row.to(dtype) for name, row in prompt.items()}
     t = torch.full((rows,), 500.0, device=device)
-    state = x.to(family.dtype)
+    state = x.to(dtype)
 
     def forward() -> Tensor:
-        with model._acting():
+        with model._acting(), family.computing():
             return family.call(family.denoiser, t, state, prompt)
 
     if not graph:
@@ -214,7 +249,7 @@ def bare(model: PipelineModel, kind: Call, device: str) -> float:
 def measure(options: argparse.Namespace, batch: int) -> list[str]:
     """One line of the table."""
     device, steps = options.device, options.steps
-    model = opened(options, options.dtype, options.guidance, batch)
+    model = opened(options, options.dtype, options.guidance, batch, options.compute)
     if options.compile:
         model.family.denoiser.compile()
     condition = model.condition((PROMPTS * batch)[:batch])
@@ -226,6 +261,7 @@ def measure(options: argparse.Namespace, batch: int) -> list[str]:
         with torch.no_grad():
             model.decode(path.xs[-1])
 
+    floor = rounding_of(model, min(batch, 4), steps, device)
     ours = seconds(draw, device)
     with counted(model) as calls:
         draw()
@@ -249,7 +285,7 @@ def measure(options: argparse.Namespace, batch: int) -> list[str]:
     passes = sum(number * bare(model, kind, device) for kind, number in calls.items())
     return [
         f"{batch}", f"{batch / ours:.3g}", f"{plain / ours:.3f}", f"{iteration:.3g}", f"{iteration / passes - 1:+.1%}",
-        f"{memory:.2f}",
+        f"{memory:.2f}", f"{floor:.2g}",
     ]  # fmt: skip
 
 
@@ -257,20 +293,37 @@ def brightness(samples: Tensor, condition: Condition) -> Tensor:
     return samples.flatten(1).mean(1)
 
 
-def precision(options: argparse.Namespace) -> list[list[str]]:
-    """Path KL of rounding alone, nats, one row a dtype."""
-    rows = []
-    for dtype in DTYPES:
-        row = [dtype]
-        for guidance in (1.0, options.guidance):
-            model = opened(options, dtype, guidance, 8)
-            sde, ts = SDE(model.schedule, noise_level(1.0)), model.scheduler_times(options.steps)
-            generator = torch.Generator(options.device).manual_seed(0)
-            condition = model.condition((PROMPTS * 4)[:8])
-            found = rounding_kl(Policy(model), sde, ddim, ts, condition, generator, 1e-4)
-            row.append(f"{found:.3g}")
-        rows.append(row)
-    return rows
+def rounding_of(model: PipelineModel, batch: int, steps: int, device: str) -> float:
+    """Path KL of rounding alone, nats."""
+    sde, ts = SDE(model.schedule, noise_level(1.0)), model.scheduler_times(steps)
+    generator = torch.Generator(device).manual_seed(0)
+    return rounding_kl(
+        Policy(model), sde, ddim, ts, model.condition((PROMPTS * batch)[:batch]), generator, 1e-4
+    )  # fmt: skip
+
+
+WAYS = [  # dtype of the weights, and of the computing
+    ("float32", "float32"), ("float16", "float16"), ("bfloat16", "bfloat16"), ("float16", "float32"), ("bfloat16", "float32"),
+]  # fmt: skip
+
+
+def precision(options: argparse.Namespace, dtype: str | None) -> str:
+    """A table of the path KL of rounding alone, nats; all ways at two guidances, or those of one dtype at one."""
+    ways = [way for way in WAYS if dtype in (None, way[0])]
+    guidances = [1.0, options.guidance] if dtype is None else [options.guidance]
+    batch, rows = (options.batches or [8])[0], []
+    for stored, compute in ways:
+        row = [stored, compute]
+        for guidance in guidances:
+            model = opened(options, stored, guidance, batch, compute)
+            begin = time.process_time()
+            row.append(f"{rounding_of(model, batch, options.steps, options.device):.2g}")
+            row.append(f"{time.process_time() - begin:.3g}")
+            del model
+        rows.append([*row, f"{peak(options.device):.2f}"])
+        print(rows[-1], flush=True)
+    measured = [name for g in guidances for name in (f"path KL, guidance {g:g}", "seconds")]
+    return table(["weights", "computed in", *measured, "peak so far, GiB"], rows)
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -278,42 +331,114 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+# --- everything, for a GPU that is there for minutes ---------------------------------------------------------------------
+
+
+def everything(options: argparse.Namespace) -> None:
+    """Each part a process of its own, what it prints appended to the file when it ends: a cut leaves all before it."""
+    here, tiny = Path(__file__).parent, ["--tiny"] if options.tiny else []
+    gpu, tests = [sys.executable, str(Path(__file__)), "--steps", "4", *tiny], str(here.parent / "tests")
+    few = ["--batches", "4" if options.tiny else "8"]
+    parts = [
+        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *(["--collect-only"] if options.tiny else []), tests],
+        [*gpu, "--dtype", "bfloat16", *few],
+        [*gpu, "--dtype", "bfloat16", "--compute", "bfloat16", *few],
+        [*gpu, "--dtype", "float16", *few],
+        *([] if options.tiny else [[*gpu, "--dtype", "float16", "--compute", "float16", *few]]),  # an age on a CPU
+        [*gpu, "--shape", "sdxl", "--dtype", "bfloat16", "--checkpointing", "--batches", "4", "--rows", "4"],
+        [*gpu, "--shape", "sd35", "--dtype", "bfloat16", "--checkpointing", "--batches", "4", "--rows", "4"],
+    ]  # fmt: skip
+    if (here / "faces.py").exists() and (options.tiny or options.faces):
+        where = ["--tiny"] if options.tiny else [options.faces, "--device", "cuda"]
+        parts.append([sys.executable, str(here / "faces.py"), "train", *where])
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"{time.strftime('%Y-%m-%d-%H%M', time.gmtime())}{'-tiny' if options.tiny else ''}.md"
+    begin = time.perf_counter()
+    for part in parts:
+        left = options.seconds - (time.perf_counter() - begin)
+        text = ended(part, left) if left > 0 else "cut: the time was over"
+        shown = " ".join(Path(word).name if "/" in word else word for word in part[1:])
+        with path.open("a") as file:
+            file.write(f"## {shown}\n\n{text}\n\n{time.perf_counter() - begin:.0f} s so far\n\n")
+        print(f"{time.perf_counter() - begin:4.0f} s  {shown}", flush=True)
+    print(path)
+
+
+def ended(command: list[str], seconds: float) -> str:
+    """What a command printed until it ended or was cut, and how it ended."""
+    with tempfile.TemporaryFile("w+") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        try:
+            end = f"exit status {process.wait(seconds)}"
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            end = f"cut after {seconds:.0f} s"
+        file.seek(0)
+        lines = [line for line in file.read().splitlines() if not any(word in line for word in NOISE)]
+    return "\n".join([*lines[-60:], "", end])
+
+
+NOISE = ("deprecat", "should be kept in float32", "Loading", "torchvision")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=("sd15", "sd35"), default="sd15")
+    parser.add_argument("--shape", choices=("sd15", "sdxl", "sd35"), default="sd15")
     parser.add_argument("--tiny", action="store_true", help="a tiny pipeline of that shape, on the CPU in float32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="[cuda; tiny: cpu]")
     parser.add_argument("--batches", type=int, nargs="+", help="pictures a rollout [8 16 32 64; tiny: 4 8]")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rows", type=int, default=8, help="rows of a call of the denoiser and of a minibatch")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="[bfloat16; tiny: float32]")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="of the weights [bfloat16; tiny: float32]")
+    parser.add_argument("--compute", choices=tuple(DTYPES), default="float32", help="dtype of the denoiser's passes")
     parser.add_argument("--guidance", type=float, default=5.0)
     parser.add_argument("--algorithm", default="ddpo", help="the rule of the iteration")
     parser.add_argument("--compile", action="store_true", help="torch.compile the denoiser")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     parser.add_argument("--precision", action="store_true", help="only the path KL of rounding")
+    parser.add_argument(
+        "--all", action="store_true", help="the tests marked gpu, then every shape, one part after another"
+    )
+    parser.add_argument("--seconds", type=float, default=470, help="of --all: what is not done by then is cut [470]")
+    parser.add_argument("--faces", default="", help="of --all: weights for benchmarks/faces.py")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "gpu", help="of --all: where its file goes")
     options = parser.parse_args()
-    options.device = "cpu" if options.tiny else "cuda"
+    options.device = options.device or ("cpu" if options.tiny else "cuda")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device here; --tiny runs anywhere.")
-    options.dtype = options.dtype or ("float32" if options.tiny else "bfloat16")
+    if options.all:
+        everything(options)
+        return
+    dtype = options.dtype
+    options.dtype = dtype or ("float32" if options.tiny else "bfloat16")
     name = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(
         f"{options.shape}{' (tiny)' if options.tiny else ''}, {name}, torch {torch.__version__}, {options.steps} steps"
     )
     if options.precision:
-        print(table(["dtype", "KL, guidance 1", f"guidance {options.guidance:g}"], precision(options)))
+        print(precision(options, dtype))
         return
     print(
-        f"{options.dtype}, guidance {options.guidance:g}, {options.algorithm}, {options.rows} rows a call, "
-        f"compile {'on' if options.compile else 'off'}, checkpointing {'on' if options.checkpointing else 'off'}"
+        f"{options.dtype} computed in {options.compute}, guidance {options.guidance:g}, {options.algorithm}, "
+        f"{options.rows} rows a call, compile {'on' if options.compile else 'off'}, "
+        f"checkpointing {'on' if options.checkpointing else 'off'}"
     )
     rows = []
     for batch in options.batches or ((4, 8) if options.tiny else (8, 16, 32, 64)):
         try:
             rows.append(measure(options, batch))
         except torch.OutOfMemoryError:
-            rows.append([f"{batch}", *itertools.repeat("out of memory", 5)])
-    head = ["batch", "pictures/s", "of the bare calls", "iteration, s", "over its passes", "peak, GiB"]
+            rows.append([f"{batch}", *itertools.repeat("out of memory", 6)])
+    head = [
+        "batch",
+        "pictures/s",
+        "of the bare calls",
+        "iteration, s",
+        "over its passes",
+        "peak, GiB",
+        "KL by rounding",
+    ]
     print(table(head, rows))
 
 

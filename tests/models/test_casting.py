@@ -102,7 +102,7 @@ def test_the_pipeline_stays_what_it_was_in_plain_diffusers(tmp_path: Path) -> No
     x = inputs(model)[1].bfloat16()
     assert torch.equal(theirs("sd", model.pipeline, x, 2), theirs("sd", plain, x, 2))
     move(model)
-    model.save(tmp_path, merged=True)
+    model.save(tmp_path, "pipeline")
     stored = load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
     assert {p.dtype for p in stored.values()} == {torch.bfloat16}
     assert stored.keys() == plain.unet.state_dict().keys()

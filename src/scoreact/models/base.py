@@ -166,12 +166,12 @@ class BatchDependent(Protocol):
 
 @runtime_checkable
 class Rounds(Protocol):
-    """Says that the network computes in less than float32. A run then measures at its start the path KL that rounding
-    alone costs, and says so where that leaves nothing for the reward."""
+    """Says that the network is stored in less than float32, or computes in less. A run then measures at its start the path KL
+    that rounding alone costs, and says so where that leaves nothing for the reward."""
 
     @property
     def rounds(self) -> bool:
-        """Whether it computes in less than float32."""
+        """Whether weights or products are, or may be, less than float32."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""What rounding alone costs: the path KL that a network in bfloat16 or float16 charges for any change, however small.
+"""What rounding alone costs: the path KL that a network computing in bfloat16 or float16 charges for any change, however small.
 
 Two forward passes that differ at all are rounded differently in every layer, and what comes out differs by the format's noise,
 whatever the size of the change. That noise is part of the policy: its path KL is real, is paid on top of the change's own, and

@@ -273,7 +273,7 @@ class Trainer:
         return metrics
 
     def rounding(self) -> Metrics:
-        """The path KL that rounding alone costs, where the model's network has less than float32; else {}."""
+        """The path KL that rounding alone costs, where a part of the model's network is less than float32; else {}."""
         c, model = self.config, self.policy.model
         if not (isinstance(model, Rounds) and model.rounds):
             return {}

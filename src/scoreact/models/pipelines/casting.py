@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn import grad as gradients
 
 Product = Callable[..., Tensor]  # (x, weight, bias or None) -> [B, ...], linear in x and in weight
 
 CONVOLUTIONS: dict[type[nn.Module], tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {  # forward, gradient of x
-    nn.Conv1d: (F.conv1d, nn.grad.conv1d_input),
-    nn.Conv2d: (F.conv2d, nn.grad.conv2d_input),
-    nn.Conv3d: (F.conv3d, nn.grad.conv3d_input),
+    nn.Conv1d: (F.conv1d, gradients.conv1d_input),
+    nn.Conv2d: (F.conv2d, gradients.conv2d_input),
+    nn.Conv3d: (F.conv3d, gradients.conv3d_input),
 }
 
 
@@ -29,10 +30,10 @@ def compute_in_float32(network: nn.Module) -> None:
     """From now on the network's frozen layers take float32 inputs, and give float32 outputs, whatever they are stored in.
 
     Inputs of another dtype are computed with as before: in plain diffusers the pipeline stays what it was. Parameters keep
-    dtype, name and place.
+    dtype, name and place; of an adapter that the pipeline came with they become float32.
     """
     for name, p in network.named_parameters():
-        if ".lora_" in name:  # of an adapter that the pipeline came with: peft would round the inputs to its dtype
+        if ".lora_" in name:  # peft would round the inputs to an adapter's dtype
             p.data = p.data.float()
     for layer in network.modules():
         if any(True for _ in layer.parameters(recurse=False)) and not any(True for _ in layer.children()):
@@ -46,7 +47,7 @@ def _forward(layer: Any, x: Tensor, *inputs: Any, **named: Any) -> Any:
     if x.dtype != torch.float32 or plenty or any(p.requires_grad for p in own):
         return plain(layer, x, *inputs, **named)
     if type(layer) is nn.Linear or (type(layer) in CONVOLUTIONS and layer.padding_mode == "zeros"):
-        return _Product.apply(x, layer.weight, layer.bias, layer)  # type: ignore[no-untyped-call]
+        return _Product.apply(x, layer.weight, layer.bias, layer)
     with _cast(layer):
         return plain(layer, x, *inputs, **named)
 

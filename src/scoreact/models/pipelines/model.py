@@ -146,7 +146,7 @@ class PipelineModel(nn.Module):
 
     @property
     def rounds(self) -> bool:
-        """Whether a part of it is less than float32, or may be on its device (TF32): see `rounding`."""
+        """Whether a part of the pipeline is less than float32, or may be on its device (TF32): see `rounding`."""
         family = self.family
         return family.dtype != torch.float32 or family.device.type == "cuda"
 
