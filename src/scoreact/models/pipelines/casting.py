@@ -123,7 +123,7 @@ def parts(x: Tensor) -> tuple[Tensor, Tensor]:
 @contextlib.contextmanager
 def tensor_cores(allowed: bool) -> Iterator[None]:
     """Whether float32 products may be made in TF32 meanwhile. torch's default: convolutions yes, matrices no."""
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_initialized():
         yield
         return
     switches: list[tuple[Any, str, Any]]
