@@ -5,6 +5,7 @@ SCOREACT_WEIGHTS: a folder with the packages' files, for the tests of real weigh
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import os
@@ -103,7 +104,7 @@ def encoder(folder: Path) -> str:
         vocab_size=100, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
     )
     transformers.BertModel(config).save_pretrained(folder)
-    tokenizer = spelling_tokenizer()
+    tokenizer = copy.deepcopy(spelling_tokenizer())  # which other tests share
     tokenizer.model_max_length = 64
     tokenizer.save_pretrained(folder)
     return str(folder)
