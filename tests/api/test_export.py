@@ -207,6 +207,30 @@ def test_how_much_of_the_gain_survives(folder: Path, tmp_path: Path, capsys: pyt
     assert "--survey has solvers and steps of its own" in capsys.readouterr().err
 
 
+def test_a_run_starts_from_an_export(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the command line, named from where it stands; the run is opened from elsewhere, and exports both as one."""
+    from tiny_pipelines import ours
+
+    first = sa.open_run(folder / "run")
+    first.export("peft", tmp_path / "mine")
+    monkeypatch.setattr(html, "write", lambda run, *_: run / "report.html")
+    monkeypatch.chdir(tmp_path)
+    words = ["train", str(folder / "base"), "--reward", f"{folder}/rewards.py:bright", "--prompts", "cat", *SMALL]
+    words += ["--option", "lora=mine", "--option", "guidance_scale=3", "--option", "negative_prompt=bad"]
+    assert cli.main([*words, "--option", "lora_rank=1", "--iterations", "1", "--out", "second"]) == 0
+    monkeypatch.chdir(folder)
+    second = sa.open_run(tmp_path / "second")
+    assert second.problem.labels["lora"] == f"from {tmp_path}/mine; path KL is counted from the pipeline with it"
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    ts = first.policy().model.scheduler_times(2)
+    start, reference = (ours(model, x, ts, ["cat"]) for model in (first.policy().model, second.policy().reference))
+    assert float((start - reference).abs().max()) < 1e-4
+    with safe_open(second.export(out=tmp_path / "both") / "pytorch_lora_weights.safetensors", "pt") as file:
+        header = file.metadata()
+    assert (header["rank"], header["lora"]) == ("3", f"{tmp_path}/mine")
+    assert "with the LoRA that was given" in (tmp_path / "both" / "README.md").read_text()
+
+
 def test_a_run_in_another_type_is_exported_in_its_sources(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

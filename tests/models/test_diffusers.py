@@ -6,6 +6,7 @@ import copy
 import functools
 import gc
 import importlib.util
+import inspect
 import json
 import runpy
 import shlex
@@ -31,6 +32,7 @@ from scoreact.models.pipelines import opening
 from scoreact.models.pipelines.model import PipelineModel
 from scoreact.models.pipelines.opening import pipeline_model
 from scoreact.models.pipelines.scheduler import read_scheduler
+from scoreact.recipes import pipeline as pipeline_recipe
 from scoreact.training.config import Config
 from scoreact.training.state import restore, state_of
 from scoreact.training.trainer import Trainer
@@ -735,6 +737,15 @@ def test_a_pipeline_folder_is_trained_from_the_command_line(
     assert cli.main(["resume", "run"]) == 0
     assert cli.main(["sample", "run", "--count", "2", "--steps", "3", "--out", "drawn"]) == 0
     assert list((folder / "drawn").glob("*.png"))
+
+
+def test_every_parameter_of_the_recipe_is_an_option() -> None:
+    parameters = inspect.signature(pipeline_recipe.build).parameters
+    assert {name: p.default for name, p in parameters.items()} == pipeline_recipe.OPTIONS
+    own = inspect.signature(pipeline_model).parameters
+    assert set(own) - set(parameters) == {"source", "vae_slicing"}, (
+        "every option of a pipeline can be given as --option"
+    )
 
 
 @pytest.mark.parametrize(

@@ -115,8 +115,11 @@ def sample(options: argparse.Namespace) -> int:
     columns = options.count if len(names) > options.count else max(1, round(options.count**0.5))
     about = {
         "source": options.source, "weights": kind, "solver": solver, "steps": steps, "seed": options.seed,
-        "noise_level": options.noise_level, "guidance_scale": options.guidance_scale,
-        "negative_prompt": options.negative_prompt,
+        "noise_level": options.noise_level,
+        "guidance_scale": getattr(policy.model, "guidance_scale", None) if options.guidance_scale is None
+        else options.guidance_scale,
+        "negative_prompt": getattr(policy.model, "negative_prompt", None) if options.negative_prompt is None
+        else options.negative_prompt,
     }  # fmt: skip
     with waiting("sampling"):
         if options.steer:

@@ -122,7 +122,9 @@ OPTIONS: dict[str, Any] = {
     "guidance_scale": None, "negative_prompt": "",
     "height": None, "width": None, "frames": None, "gradient_checkpointing": False, "rows_per_call": 8,
     "twice_differentiable": False, "value_network": "encoder",
-    "prompt_draws": 256, "lora": None, "lora_reference": "lora", "prompt_memory": 1024,
+    "prompt_draws": 256, "lora": None, "lora_reference": "lora", "lora_targets": None, "use_dora": False,
+    "max_sequence_length": None, "guidance_rescale": 0.0, "clip_skip": None, "original_size": None,
+    "crops_coords_top_left": None, "target_size": None, "prompt_memory": 1024,
 }  # fmt: skip
 
 RECIPES = [

@@ -145,7 +145,8 @@ def _lines(run: Record, facts: Mapping[str, Any], form: str, folder: Path) -> st
 
 def _settings(run: Record, facts: Mapping[str, Any]) -> str:
     c, call = run.config, facts.get("call", {})
-    options = {k: v for k, v in (run.description.get("options") or {}).items() if v not in (None, "", False)}
+    given = run.description.get("options") or {}
+    options = {k: v for k, v in given.items() if v not in (None, "", False) and k not in ("path", "lora")}
     rows: list[Sequence[object]] = [
         ("base model", facts.get("base_model") or NOT_STATED),
         ("started from", facts["lora"] if facts.get("lora") else "the base model"),
