@@ -42,9 +42,7 @@ def test_help_texts_are_short_and_begin_with_their_subject(rule: str) -> None:
 
 def test_help_says_which_choice_uses_a_setting() -> None:
     fields = {f.name: f for f, _ in fields_of(Config)}
-    assert setting_help(fields["value_steps"], 15).endswith(
-        "[at least 0, default 15, with value network, residual, surrogate]"
-    )
+    assert setting_help(fields["value_steps"], 15).endswith("[at least 0, default 15, with value network, residual]")
     assert setting_help(fields["kl_weight"], 0.5).endswith("(beta in the papers) [above 0, default 0.5]")
 
 

@@ -17,7 +17,15 @@ from scoreact.api.start import finetune
 from scoreact.arena.problems import PROBLEMS
 from scoreact.cli.parser import Parser
 from scoreact.cli.train import train_arguments, train_source
-from scoreact.control.ridge_surrogate import BIAS, RidgeSurrogate, prompt_kernel, random_features, ridge_solve, words_of
+from scoreact.control.ridge_surrogate import (
+    BIAS,
+    RidgeSurrogate,
+    features_by_name,
+    prompt_kernel,
+    random_features,
+    ridge_solve,
+    words_of,
+)
 from scoreact.control.value_fit import logit_of
 from scoreact.models.mlp import ResidualModel
 from scoreact.recipes.base import recipes
@@ -49,7 +57,7 @@ def test_the_dual_solves_the_normal_equations(generator: torch.Generator) -> Non
     z = (x - x.mean(0)) / ((x.std(0) + 1e-4) * math.sqrt(5))
     q = surrogate.bag(condition(60))
     phi = torch.cat([z, torch.einsum("nf,nq->nfq", z, q).flatten(1), BIAS * q], dim=1).double()
-    torch.testing.assert_close(phi @ phi.T, prompt_kernel(z, q).double(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(phi @ phi.T, prompt_kernel(z, q, torch.zeros(60)).double(), atol=1e-5, rtol=1e-5)
     normal = phi.T @ phi + surrogate.ridge * torch.eye(phi.shape[1], dtype=torch.float64)
     w = torch.linalg.solve(normal, phi.T @ (rewards - rewards.mean()).double())
     expected = rewards.mean() + (phi @ w).float()
@@ -136,6 +144,66 @@ def test_accepted_paths_follow_the_tilted_law(generator: torch.Generator) -> Non
         assert float(kept.mean()) == pytest.approx(float((weight * everything).sum()), abs=4 * error)
 
 
+# --- where to ask -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("likelihood", [False, True])
+@pytest.mark.parametrize("seen", [0, 25])
+def test_the_samples_asked_are_those_of_the_largest_posterior_variance(
+    seen: int, likelihood: bool, generator: torch.Generator
+) -> None:
+    """Independently: in the primal, one after another the row with the largest phi (Phi^T Phi + ridge I)^-1 phi."""
+    x = torch.randn(40, 3, generator=generator)
+    surrogate = RidgeSurrogate(nn.Flatten(), ["red square", "red circle", "bag"], likelihood=likelihood)
+    c = condition(40)
+    if seen:
+        surrogate.add(x[:seen], c[torch.arange(seen)], x[:seen].sum(1))
+        surrogate.fit()
+    new, rows = x[seen:], torch.arange(seen, 40)
+    found = surrogate.choose(new, c[rows], 6)
+    scale = x[:seen] if seen else new
+    z = ((x - scale.mean(0)) / ((scale.std(0) + 1e-4) * math.sqrt(3))).double()
+    q = surrogate.bag(c).double()
+    told = torch.zeros(40, 1).double() if surrogate.likelihood is None else surrogate.likelihood(z, q)[:, None]
+    phi = torch.cat([z, torch.einsum("nf,nq->nfq", z, q).flatten(1), BIAS * q, told], dim=1)
+    ridge = surrogate.ridge if seen else 0.1
+    precision = ridge * torch.eye(phi.shape[1], dtype=torch.float64) + phi[:seen].T @ phi[:seen]
+    chosen: list[int] = []
+    for _ in range(6):
+        variance = ((phi[seen:] @ torch.linalg.inv(precision)) * phi[seen:]).sum(1)
+        variance[chosen] = -1
+        chosen.append(int(variance.argmax()))
+        precision = precision + torch.outer(phi[seen + chosen[-1]], phi[seen + chosen[-1]])
+    assert found.tolist() == sorted(chosen)
+
+
+def test_features_are_named_or_the_users_own(tmp_path: Path) -> None:
+    pictures = torch.rand(5, 3, 32, 32)
+    assert features_by_name("pixels", pictures)(pictures).shape == (5, 96)
+    assert features_by_name("convolution", pictures)(pictures).shape == (5, 131)
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import torch\n"
+        "def means():\n    return torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten())\n"
+        "def maps():\n    return torch.nn.AdaptiveAvgPool2d(2)\n"
+        "def narrow():\n    return torch.nn.Linear(3, 2)\n"
+        "def text():\n    return 'clip'\n"
+    )
+    found = features_by_name(f"{file}:means", pictures)(pictures)
+    torch.testing.assert_close(found[:, 0], pictures[:, 0, :16, :16].mean((1, 2)))
+    for name, said in {
+        "maps": r"gives shape \(5, 3, 2, 2\) for 5 samples; expected \[B, F\]",
+        "narrow": r"does not take samples of shape \(5, 3, 32, 32\)",
+        "text": "is a str; it has to be a torch.nn.Module",
+    }.items():
+        with pytest.raises(ValueError, match=said):
+            features_by_name(f"{file}:{name}", pictures)
+    with pytest.raises(ValueError, match="a sample has shape \\(2,\\); use convolution"):
+        features_by_name("pixels", torch.rand(5, 2))
+    with pytest.raises(ValueError, match="surrogate_features is 'convolutional'; known: convolution, pixels"):
+        Config(algorithm="ctrl_pathwise", value="surrogate", surrogate_features="convolutional")
+
+
 # --- whole runs -----------------------------------------------------------------------------------------------------------
 
 SMALL: dict[str, Any] = {
@@ -144,6 +212,8 @@ SMALL: dict[str, Any] = {
     "evaluate_every": 2, "checkpoint_every": 2, "device": "cpu", "learning_rate": 1e-2,
 }  # fmt: skip
 
+VALUE = {"algorithm": "ctrl_pathwise", "value": "surrogate", "reward_gradient": None}
+
 
 def black_box(samples: Tensor, condition: Condition) -> Tensor:
     """No gradient can pass."""
@@ -151,14 +221,14 @@ def black_box(samples: Tensor, condition: Condition) -> Tensor:
 
 
 def train(out: Path | None = None, seed: int = 0, on_event: Event | None = None, **settings: Any) -> Result:
-    resume = settings.pop("resume", False)
+    resume, reward = settings.pop("resume", False), settings.pop("reward", black_box)
     settings = {name: value for name, value in {**SMALL, **settings}.items() if value is not None}
-    if settings["algorithm"] == "adjoint_matching":
+    if settings["algorithm"] == "adjoint_matching" and "scored_samples" not in settings:
         settings = {"reuse_reference": 2, **settings}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = ResidualModel(mixture(2, 3, 0), 2, width=16)
-    return finetune(model, black_box, [""], out=out, resume=resume, on_event=on_event, **settings)
+    return finetune(model, reward, [""], out=out, resume=resume, on_event=on_event, **settings)
 
 
 def weights(result: Result) -> Tensor:
@@ -166,7 +236,7 @@ def weights(result: Result) -> Tensor:
     return torch.cat([p.detach().flatten() for p in parameters])
 
 
-@pytest.mark.parametrize("rule", [{}, {"algorithm": "draft"}])
+@pytest.mark.parametrize("rule", [{}, {"algorithm": "draft"}, VALUE])
 def test_a_rule_learns_from_the_gradient_of_a_reward_that_has_none(rule: dict[str, Any]) -> None:
     settings = {"batch_size": 128, "iterations": 15, "steps": 8, "evaluate_every": 15, "heldout_samples": 512, **rule}
     result = train(**settings)
@@ -183,16 +253,35 @@ def test_reward_calls_are_those_of_the_rollouts_alone() -> None:
     assert "surrogate/explained_variance" in next(line for line in result.history if "reference" in line)
 
 
-def test_kill_and_resume_equals_uninterrupted(tmp_path: Path) -> None:
-    whole = train(tmp_path / "whole")
+@pytest.mark.parametrize("rule", [{}, {"algorithm": "draft"}, VALUE, {**VALUE, "algorithm": "ctrl"}])
+def test_some_samples_of_a_rollout_are_asked(rule: dict[str, Any]) -> None:
+    asked: list[int] = []
+
+    def reward(samples: Tensor, condition: Condition) -> Tensor:
+        asked.append(len(samples))
+        return black_box(samples, condition)
+
+    result = train(reward=reward, scored_samples=5, reuse_reference=None, **rule)
+    last = [line for line in result.history if "cost/reward_calls" in line][-1]
+    assert last["cost/reward_calls"] == last["surrogate/samples"] == 5 * (3 + 6)
+    assert asked.count(5) == 3 + 6
+    assert set(asked) == {5, 32}  # the others are the held-out looks
+    assert abs(last["surrogate/reward"] - last["reward/asked_mean"]) < 0.1  # linear: what 15 samples say is enough
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"scored_samples": 6}, {**VALUE, "scored_samples": 6}, {**VALUE, "value_loss": "soft"}]
+)
+def test_kill_and_resume_equals_uninterrupted(more: dict[str, Any], tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole", **more)
 
     def stop(kind: str, metrics: dict[str, float]) -> None:
         if kind == "iteration" and metrics["iteration"] == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "cut", on_event=stop)
-    resumed = train(tmp_path / "cut", seed=7, resume=True)
+        train(tmp_path / "cut", on_event=stop, **more)
+    resumed = train(tmp_path / "cut", seed=7, resume=True, **more)
     assert torch.equal(weights(whole), weights(resumed))
     assert whole.final == resumed.final
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from scoreact.control.advantage import explained_variance
 from scoreact.control.policy import Policy
 from scoreact.control.rollout import rollout
-from scoreact.control.value import ResidualValue, Surrogate, ValueNetwork
+from scoreact.control.value import ResidualValue, ValueNetwork
 from scoreact.control.value_fit import Sample, ValueFit, logit_of, martingale_loss, soft_loss
 from scoreact.dynamics.grids import uniform
 from scoreact.dynamics.schedule import VP
@@ -204,12 +204,6 @@ def test_unknown_names_are_told() -> None:
         ValueNetwork(network(2), sde, policy, "y")
     with pytest.raises(ValueError, match=r"unknown value loss 'l1'\. Known: martingale, soft"):
         ValueFit(ValueNetwork(network(2), sde, policy), 1.0, "l1")
-
-
-def test_surrogate_sees_the_data_at_time_one(generator: torch.Generator) -> None:
-    inner = network(2, "x")
-    x, empty = torch.randn(4, 2, generator=generator), Condition([""] * 4)
-    torch.testing.assert_close(Surrogate(inner)(x, empty), inner(x, torch.ones(4), empty))
 
 
 def samples(policy: Policy, sde: SDE, seed: int, offset: float = 0.0) -> Sample:

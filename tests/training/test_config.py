@@ -23,6 +23,9 @@ USED: dict[str, dict[str, Any]] = {
     "value_replay": {"value_loss": "soft"},
     "reward_gradient": {"algorithm": "adjoint_matching"},
     "surrogate_target": {"algorithm": "adjoint_matching", "reward_gradient": "surrogate"},
+    "surrogate_features": {"algorithm": "ctrl_pathwise", "value": "surrogate"},
+    "surrogate_prompts": {"value": "surrogate"},
+    "scored_samples": {"algorithm": "draft", "reward_gradient": "surrogate"},
 }
 HINTS = typing.get_type_hints(Config)
 FIELDS = [f for f, _ in fields_of(Config)]
@@ -194,7 +197,7 @@ NETWORK_ONLY = ("value_learning_rate", "value_steps", "value_first_steps", "valu
 # choices, a setting that they do not use, and the sentence's end
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     *(
-        ({"value": "linear"}, {name: 3}, "of value network, residual, surrogate, not of value linear.")
+        ({"value": "linear"}, {name: 3}, "of value network, residual, not of value linear.")
         for name in NETWORK_ONLY
     ),
     ({"value": "linear"}, {"value_inputs": "x"}, "of value network, not of value linear."),
@@ -220,7 +223,10 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"exploration_scale": 0.3}, "of exploration gaussian, epsilon_greedy, not of exploration none."),
     ({}, {"reward_gradient": "surrogate"}, "of adjoint_matching, draft, not of ctrl."),
     ({"algorithm": "draft"}, {"surrogate_target": "logit"},
-     "of reward_gradient surrogate, not of reward_gradient exact."),
+     "of reward_gradient surrogate, value surrogate, not of reward_gradient exact."),
+    ({"value": "linear"}, {"scored_samples": 4},
+     "of reward_gradient surrogate, value surrogate, not of value linear."),
+    ({"value": "surrogate"}, {"value_steps": 4}, "of value network, residual, not of value surrogate."),
     ({"guard": "off"}, {"least_diversity": 0.3}, "of guard warn, stop, not of guard off."),
     ({"guard": "off"}, {"patience": 3}, "of guard warn, stop, not of guard off."),
     ({"algorithm": "ddpo", "estimator": "score_function"}, {"clip_range": 3},
@@ -298,7 +304,7 @@ def test_a_choice_that_is_not_used_counts_with_its_default() -> None:
 def test_settings_made_by_hand_are_checked_too() -> None:
     said = refusal(value="linear", value_steps=3)
     assert said == (
-        "value_steps is a setting of value network, residual, surrogate, not of value linear. "
+        "value_steps is a setting of value network, residual, not of value linear. "
         "Leave out value_steps 3, or set value to network."
     )
     assert refusal(algorithm="ddpo", value_steps=3).endswith("Leave out value_steps 3, or set algorithm to ctrl.")

@@ -72,7 +72,7 @@ A setting has one name everywhere: `--learning-rate` on the command line, `learn
 recipe's own defaults; this page shows the library's.
 
 A choice brings its own settings. One that the choice does not use is refused, with the choices that use it:
-`value_steps is a setting of value network, residual, surrogate, not of value linear.` Another rule also brings the settings
+`value_steps is a setting of value network, residual, not of value linear.` Another rule also brings the settings
 of the run that its paper uses. Defaults of a recipe that the choice does not use are left out.
 """
 KL = (

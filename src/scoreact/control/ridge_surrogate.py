@@ -1,13 +1,16 @@
 """A stand-in for a reward without a gradient, solved for in closed form from finished samples: `RidgeSurrogate`.
 
-    R(x, c) ~ link(m + w . phi(x, c)),   phi = [z, z (x) q, BIAS q],   q the words of the prompt, a unit vector
+    R(x, c) ~ link(m + w . phi(x, c)),   phi = [z, z (x) q, BIAS q, l],   q the words of the prompt, a unit vector
 
-z are features of the decoded sample under a network that nobody trained (`random_features`), standardised. w is the ridge
-regression's in its dual form, with one equation a sample whatever the number of prompts:
+z are features of the decoded sample under a network that nobody trained (`random_features`), standardised; l is how well
+they tell the prompt (`PromptLikelihood`). w is the ridge regression's in its dual form, with one equation a sample whatever
+the number of prompts:
 
-    w = Phi^T (Phi Phi^T + ridge I)^-1 (y - m),   Phi Phi^T = Z Z^T * (1 + Q Q^T) + BIAS^2 Q Q^T   (* entry by entry)
+    w = Phi^T G^-1 (y - m),   G = Phi Phi^T + ridge I,
+    Phi Phi^T = Z Z^T * (1 + Q Q^T) + BIAS^2 Q Q^T + L L^T   (* entry by entry)
 
-Its gradient costs no reward call. Does not know paths or policies: rules follow it as they would follow the reward.
+Its gradient costs no reward call. The posterior variance phi . phi - phi Phi^T G^-1 Phi phi says where it knows least, so where
+to ask the reward (`choose`). Does not know paths or policies: rules follow it as they would follow the reward.
 Source of the features: Rahimi & Recht 2007, in their convolutional form.
 """
 
@@ -22,8 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..support import distributed
+from ..support.errors import SettingError
+from ..support.loading import load_named
 from ..types import Condition, Metrics
 from .advantage import explained_variance
+from .prompt_likelihood import PromptLikelihood
 from .value_fit import logit_of
 
 BIAS = 3.0  # prior standard deviation of a prompt's offset, that of the features together being 1
@@ -67,6 +73,58 @@ class RandomLayer(nn.Module):
         return torch.cat([x, self.layers(x)], dim=1)
 
 
+class Pixels(nn.Module):
+    """Pictures [B, C, H, W] -> the means of 4 x 4 fields and their squares, [B, 32 C]. What a surrogate sees at the least."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        small = F.adaptive_avg_pool2d(x, 4).flatten(1)
+        return torch.cat([small, small.square()], dim=1)
+
+
+def features_by_name(name: str, samples: Tensor) -> nn.Module:
+    """What a surrogate sees of decoded samples like these [B, *D]: a network, samples -> features [B, F].
+
+    Args:
+        name: "convolution" (`random_features`), "pixels", or "file.py:function". The function is called without
+            arguments and returns the network, or is itself one that maps samples to features.
+        samples: at least one, decoded.
+    Raises:
+        SettingError: the network does not take such samples, or gives no features [B, F] of them.
+    """
+    if name == "convolution":
+        return random_features(samples)
+    if name == "pixels":
+        if samples.ndim != 4:
+            raise SettingError(
+                f"surrogate_features is 'pixels', but a sample has shape {tuple(samples.shape[1:])}; use convolution."
+            )
+        return Pixels()
+    network = load_named(name, "surrogate_features")
+    if not isinstance(network, nn.Module):
+        network = network()
+    if not isinstance(network, nn.Module):
+        raise SettingError(
+            f"surrogate_features {name!r} is a {type(network).__name__}; it has to be a torch.nn.Module that maps samples "
+            "[B, ...] to features [B, F], or a function without arguments that returns one."
+        )
+    network = network.to(samples.device).eval().requires_grad_(False)
+    try:
+        with torch.no_grad():
+            found = network(samples)
+        shape = tuple(found.shape)
+    except (RuntimeError, ValueError, AttributeError) as error:
+        raise SettingError(
+            f"surrogate_features {name!r} does not take samples of shape {tuple(samples.shape)} "
+            f"({' '.join(str(error).split())[:160]})."
+        ) from error
+    if len(shape) != 2 or shape[0] != len(samples):
+        raise SettingError(
+            f"surrogate_features {name!r} gives shape {shape} for {len(samples)} samples; expected [B, F]: flatten or pool "
+            "what it gives."
+        )
+    return network
+
+
 def random_features(samples: Tensor, seed: int = 0) -> nn.Module:
     """An untrained network on decoded samples like these: samples [B, *D] -> [B, F]. The same for the same seed."""
     with torch.random.fork_rng(devices=[]):
@@ -101,6 +159,7 @@ class RidgeSurrogate:
         prompts: Sequence[str],
         log_probability: float | None = None,
         most: int = 3072,
+        likelihood: bool = False,
     ) -> None:
         """Not fitted yet.
 
@@ -109,38 +168,51 @@ class RidgeSurrogate:
             prompts: those whose words get weights of their own.
             log_probability: kl_weight where the reward / kl_weight is a log-probability; None: the link is the identity.
             most: how many samples it remembers, the newest.
+            likelihood: whether how well a sample tells its prompt is a feature.
         """
-        self.network, self.most = network, most
+        self.network, self.most, self.reads_prompts = network, most, likelihood
         self.words = words_of(prompts)
         self.log_probability = log_probability
         self.seen: dict[str, Tensor] = {}  # features [n, F], words [n, Q], targets [n]; on the CPU
-        self.fitted: dict[str, Tensor] = {}  # mean, std [F]; level []; common [F], by_word [F, Q], offset [Q]
+        self.unscored: dict[
+            str, Tensor
+        ] = {}  # features and words of samples whose reward nobody asked, until the first fit
+        self.fitted: dict[str, Tensor] = {}  # mean, std [F]; level []; common [F], by_word [F, Q], offset [Q], told []
+        self.likelihood: PromptLikelihood | None = None
         self.ridge = math.nan
         self.explained = math.nan  # share of the newest rewards' variance, by the fit that had not seen them
+
+    @torch.no_grad()
+    def look(self, samples: Tensor, condition: Condition) -> None:
+        """Remember samples without their rewards: of the pretrained model, before the first fit."""
+        for name, rows in self._described(samples, condition).items():
+            self.unscored[name] = torch.cat([self.unscored.get(name, rows[:0]), rows])
 
     @torch.no_grad()
     def add(self, samples: Tensor, condition: Condition, rewards: Tensor) -> None:
         """Remember decoded samples and their rewards [B]."""
         if self.fitted:
             self.explained = explained_variance(self(samples, condition), rewards)
-        new = {
+        new = {**self._described(samples, condition), "targets": distributed.gathered(self._target(rewards)).cpu()}
+        self.seen = {k: torch.cat([self.seen.get(k, v[:0]), v])[-self.most :] for k, v in new.items()}
+
+    def _described(self, samples: Tensor, condition: Condition) -> dict[str, Tensor]:
+        """Features and words of samples, of all processes, on the CPU."""
+        return {
             "features": distributed.gathered(self.network(samples)).cpu(),
             "words": distributed.gathered(self.bag(condition)),
-            "targets": distributed.gathered(self._target(rewards)).cpu(),
         }
-        self.seen = {k: torch.cat([self.seen.get(k, v[:0]), v])[-self.most :] for k, v in new.items()}
 
     @torch.no_grad()
     def fit(self) -> Metrics:
         """Solve for w on what is remembered; the first time the ridge is chosen, by the error on every fourth sample."""
-        features, q, y = (self.seen[name].double() for name in ("features", "words", "targets"))
         if not self.fitted:
-            self.fitted["mean"] = features.mean(0)
-            self.fitted["std"] = (features.std(0) + 1e-4) * math.sqrt(features.shape[1])
-        z = (features - self.fitted["mean"].to(features)) / self.fitted["std"].to(features)
+            self._begin()
+        z, q, y = self._z(self.seen["features"]), self.seen["words"].double(), self.seen["targets"].double()
         level, scale = y.mean(), y.std().clamp(min=1e-6)
         y = (y - level) / scale
-        gram = prompt_kernel(z, q)  # in float64 and so on the CPU: samples that are alike make it nearly singular
+        told = self._told(z, q)
+        gram = prompt_kernel(z, q, told)  # in float64 and so on the CPU: samples that are alike make it nearly singular
         if math.isnan(self.ridge):
             errors = {ridge: left_out_error(gram, y, ridge) for ridge in RIDGES}
             self.ridge = min(RIDGES, key=errors.__getitem__)
@@ -149,18 +221,80 @@ class RidgeSurrogate:
         weighted = dual[:, None] * z
         self.fitted |= {
             "level": level, "common": weighted.sum(0), "by_word": weighted.T @ q, "offset": BIAS**2 * (dual @ q),
+            "told": dual @ told,
         }  # fmt: skip
-        device = next(self.network.buffers(), next(self.network.parameters(), level)).device
-        self.fitted = {name: tensor.to(device, torch.float32) for name, tensor in self.fitted.items()}
+        self.fitted = {name: tensor.to(self._device, torch.float32) for name, tensor in self.fitted.items()}
         return {"surrogate/explained_variance": self.explained, "surrogate/samples": float(len(y))}
 
+    def _begin(self) -> None:
+        """The features' scale and the prompts' likelihood, from every sample that was shown before the first fit."""
+        names = ("features", "words")
+        features, q = (torch.cat([self.seen[n], self.unscored.get(n, self.seen[n][:0])]).double() for n in names)
+        self.unscored = {}
+        self.fitted["mean"] = features.mean(0)
+        self.fitted["std"] = (features.std(0) + 1e-4) * math.sqrt(features.shape[1])
+        if self.reads_prompts and len(torch.unique(q, dim=0)) > 1:
+            self.likelihood = PromptLikelihood(self._z(features), q)
+
+    def _z(self, features: Tensor) -> Tensor:
+        """Standardised, in float64 on the CPU."""
+        return (features.double() - self.fitted["mean"].to(features).double()) / self.fitted["std"].to(
+            features
+        ).double()
+
+    def _told(self, z: Tensor, q: Tensor) -> Tensor:
+        return z.new_zeros(len(z)) if self.likelihood is None else self.likelihood(z, q)
+
+    @property
+    def _device(self) -> torch.device:
+        found = next(self.network.buffers(), next(self.network.parameters(), None))
+        return torch.device("cpu") if found is None else found.device
+
     def __call__(self, samples: Tensor, condition: Condition) -> Tensor:
-        f, q = self.fitted, self.bag(condition).to(samples.device)
-        z = (self.network(samples) - f["mean"]) / f["std"]
+        return self.of_features(self.network(samples), condition)
+
+    def of_features(self, features: Tensor, condition: Condition) -> Tensor:
+        """The stand-in at features [B, F] of `network`: [B]."""
+        f, q = self.fitted, self.bag(condition).to(features.device)
+        z = (features - f["mean"]) / f["std"]
         output = f["level"] + z @ f["common"] + ((z @ f["by_word"]) * q).sum(1) + q @ f["offset"]
+        if self.likelihood is not None:
+            output = output + f["told"] * self.likelihood(z, q)
         if self.log_probability is None:
             return output
         return self.log_probability * F.logsigmoid(output)
+
+    @torch.no_grad()
+    def choose(self, samples: Tensor, condition: Condition, count: int) -> Tensor:
+        """The `count` of samples [B, *D] whose rewards say most, as row numbers [count] in increasing order.
+
+        One after another the sample at which the posterior variance is largest, given those seen and those chosen: greedy
+        D-optimal design. Knows no reward.
+        """
+        new = {"features": self.network(samples).cpu(), "words": self.bag(condition)}
+        seen = (
+            self.seen if self.fitted else {}
+        )  # before the first fit nothing gives the features a scale but themselves
+        words = torch.cat([seen.get("words", new["words"][:0]), new["words"]]).double()
+        if self.fitted:
+            z = self._z(torch.cat([seen["features"], new["features"]]))
+            told = self._told(z, words)
+        else:
+            z = new["features"].double()
+            z = (z - z.mean(0)) / ((z.std(0) + 1e-4) * math.sqrt(z.shape[1]))
+            told = z.new_zeros(len(z))
+        known = len(words) - len(samples)
+        gram, ridge = prompt_kernel(z, words, told), RIDGES[2] if math.isnan(self.ridge) else self.ridge
+        if known:  # condition on those seen
+            factor = torch.linalg.cholesky(gram[:known, :known] + ridge * torch.eye(known).to(gram))
+            half = torch.linalg.solve_triangular(factor, gram[:known, known:], upper=False)
+            gram = gram[known:, known:] - half.T @ half
+        chosen = torch.zeros(len(samples), dtype=torch.bool)
+        for _ in range(count):
+            best = int(gram.diagonal().masked_fill(chosen, -torch.inf).argmax())
+            chosen[best] = True
+            gram = gram - torch.outer(gram[:, best], gram[best]) / (gram[best, best] + ridge)
+        return torch.nonzero(chosen).flatten()
 
     def bag(self, condition: Condition) -> Tensor:
         """q [B, Q]: the words of each prompt as a unit vector; words that are not known are left out."""
@@ -177,19 +311,22 @@ class RidgeSurrogate:
         return logit_of(rewards / self.log_probability).clamp(-LIMIT, LIMIT)
 
     def state_dict(self) -> dict[str, Any]:
-        own = {"ridge": self.ridge, "explained": self.explained}
+        told = None if self.likelihood is None else self.likelihood.tensors
+        own = {"ridge": self.ridge, "explained": self.explained, "likelihood": told}
         return {"seen": self.seen, "fitted": self.fitted, "network": self.network.state_dict(), **own}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.seen, self.fitted = dict(state["seen"]), dict(state["fitted"])
         self.ridge, self.explained = state["ridge"], state["explained"]
+        told = state.get("likelihood")  # runs of 0.2 have none
+        self.likelihood = None if told is None else PromptLikelihood.of(told)
         self.network.load_state_dict(state["network"])
 
 
-def prompt_kernel(z: Tensor, q: Tensor) -> Tensor:
-    """Phi Phi^T [n, n] for z [n, F] and q [n, Q]."""
+def prompt_kernel(z: Tensor, q: Tensor, told: Tensor) -> Tensor:
+    """Phi Phi^T [n, n] for z [n, F], q [n, Q] and l `told` [n]."""
     same = q @ q.T
-    return (z @ z.T) * (1 + same) + BIAS**2 * same
+    return (z @ z.T) * (1 + same) + BIAS**2 * same + torch.outer(told, told)
 
 
 def ridge_solve(gram: Tensor, y: Tensor, ridge: float) -> Tensor:

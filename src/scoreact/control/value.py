@@ -1,7 +1,7 @@
 """Value networks V(t, x, c) = E[R - beta/2 int_t^1 |u|^2 ds | X_t = x] and their gradients. `value_fit` fits them.
 
 Three forms. `ResidualValue`: c_skip(t) R(x_data_hat, c) + c_out(t) F, the paper's, which spends a reward call per
-evaluation. `Surrogate` in R's place: a learned stand-in. `ValueNetwork` alone: F only, seeing x and the reference's
+evaluation; `surrogate_value` has a stand-in in R's place. `ValueNetwork` alone: F only, seeing x and the reference's
 x_data_hat; its gradient with respect to x passes through the reference, whose Jacobian is the posterior covariance of
 the data, and so stays on the data's manifold.
 Sources: Zhao et al. 2025 (section 4).
@@ -123,7 +123,7 @@ class ResidualValue(ValueNetwork):
     """V = c_skip(t) R(x_data_hat, c) + c_out(t) F with c_skip = sin(pi t / 2), c_out = cos(pi t / 2): V(1, .) = R.
 
     terminal: (x_data_hat [B, *D], condition) -> [B], the reward of the decoded estimate (counted by the caller's
-    wrapper) or a `Surrogate`. `of_inputs` needs inputs "x_data_hat".
+    wrapper). `of_inputs` needs inputs "x_data_hat".
     """
 
     def __init__(
@@ -141,15 +141,3 @@ class ResidualValue(ValueNetwork):
         angle = 0.5 * math.pi * t
         learned = self.shift + self.scale * self.network(features, t, condition).float()
         return angle.sin() * self.terminal(features, condition) + angle.cos() * learned
-
-
-class Surrogate(nn.Module):
-    """A learned stand-in for a dear or non-differentiable reward: network(x_data, t = 1, condition), [B]."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x_data: Tensor, condition: Condition) -> Tensor:
-        value: Tensor = self.network(x_data, torch.ones(len(x_data), device=x_data.device), condition).float()
-        return value

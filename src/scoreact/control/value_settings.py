@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from ..support.settings import setting
 
 FITS = {"fits_value": (True,)}  # used by update rules that fit a value
-DESCENDS = {**FITS, "value": ("network", "residual", "surrogate")}  # the linear value is solved for, without steps
+DESCENDS = {**FITS, "value": ("network", "residual")}  # the others are solved for, without steps
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class ValueSettings:
 
     value: Literal["network", "linear", "residual", "surrogate"] = setting(
         "network",
-        "V: a network; linear in the pretrained network's features; the reward, or a learned one, plus a network",
+        "V: a network; linear in the pretrained network's features; the reward of the sample that it expects plus a network; "
+        "or that sample's reward by a surrogate",
         needs=FITS,
     )
     value_loss: Literal["martingale", "soft", "log_probability"] = setting(

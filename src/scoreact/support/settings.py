@@ -37,6 +37,7 @@ def setting(
     above: bool = False,
     known: Callable[[], Iterable[str]] | None = None,
     needs: Mapping[str, Allowed] | None = None,
+    own: bool = False,
 ) -> Any:
     """A field of a record that is a setting.
 
@@ -48,8 +49,9 @@ def setting(
         known: the names that a string may be, asked for when one is checked.
         needs: name of a choice -> its values with which this setting is used. A choice is another setting, or an
             attribute of the update rule (`critic`, `minimiser`, ...). Without needs the setting is always used.
+        own: a name may also be the user's own, as file.py:name.
     """
-    more = {"low": low, "high": high, "above": above, "known": known, "needs": needs or {}}
+    more = {"low": low, "high": high, "above": above, "known": known, "needs": needs or {}, "own": own}
     return field(default=default, metadata={"help": text, **more})
 
 
@@ -79,7 +81,7 @@ def nearest_or_known(word: Any, known: Iterable[str]) -> str:
 def checked_setting(f: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
     """The value in its field's type, or ValueError naming field, value, and what is accepted."""
     known = typing.get_args(hint) if typing.get_origin(hint) is Literal else None
-    if f.metadata["known"] is not None and not (f.name == "algorithm" and ":" in str(value)):  # the user's own rule
+    if f.metadata["known"] is not None and not (f.metadata["own"] and ":" in str(value)):
         known = tuple(f.metadata["known"]())
     if known is not None:
         if value is False and "off" in known:  # YAML reads a bare off so

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +16,11 @@ from ..algorithms.registry import find_rule
 from ..control.critic import Critic
 from ..control.linear_value import LinearHead, RidgeFit
 from ..control.policy import Policy
-from ..control.ridge_surrogate import RidgeSurrogate, random_features
+from ..control.ridge_surrogate import RidgeSurrogate, features_by_name
 from ..control.rollout import Exploration, epsilon_greedy, gaussian_actions
+from ..control.surrogate_value import SurrogateFit, SurrogateValue
 from ..control.transitions import Batch, Rows
-from ..control.value import ResidualValue, Surrogate, ValueNetwork
+from ..control.value import ResidualValue, ValueNetwork
 from ..control.value_fit import ValueFit
 from ..dynamics import girsanov
 from ..dynamics.sde import SDE
@@ -59,11 +59,14 @@ def build_value(
     make: Callable[[], nn.Module] | None,
     reward_of_state: Callable[[Tensor, Condition], Tensor],
     prompts: Sequence[str] = (),
+    surrogate: RidgeSurrogate | None = None,
 ) -> ValueNetwork:
     """The value network that the settings describe, untrained; reward_of_state: of x_data_hat, for value "residual".
 
     prompts: that the model knows, for the default network where the model cannot list its own.
     """
+    if config.value == "surrogate" and surrogate is not None:
+        return SurrogateValue(surrogate, sde, policy)
     link = config.kl_weight if config.value_loss == "log_probability" else None
     if config.value == "linear":
         if not isinstance(policy.reference, ReadsFeatures):
@@ -77,13 +80,12 @@ def build_value(
     network = make() if make is not None else _default_value_network(policy.model, inputs, prompts)
     if config.value == "network":
         return ValueNetwork(network, sde, policy, config.value_inputs, link)
-    terminal: Any = Surrogate(make()) if config.value == "surrogate" and make is not None else reward_of_state
-    return ResidualValue(network, sde, policy, terminal)
+    return ResidualValue(network, sde, policy, reward_of_state)
 
 
 def check_value(value: ValueNetwork, model: ScoreModel, prompts: Sequence[str]) -> None:
     """The value network takes what value_inputs gives it. Raises ValueError before anything is spent."""
-    if value.inputs == "features":
+    if value.inputs in ("features", "sample features"):
         return
     condition, device = model.condition(prompts[:1]), device_of(model)
     x = model.prior(condition, torch.Generator(device).manual_seed(0))
@@ -104,6 +106,8 @@ def build_critic(config: Config, value: ValueNetwork, policy: Policy, sde: SDE) 
     c = config
     if c.value == "linear":
         fitter: ValueFit = RidgeFit(value, c.kl_weight, c.value_loss, replay=c.value_replay)
+    elif isinstance(value, SurrogateValue):
+        fitter = SurrogateFit(value, c.kl_weight, c.value_loss, replay=c.value_replay)
     else:
         fitter = ValueFit(
             value, c.kl_weight, c.value_loss, c.value_learning_rate, c.value_steps, c.value_first_steps,
@@ -114,13 +118,14 @@ def build_critic(config: Config, value: ValueNetwork, policy: Policy, sde: SDE) 
 
 def build_surrogate(config: Config, model: ScoreModel, prompts: Sequence[str]) -> RidgeSurrogate | None:
     """The stand-in for the reward, not fitted yet, where the settings ask for one."""
-    if config.reward_gradient == "exact":
+    if not config.surrogate:
         return None
     generator = torch.Generator(device_of(model)).manual_seed(0)
     with torch.no_grad():
         samples = model.decode(model.prior(model.condition(prompts[:1]), generator))
     link = config.kl_weight if config.surrogate_target == "logit" else None
-    return RidgeSurrogate(random_features(samples), prompts, link)
+    network = features_by_name(config.surrogate_features, samples)
+    return RidgeSurrogate(network, prompts, link, likelihood=config.surrogate_prompts)
 
 
 def build_rule(
@@ -131,10 +136,13 @@ def build_rule(
     Raises ValueError when it needs the reward's gradient and there is none.
     """
     kind = find_rule(config.algorithm)
-    if kind.differentiates_reward and surrogate is None:
+    if kind.differentiates_reward and config.reward_gradient == "exact":
         check_differentiable(config.algorithm, critic.policy.model, reward, prompts)
-    own, followed = critic if kind.fits_value else None, reward if surrogate is None else surrogate
-    return kind(critic.policy, critic.sde, critic.solver, own, config.kl_weight, followed, **config.rule)
+    own, followed = critic if kind.fits_value else None, surrogate if config.reward_gradient == "surrogate" else reward
+    rule = kind(critic.policy, critic.sde, critic.solver, own, config.kl_weight, followed, **config.rule)
+    if rule.differentiates_reward and surrogate is not None:
+        rule.own_rows = False  # a surrogate wants the rewards of a rollout
+    return rule
 
 
 def build_minimiser(config: Config, rule: Rule) -> AdamSteps | NaturalGradient:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ..control.path_settings import PathSettings
+from ..control.surrogate_settings import SurrogateSettings
 from ..control.value_settings import ValueSettings
 from ..support.errors import SettingError
 from ..support.settings import Above, checked_setting, fields_of, nearest_or_known, unmet
@@ -37,13 +38,13 @@ if TYPE_CHECKING:
 
 Field = dataclasses.Field[Any]
 
-RECORDS = (RunSettings, PathSettings, UpdateSettings, ValueSettings, WatchSettings)
+RECORDS = (RunSettings, PathSettings, UpdateSettings, ValueSettings, SurrogateSettings, WatchSettings)
 # attributes of a rule that decide which settings it uses
 TRAITS = ("fits_value", "differentiates_reward", "minimiser", "transitions_only")
 
 
 @dataclass(frozen=True)
-class Config(WatchSettings, ValueSettings, UpdateSettings, PathSettings, RunSettings):
+class Config(WatchSettings, SurrogateSettings, ValueSettings, UpdateSettings, PathSettings, RunSettings):
     """Everything that decides the outcome of a run besides the model, the reward and the prompts.
 
     Frozen: `updated` makes another. Settings that the choices do not use hold their default. Raises SettingError.
@@ -72,6 +73,11 @@ class Config(WatchSettings, ValueSettings, UpdateSettings, PathSettings, RunSett
         fields = _fields(self.algorithm)
         found = _unused(self.algorithm, _flat(self))
         return [(fields[name], choice) for name, choice in found.items()]
+
+    @property
+    def surrogate(self) -> bool:
+        """Whether a surrogate stands in for the reward: under the rule's gradient, or in the value."""
+        return bool(_flat(self)["surrogate"])
 
     def uses(self, name: str) -> bool:
         """Whether the setting of this name, of the run or of its rule, does anything with these choices."""
@@ -255,7 +261,10 @@ def _owners() -> dict[str, list[str]]:
 def _flat_of(values: Mapping[str, Any]) -> dict[str, Any]:
     """Every choice by name: the settings of the run and of its rule, and the rule's traits."""
     kind = rule_class(values["algorithm"])
-    return {**values, **values["rule"], **{trait: getattr(kind, trait) for trait in TRAITS}}
+    traits = {trait: getattr(kind, trait) for trait in TRAITS}
+    followed = traits["differentiates_reward"] and values["reward_gradient"] == "surrogate"
+    surrogate = followed or (traits["fits_value"] and values["value"] == "surrogate")
+    return {**values, **values["rule"], **traits, "surrogate": surrogate}
 
 
 def _flat(config: Config) -> dict[str, Any]:
@@ -276,13 +285,16 @@ def _choices() -> frozenset[str]:
 
     records: list[type] = [Config, *rules().values()]
     needs = [f.metadata["needs"] for record in records for f, _ in fields_of(record)]
-    return frozenset({"algorithm", *(choice for need in needs for choice in need)})
+    return frozenset({"algorithm", "reward_gradient", *(choice for need in needs for choice in need)})
 
 
 def _not_used(f: Field, choice: str, values: Mapping[str, Any]) -> str:
     """X is a setting of A, B, not of C; and what to do."""
     allowed, users, now = f.metadata["needs"][choice], users_of(f, choice), values[choice]
-    if choice in TRAITS:
+    if choice == "surrogate":
+        known = "reward_gradient" if values["differentiates_reward"] else "value"
+        now, remedy = f"{known} {values[known]}", f"set {known} to surrogate"
+    elif choice in TRAITS:
         now, remedy = values["algorithm"], f"set algorithm to {'ctrl' if 'ctrl' in users else users[0]}"
     elif isinstance(allowed, Above):
         now, remedy = f"{choice} {_word(now)}", f"set {choice} above {allowed.low:g}"
@@ -300,6 +312,8 @@ def users_of(f: Field, choice: str) -> list[str]:
     from ..algorithms.registry import rules
 
     allowed = f.metadata["needs"][choice]
+    if choice == "surrogate":
+        return ["reward_gradient surrogate", "value surrogate"]
     if choice in TRAITS:
         return [name for name, kind in rules().items() if getattr(kind, choice) in allowed]
     if isinstance(allowed, Above):

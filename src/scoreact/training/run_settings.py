@@ -24,7 +24,9 @@ class RunSettings:
 
     heading: ClassVar[str] = "the run"
 
-    algorithm: str = setting("ctrl", "Update rule: its name, or a class of your own as file.py:Class", known=_rules)
+    algorithm: str = setting(
+        "ctrl", "Update rule: its name, or a class of your own as file.py:Class", known=_rules, own=True
+    )
     rule: dict[str, Any] = field(default_factory=dict)  # the rule's own settings; complete once checked
     seed: int = setting(0, "Seed of every random number of the run", 0)
     iterations: int = setting(40, "Number of iterations; each draws one rollout and updates the policy", 1)
@@ -37,13 +39,8 @@ class RunSettings:
     )
     reward_gradient: Literal["exact", "surrogate"] = setting(
         "exact",
-        "Whose gradient the rule follows: the reward's own, or a stand-in's, refitted after every rollout",
+        "Whose gradient the rule follows: the reward's own, or its surrogate's, refitted after every rollout",
         needs=FOLLOWS,
-    )
-    surrogate_target: Literal["reward", "logit"] = setting(
-        "reward",
-        "What the stand-in is fitted to: the reward; or its logit, for rewards that are log-probabilities",
-        needs={**FOLLOWS, "reward_gradient": ("surrogate",)},
     )
 
 

@@ -6,6 +6,7 @@ Devices live here. Knows nothing of files: what surrounds the iterations of a ru
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -100,9 +101,11 @@ class Trainer:
         self.generator = torch.Generator(device=self.device).manual_seed(self.process_seed())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)  # initial weights of the value network: a seed gives the same run
-            value = build_value(config, self.policy, self.sde, value_network, self._reward_of_state, self.prompts)
-            self.critic = build_critic(config, value.to(self.device), self.policy, self.sde)
             self.surrogate = build_surrogate(config, model, self.prompts)
+            value = build_value(
+                config, self.policy, self.sde, value_network, self._reward_of_state, self.prompts, self.surrogate
+            )
+            self.critic = build_critic(config, value.to(self.device), self.policy, self.sde)
             self.algorithm = build_rule(config, self.critic, self.reward, self.prompts, self.surrogate)
         if self.algorithm.fits_value:
             check_value(value, model, self.prompts)
@@ -130,7 +133,8 @@ class Trainer:
         else:
             paths = self.saved.pop() if self.saved else self.rollout()
             if self.surrogate is not None and not reused:
-                drawn |= self._show(self.surrogate, paths).fit()
+                paths, found = self._stand_in(self.surrogate, paths)
+                drawn |= found
             batch = self.algorithm.prepare(paths, self.generator, rate)
             drawn |= {name: distributed.mean(value) for name, value in self._drawn(paths).items()}
         if self.iteration == 0 and self.exploration is None:
@@ -174,11 +178,36 @@ class Trainer:
             metrics["objective/J_training"] = float((rewards - self.config.kl_weight * kl).mean())
         return metrics
 
-    def _show(self, surrogate: RidgeSurrogate, paths: Paths) -> RidgeSurrogate:
-        """The stand-in, which has now seen the finished samples of these paths and their rewards."""
-        path = paths.trajectory
-        surrogate.add(self.policy.model.decode(path.xs[-1]), path.condition, paths.rewards)
-        return surrogate
+    def _show(self, surrogate: RidgeSurrogate, paths: Paths) -> None:
+        """Let the surrogate see the finished samples of these paths, and the rewards that were asked."""
+        samples, condition = self.policy.model.decode(paths.trajectory.xs[-1]), paths.trajectory.condition
+        asked = torch.nonzero(~paths.rewards.isnan()).flatten()
+        surrogate.add(samples[asked], condition[asked], paths.rewards[asked])
+        if len(asked) < len(samples) and not surrogate.fitted:
+            others = torch.nonzero(paths.rewards.isnan()).flatten()
+            surrogate.look(samples[others], condition[others])
+
+    @torch.no_grad()
+    def _filled(self, surrogate: RidgeSurrogate, paths: Paths) -> Paths:
+        """The paths with the surrogate's word where the reward was not asked."""
+        asked = ~paths.rewards.isnan()
+        if bool(asked.all()):
+            return paths
+        guess = surrogate(self.policy.model.decode(paths.trajectory.xs[-1]), paths.trajectory.condition)
+        return replace(paths, rewards=torch.where(asked, paths.rewards, guess))
+
+    def _stand_in(self, surrogate: RidgeSurrogate, paths: Paths) -> tuple[Paths, Metrics]:
+        """The surrogate sees a rollout and is fitted anew; the rollout with a reward for every path, and how far it was off."""
+        asked = ~paths.rewards.isnan()
+        metrics: Metrics = {"reward/asked_mean": distributed.mean(float(paths.rewards[asked].mean()))}
+        with torch.no_grad():
+            before = self._filled(surrogate, replace(paths, rewards=torch.where(asked, torch.nan, paths.rewards)))
+        metrics["surrogate/reward"] = distributed.mean(
+            float(before.rewards[asked].mean())
+        )  # by the fit that had not seen them
+        self._show(surrogate, paths)
+        metrics |= surrogate.fit()
+        return self._filled(surrogate, paths), metrics
 
     def grid(self) -> Tensor:
         """The times of a path, [steps + 1]; another draw each time where the grid is random."""
@@ -207,13 +236,28 @@ class Trainer:
                 behaviour, self.sde, self.solver, ts, self.policy.model.condition(part), self.generator,
                 self.exploration, reference_only, stochastic, self.algorithm.reads_reference,
             )  # fmt: skip
-            scores.add(self.policy.model.decode(trajectory.xs[-1]), trajectory.condition)
+            samples = self.policy.model.decode(trajectory.xs[-1])
+            asked = self._asked(samples, trajectory.condition, len(names), reference_only)
+            scores.add(samples, trajectory.condition, asked)
             paths.append(trajectory)
         if behaviour is not self.policy:  # one place counts the calls
             self.policy.network_calls += behaviour.network_calls
             behaviour.network_calls = 0
         whole = paths[0] if len(paths) == 1 else Trajectory.join(paths, self.policy.model.condition(names))
         return whole, scores
+
+    def _asked(self, samples: Tensor, condition: Condition, whole: int, reference_only: bool) -> Tensor | None:
+        """Which of these samples, part of a batch of `whole`, are shown to the reward; None: all of them.
+
+        Of the reference's the first ones, whatever they look like: J_ref and J* are made of their rewards.
+        """
+        count = self.config.scored_samples // distributed.world()
+        if self.surrogate is None or count == 0 or count >= whole:
+            return None
+        share = max(1, round(count * len(samples) / whole))
+        if reference_only:
+            return torch.arange(share, device=samples.device)
+        return self.surrogate.choose(samples, condition, share).to(samples.device)
 
     def rate(self) -> float:
         """The learning rates' factor: a linear warm-up, a plateau, a linear fall to the run's end."""
@@ -223,41 +267,54 @@ class Trainer:
 
     def look_at_reference(self) -> Metrics:
         """J_ref and J* from the reference's paths; where nothing learns from them, they only measure."""
+        beta, surrogate, critic = self.config.kl_weight, self.surrogate, self.algorithm.critic
         rewards, prompts = [], []
         # a policy that starts elsewhere did not draw the reference's paths
         reused = 0 if self.starts_elsewhere else self.config.rule.get("reuse_reference", 0)
+        waiting: list[Paths] = []  # for the surrogate's first fit
         spent = self.policy.network_calls, self.reward.calls
         for trajectory, r in one_ahead(self.draw(True) for _ in range(self.config.reference_batches)):
+            largest = float(r[~r.isnan()].max())
             for choice, remedy in (("value_loss", "soft"), ("surrogate_target", "reward")):
-                if getattr(self.config, choice) in ("log_probability", "logit") and float(r.max()) > 0:
+                if getattr(self.config, choice) in ("log_probability", "logit") and largest > 0:
                     raise SettingError(
-                        f"reward {self.reward.name} reached {float(r.max()):.3g}, so it is no log-probability; "
+                        f"reward {self.reward.name} reached {largest:.3g}, so it is no log-probability; "
                         f"use {choice} {remedy}."
                     )
             rewards.append(r)
             prompts += list(trajectory.condition.prompts)
             self.guard.remember(self.policy.model.decode, trajectory.xs[-1], self.config.heldout_samples)
             paths = Paths(trajectory, r)
-            if self.algorithm.critic is not None:
-                self.algorithm.critic.remember(paths)
-            if self.surrogate is not None:
-                self._show(self.surrogate, paths)
-            if len(self.saved) < reused:
-                self.saved.append(paths)
-        if self.algorithm.critic is None and self.surrogate is None and not reused:
+            if surrogate is not None:
+                self._show(surrogate, paths)
+            if surrogate is not None and (critic is not None or len(waiting) < reused):
+                waiting.append(paths)
+            elif surrogate is None:
+                self._learn_from(paths, reused)
+        if critic is None and surrogate is None and not reused:
             self.policy.network_calls, self.reward.calls = spent
-        beta, found = self.config.kl_weight, distributed.gathered(torch.cat(rewards))
-        rows = distributed.gathered(torch.tensor([self.prompts.index(prompt) for prompt in prompts]))
-        prompts = [self.prompts[row] for row in rows.tolist()]
-        metrics = estimate_optimum(found, Condition(prompts), beta) | optimal_kl(found, Condition(prompts), beta)
-        if self.surrogate is not None:
-            metrics |= self.surrogate.fit()
+        asked = ~torch.cat(rewards).isnan()
+        found = distributed.gathered(torch.cat(rewards)[asked])
+        rows = torch.tensor([self.prompts.index(prompt) for prompt in prompts], device=asked.device)[asked]
+        condition = Condition([self.prompts[row] for row in distributed.gathered(rows).tolist()])
+        metrics = estimate_optimum(found, condition, beta) | optimal_kl(found, condition, beta)
+        if surrogate is not None:
+            metrics |= surrogate.fit()
+            for paths in waiting:
+                self._learn_from(self._filled(surrogate, paths), reused)
         if self.optimum is not None:
             metrics["objective/J_star_exact"] = self.optimum(beta)
             # KL* = -dJ* / dbeta
             below, above = self.optimum(0.999 * beta), self.optimum(1.001 * beta)
             metrics["objective/KL_star_exact"] = (below - above) / (0.002 * beta)
         return metrics
+
+    def _learn_from(self, paths: Paths, reused: int) -> None:
+        """Paths of the reference: the critic's first, and those of the first `reused` iterations."""
+        if self.algorithm.critic is not None:
+            self.algorithm.critic.remember(paths)
+        if len(self.saved) < reused:
+            self.saved.append(paths)
 
     def evaluate(self, of_reference: bool = False) -> Metrics:
         """The averaged policy, or the reference, on held-out noise, against J_ref and J*; the first look is the start."""

@@ -36,14 +36,18 @@ class Scores:
         self._size = elsewhere.batch_size if elsewhere is not None else 0
         self.overlap = elsewhere is not None and elsewhere.overlap
         self._parts: list[Future[Tensor]] = []
+        self._rows: list[tuple[int, Tensor | None]] = []  # of each part, its size and which of its samples are scored
 
     def parts(self, prompts: Sequence[str]) -> Iterator[Sequence[str]]:
         """The prompts in the parts in which to draw their samples: all of them unless the reward has a batch_size."""
         size = self._size or len(prompts)
         return (prompts[i : i + size] for i in range(0, len(prompts), size))
 
-    def add(self, samples: Tensor, condition: Condition) -> None:
-        """The next part's samples [b, ...]."""
+    def add(self, samples: Tensor, condition: Condition, asked: Tensor | None = None) -> None:
+        """The next part's samples [b, ...]; asked: row numbers of those to score, None for all. The others' rewards are nan."""
+        self._rows.append((len(samples), asked))
+        if asked is not None:
+            samples, condition = samples[asked], condition[asked]
         future: Future[Tensor] = Future()
         if self.overlap:
             before = self._parts[-1] if self._parts else None
@@ -64,10 +68,19 @@ class Scores:
 
     def result(self) -> Tensor:
         """All rewards [B], once they are there. Raises what the first part that failed raised."""
-        rewards = torch.cat([part.result() for part in self._parts])
+        parts = [part.result() for part in self._parts]
         if self.overlap:
-            self._reward.calls += len(rewards)
+            self._reward.calls += sum(map(len, parts))
+        return torch.cat([_placed(part, *rows) for part, rows in zip(parts, self._rows, strict=True)])
+
+
+def _placed(rewards: Tensor, size: int, asked: Tensor | None) -> Tensor:
+    """[size], nan where nobody asked."""
+    if asked is None:
         return rewards
+    whole = rewards.new_full((size,), torch.nan)
+    whole[asked] = rewards
+    return whole
 
 
 def one_ahead(batches: Iterable[tuple[T, Scores]]) -> Iterator[tuple[T, Tensor]]:

@@ -1,0 +1,46 @@
+"""The settings of the reward's stand-in. Not in `ridge_surrogate`: the command line reads them without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from ..support.settings import setting
+
+STANDS_IN = {"surrogate": (True,)}  # used where a surrogate stands in for the reward
+
+
+def _features() -> Iterable[str]:
+    return ("convolution", "pixels")
+
+
+@dataclass(frozen=True)
+class SurrogateSettings:
+    """What a surrogate of the reward sees, and how often the reward itself is asked."""
+
+    heading: ClassVar[str] = "surrogate of the reward"
+
+    surrogate_target: Literal["reward", "logit"] = setting(
+        "reward",
+        "What the surrogate is fitted to: the reward; or its logit, for rewards that are log-probabilities",
+        needs=STANDS_IN,
+    )
+    surrogate_features: str = setting(
+        "convolution",
+        "What the surrogate sees of a sample: an untrained convolution, pixels, or a network of your own as file.py:function",
+        known=_features,
+        own=True,
+        needs=STANDS_IN,
+    )
+    surrogate_prompts: bool = setting(
+        True,
+        "Whether the surrogate sees how well a sample tells its prompt among the pretrained model's own samples",
+        needs=STANDS_IN,
+    )
+    scored_samples: int = setting(
+        0,
+        "Number of samples of a rollout whose reward is asked, those that tell the surrogate most; 0: all of them",
+        0,
+        needs=STANDS_IN,
+    )
