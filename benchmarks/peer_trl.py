@@ -95,6 +95,13 @@ def main(run: dict[str, Any]) -> dict[str, Any]:
 
     trainer.step = timed
     trainer.train()
+    if run.get("save"):  # the adapter, for who wants to know its path KL
+        from diffusers.utils import convert_state_dict_to_diffusers
+        from peft import get_peft_model_state_dict
+
+        tuned = trainer.sd_pipeline.sd_pipeline
+        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(tuned.unet))
+        tuned.save_lora_weights(run["save"], unet_lora_layers=layers)
     calls = len(rewards) // run["epochs"]  # of the reward, an epoch
     means = [sum(rewards[i : i + calls]) / calls for i in range(0, len(rewards), calls)]
     return {"rewards": means, "cpu": cpu, "cpu_before": 0.0, "looks": looks}

@@ -74,13 +74,15 @@ def ours(run: Run) -> Run:
         run["folder"], lora_rank=4, guidance_scale=run["guidance"], vae_slicing=False,
     )  # fmt: skip
     captions = captions_of(run["folder"])
-    found: Run = {"rewards": [], "cpu": [], "cpu_before": 0.0, "looks": []}
+    found: Run = {"rewards": [], "cpu": [], "cpu_before": 0.0, "looks": [], "costs": []}
     begin, now = cpu_seconds(), 0.0  # now: CPU seconds of training so far
+    spent = (0.0, 0.0)  # calls of the reward and of the network so far
 
     def note(kind: str, metrics: dict[str, float]) -> None:
-        nonlocal begin, now
+        nonlocal begin, now, spent
         if kind == "evaluation":
             found["looks"].append((now, metrics["reward/heldout"]))
+            found["costs"].append((*spent, metrics["policy/kl"]))
             begin = cpu_seconds() - now  # looking is not training
         elif kind in ("reference", "iteration"):
             now = cpu_seconds() - begin
@@ -89,6 +91,7 @@ def ours(run: Run) -> Run:
         elif kind == "iteration":
             found["rewards"].append(metrics["reward/mean"])
             found["cpu"].append(now)
+            spent = metrics["cost/reward_calls"], metrics["cost/network_calls"]
 
     settings = {
         "batch_size": run["samples"], "minibatch_size": run["minibatch"], "steps": run["steps"], "seed": run["seed"],
@@ -117,8 +120,9 @@ def own(folder: str, settings: Run, **changes: Any) -> Run:
 class Bench:
     """Runs, each in a process of its own, remembered in a file of JSON lines."""
 
-    def __init__(self, out: Path, python: str | None) -> None:
-        self.out, self.python = out, python
+    def __init__(self, out: Path, python: str | None, finish: Callable[[Run, Run], None] | None = None) -> None:
+        """finish: told what was run and what was found, before it is remembered."""
+        self.out, self.python, self.finish = out, python, finish
         lines = out.read_text().splitlines() if out.exists() else []
         self.known = {self._key(line["run"]): line["found"] for line in map(json.loads, lines)}
 
@@ -126,8 +130,11 @@ class Bench:
     def _key(run: Run) -> str:
         return json.dumps(run, sort_keys=True)
 
+    def knows(self, run: Run) -> bool:
+        return self._key(run) in self.known
+
     def __call__(self, run: Run) -> Run:
-        if self._key(run) in self.known:
+        if self.knows(run):
             return self.known[self._key(run)]
         here = Path(__file__).resolve().parent
         if run["who"] == "trl":
@@ -141,6 +148,8 @@ class Bench:
         if done.returncode:
             raise SystemExit(f"{run} failed:\n{done.stderr[-3000:]}")
         found: Run = json.loads(done.stdout.splitlines()[-1])
+        if self.finish is not None:
+            self.finish(run, found)
         with self.out.open("a") as file:
             file.write(json.dumps({"run": run, "found": found}) + "\n")
         self.known[self._key(run)] = found

@@ -318,3 +318,23 @@ def test_another_reward_need_not_be_a_log_probability() -> None:
     assert target("--reward", "jpeg_compressibility", "--surrogate-target", "logit") == "logit"
     with pytest.raises(ValueError, match=r"reached .*, so it is no log-probability; use surrogate_target reward"):
         train(surrogate_target="logit")
+
+
+def test_a_reward_that_a_surrogate_cannot_see_is_said_before_training() -> None:
+    """Noise that only the sample's last bits decide."""
+
+    def noise(samples: Tensor, condition: Condition) -> Tensor:
+        return (samples.detach() * 1e4).sum(1).sin()
+
+    said: list[str] = []
+
+    def note(kind: str, metrics: dict[str, Any]) -> None:
+        if kind == "guard":
+            said.append(metrics["text"])
+
+    result = train(reward=noise, iterations=2, heldout_samples=256, on_event=note)
+    assert len(said) == 1
+    assert "of the reward's variance among samples of a prompt" in said[0]
+    first = next(line for line in result.history if "evaluation" in line)
+    assert first["surrogate/seen"] < 0.05
+    assert "value/seen_0.4" in first

@@ -43,7 +43,7 @@ def refusal(**settings: Any) -> str:
 def test_every_setting_says_what_it_is(name: str) -> None:
     field = next(f for f in FIELDS if f.name == name)
     assert len(field.metadata["help"]) > 5
-    assert HINTS[name] in (int, float, str) or typing.get_args(HINTS[name])
+    assert HINTS[name] in (int, float, str, bool) or typing.get_args(HINTS[name])
 
 
 @pytest.mark.parametrize("rule", list(rules()))
@@ -289,7 +289,7 @@ def test_the_remedy_of_a_refusal_is_taken() -> None:
 
 def test_every_need_names_a_choice_that_there_is() -> None:
     for rule in rules():
-        names = {f.name for f, _ in [*fields_of(Config), *rule_fields(rule)]} | set(TRAITS)
+        names = {f.name for f, _ in [*fields_of(Config), *rule_fields(rule)]} | {*TRAITS, "surrogate"}
         for f, _ in [*fields_of(Config), *rule_fields(rule)]:
             assert set(f.metadata["needs"]) <= names
 

@@ -28,19 +28,19 @@ class SurrogateSettings:
     )
     surrogate_features: str = setting(
         "convolution",
-        "What the surrogate sees of a sample: an untrained convolution, pixels, or a network of your own as file.py:function",
+        "What the surrogate sees of a sample: untrained convolutions, pixels, or your network as file.py:function",
         known=_features,
         own=True,
         needs=STANDS_IN,
     )
     surrogate_prompts: bool = setting(
         True,
-        "Whether the surrogate sees how well a sample tells its prompt among the pretrained model's own samples",
+        "Whether the surrogate sees how well a sample tells its prompt among the pretrained model's",
         needs=STANDS_IN,
     )
     scored_samples: int = setting(
         0,
-        "Number of samples of a rollout whose reward is asked, those that tell the surrogate most; 0: all of them",
+        "Number of samples of a rollout whose reward is asked, where it tells the surrogate most; 0: all",
         0,
         needs=STANDS_IN,
     )

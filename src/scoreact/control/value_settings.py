@@ -19,8 +19,7 @@ class ValueSettings:
 
     value: Literal["network", "linear", "residual", "surrogate"] = setting(
         "network",
-        "V: a network; linear in the pretrained network's features; the reward of the sample that it expects plus a network; "
-        "or that sample's reward by a surrogate",
+        "V: a network; linear in the model's features; the expected sample's reward plus a network, or by a surrogate",
         needs=FITS,
     )
     value_loss: Literal["martingale", "soft", "log_probability"] = setting(

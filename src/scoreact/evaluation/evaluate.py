@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..control.policy import Policy
 from ..control.rollout import rollout
+from ..control.trajectory import Trajectory
 from ..dynamics.grids import grid_times
 from ..dynamics.samplers import sampler_by_name
 from ..dynamics.sde import SDE, Noise
@@ -28,6 +29,8 @@ from .optimum import mean_and_error
 
 Judge = Callable[[Tensor, Condition], Metrics]
 Features = Callable[[Tensor], Tensor]
+# (some paths of B samples, the decoded samples [B, ...], their rewards [B]) -> metrics
+Watch = Callable[[Trajectory, Tensor, Tensor], Metrics]
 
 SAMPLES_AT_ONCE = 256  # samples at a time
 
@@ -46,17 +49,23 @@ def evaluate(
     judge: Judge | None = None,
     features: Features | None = None,
     device: torch.device | None = None,
+    watch: Watch | None = None,
 ) -> Metrics:
-    """Metrics of `samples` fresh paths: held-out reward, path KL and J with standard errors, diversity, the judge's."""
+    """Metrics of `samples` fresh paths: held-out reward, path KL and J with standard errors, diversity, the judge's.
+
+    watch: told the first `SAMPLES_AT_ONCE` paths and what became of them; its metrics are added.
+    """
     generator = torch.Generator(device=device or torch.device("cpu")).manual_seed(seed)
     names = balanced(prompts, samples, generator)
-    decoded, kls, scores = [], [], Scores(reward if isinstance(reward, Checked) else checked(reward))
+    decoded, kls, first = [], [], None
+    scores = Scores(reward if isinstance(reward, Checked) else checked(reward))
     for start in range(0, samples, SAMPLES_AT_ONCE):
         condition = policy.model.condition(names[start : start + SAMPLES_AT_ONCE])
         trajectory = rollout(policy, sde, solver, ts, condition, generator)
         decoded.append(policy.model.decode(trajectory.xs[-1]))
         scores.add(decoded[-1], condition)
         kls.append(trajectory.path_kl().cpu())
+        first = first or trajectory
     everything, condition = torch.cat(decoded), policy.model.condition(names)
     r, kl = scores.result().cpu(), torch.cat(kls)
     metrics: Metrics = {}
@@ -65,6 +74,9 @@ def evaluate(
     metrics["sample/diversity"] = diversity(everything, condition, features)
     if judge is not None:
         metrics |= judge(everything, condition)
+    if watch is not None and first is not None:
+        size = len(first.condition)
+        metrics |= watch(first, everything[:size], r[:size].to(everything.device))
     return metrics
 
 

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from torch import Tensor
 
+from ..evaluation.seen import SEEN_AT
 from ..runs.record import Lines, Row, column, value
 
 REFERENCE, TUNED, OPTIMUM, TRAINING = "#7a838c", "#0f62a8", "#1b7f4b", "#8ec1e6"
@@ -122,6 +123,13 @@ def _explained(axes: Axes, lines: Lines) -> None:
     axes.set_ylim(max(-1.0, min([-0.05, *y])), 1.05)  # one value of -30 would flatten the rest
 
 
+def _seen(axes: Axes, lines: Lines) -> None:
+    for at, color in zip(SEEN_AT, (TRAINING, TUNED, OPTIMUM, REFERENCE), strict=True):
+        x, y = column(lines.evaluations, f"value/seen_{at:g}")
+        axes.plot(x, y, color=color, marker="o", markersize=3, label=f"at t = {at:g}")
+    axes.set_ylim(-0.02, 1.02)
+
+
 CURVES = (
     Curve("reward", "Reward", "reward", "Larger is better. Grey: the model before training.",
           ("reward/mean", "reward/heldout"), _reward),
@@ -136,6 +144,10 @@ CURVES = (
     Curve("value", "Value network", "explained variance",
           "Share of the returns' variance that it predicts: 1 is perfect, below 0 is worse than a constant.",
           ("value/explained_variance",), _explained),
+    Curve("seen", "Reward foreseen", "share of the variance",
+          "Share of the reward's variance among samples of one prompt that the value, or the reward's surrogate, sees on "
+          "the way of held-out paths. t = 0 is noise and t = 1 the sample.",
+          tuple(f"value/seen_{at:g}" for at in SEEN_AT), _seen),
 )  # fmt: skip
 
 

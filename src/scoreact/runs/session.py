@@ -162,6 +162,8 @@ class Session(Hook):
         self.final = trainer.evaluate(of_reference=trainer.starts_elsewhere)
         trainer.guard.start = dict(self.final)
         self._record("evaluation", {"evaluation": True, **self.final})
+        if (finding := trainer.guard.blind(self.final)) is not None and c.guard != "off":
+            self._record("guard", finding.line())
         if trainer.starts_elsewhere:
             self.final = trainer.evaluate()
             self._record("evaluation", {"evaluation": True, **self.final})

@@ -22,6 +22,7 @@ from ..types import Condition, Metrics
 
 SMALL = 64  # numbers a sample: up to here the samples are their own features
 SLACK = 1.5  # path KL over this many times what the optimum needs is waste
+BLIND = 0.05  # share of the reward's variance below which a surrogate's gradient is not worth following
 NOISE = 3.0  # standard errors beyond which a change is one
 PARTS = 5  # of the jackknife that gives the judge's noise
 PLAIN = ("start", "judge_parts", "judge_noise", "floor", "falling", "active", "best_is_clean")  # stored as they are
@@ -185,7 +186,10 @@ class Guard:
 
     def findings(self, m: Metrics, reference: Metrics) -> list[Finding]:
         """What is wrong with an evaluation, whatever the others said."""
-        found = [self._wasted(m, reference), self._collapsed(m), *(self._worsened(m, name) for name in m)]
+        found = [
+            self._wasted(m, reference), self._collapsed(m), self.blind(m), self._fooled(m),
+            *(self._worsened(m, name) for name in m),
+        ]  # fmt: skip
         return [finding for finding in found if finding is not None]
 
     def _wasted(self, m: Metrics, reference: Metrics) -> Finding | None:
@@ -234,6 +238,36 @@ class Guard:
                 f"{self.least_diversity:g}): samples of a prompt are becoming alike. Raise kl_weight or set target_kl.",
                 now,
                 self.least_diversity * then,
+            )
+        return None
+
+    def blind(self, m: Metrics) -> Finding | None:
+        """A surrogate that sees nothing of the reward: its gradient is noise."""
+        share, error = m.get("surrogate/seen", math.nan), m.get("surrogate/seen_se", math.nan)
+        if share + NOISE * error < BLIND or share < error:
+            return Finding(
+                "surrogate",
+                f"the surrogate sees {share:.2f} \u00b1 {error:.2f} of the reward's variance among samples of a prompt, so its "
+                "gradient says next to nothing of the reward. Let it see more (surrogate_features, scored_samples, "
+                "reference_batches), or take value residual, or a rule without a surrogate such as ddpo.",
+                share,
+                BLIND,
+            )
+        return None
+
+    def _fooled(self, m: Metrics) -> Finding | None:
+        """A policy that pleases the surrogate more than the reward, by more than half of what the reward gained."""
+        bias, error = m.get("surrogate/bias", math.nan), m.get("surrogate/bias_se", math.nan)
+        gained = m.get("reward/heldout", math.nan) - self.start.get("reward/heldout", math.nan)
+        limit = NOISE * error + 0.5 * max(0.0, gained)
+        if bias - max(0.0, self.start.get("surrogate/bias", 0.0)) > limit:
+            return Finding(
+                "surrogate",
+                f"by the surrogate held-out samples are worth {bias:.3g} more than by the reward, which gained {gained:.3g}: "
+                "the policy follows what the surrogate does not know. Ask more rewards (scored_samples), let it see more "
+                "(surrogate_features), or raise kl_weight.",
+                bias,
+                limit,
             )
         return None
 

@@ -19,7 +19,8 @@ from ..control.transitions import Paths
 from ..control.value_fit import ValueFit
 from ..dynamics.solvers import SOLVERS
 from ..evaluation.evaluate import Features, Judge, evaluate
-from ..evaluation.optimum import estimate_optimum, optimal_kl, recovered
+from ..evaluation.optimum import estimate_optimum, mean_and_error, optimal_kl, recovered
+from ..evaluation.seen import SEEN_AT, seen
 from ..models.base import Rounds, ScoreModel, StartsElsewhere
 from ..models.weights import load_parameters
 from ..rewards.base import Reward
@@ -323,7 +324,7 @@ class Trainer:
         policy = Policy(self.policy.reference, self.policy.reference) if of_reference else self.averaged()
         metrics = evaluate(
             policy, self.sde, self.solver, ts, self.heldout_reward, self.prompts, c.kl_weight,
-            c.heldout_samples, EVALUATION_SEED, self._look_at_samples, self.features, self.device,
+            c.heldout_samples, EVALUATION_SEED, self._look_at_samples, self.features, self.device, self._watch,
         )  # fmt: skip
         start = self.start.setdefault("objective/J", metrics["objective/J"])  # same noise: errors cancel
         metrics["objective/recovered"] = recovered(metrics["objective/J"] - start, self.reference)
@@ -340,6 +341,36 @@ class Trainer:
         condition = model.condition(balanced(self.prompts, min(8, c.heldout_samples), generator))
         found = rounding_kl(self.policy, self.sde, self.solver, ts, condition, generator, step)
         return {"policy/kl_rounding": found}
+
+    @torch.no_grad()
+    def _watch(self, path: Trajectory, samples: Tensor, rewards: Tensor) -> Metrics:
+        """What the value or the surrogate sees of held-out paths' rewards on the way, and how far off the surrogate is at the end."""
+        metrics: Metrics = {}
+        surrogate, critic, condition = self.surrogate, self.algorithm.critic, path.condition
+        if surrogate is not None and surrogate.fitted:
+            guess = surrogate(samples, condition)
+            metrics["surrogate/heldout"] = float(guess.mean())
+            metrics["surrogate/bias"], metrics["surrogate/bias_se"] = mean_and_error(guess - rewards)
+            metrics["surrogate/seen"], metrics["surrogate/seen_se"] = seen(guess, rewards, condition)
+        # a residual value would spend a reward call at each state
+        learned = critic is not None and critic.fitter.fitted and self.config.value != "residual"
+        if not learned and (surrogate is None or not surrogate.fitted):
+            return metrics
+        known = torch.arange(len(path.references), device=path.ts.device)
+        calls = self.policy.network_calls, self.value.value.calls
+        for at in SEEN_AT:
+            k = int((path.ts[known] - at).abs().argmin())
+            t, x = path.ts[k].expand(len(condition)), path.xs[k]
+            if learned:
+                value = self.value.value
+                inputs = value.inputs_at(t, x, condition, path.references[k])
+                guess = value.of_inputs(t, inputs, condition)
+            else:
+                assert surrogate is not None
+                guess = surrogate(self.policy.model.decode(self.sde.x_data_hat(t, x, path.references[k])), condition)
+            metrics[f"value/seen_{at:g}"] = seen(guess, rewards, condition)[0]
+        self.policy.network_calls, self.value.value.calls = calls
+        return metrics
 
     def _look_at_samples(self, samples: Tensor, condition: Condition) -> Metrics:
         self.seen = samples[:SEEN].detach().cpu()

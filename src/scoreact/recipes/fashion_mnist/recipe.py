@@ -161,6 +161,7 @@ OWN: dict[str, Any] = {
     "act_until": 0.55,
     "reward_gradient": "surrogate",
     "surrogate_target": "logit",
+    "surrogate_prompts": False,  # a plain picture tells its class no better
     "learning_rate": 2e-4,
     "minibatch_size": 256,
     "decay_from": 0.4,
