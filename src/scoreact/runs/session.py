@@ -163,6 +163,7 @@ class Session(Hook):
         trainer.guard.start = dict(self.final)
         self._record("evaluation", {"evaluation": True, **self.final})
         if (finding := trainer.guard.blind(self.final)) is not None and c.guard != "off":
+            trainer.guard.active = [finding.kind]  # said once
             self._record("guard", finding.line())
         if trainer.starts_elsewhere:
             self.final = trainer.evaluate()

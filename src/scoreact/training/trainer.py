@@ -6,21 +6,18 @@ Devices live here. Knows nothing of files: what surrounds the iterations of a ru
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from ..control.policy import Policy
-from ..control.ridge_surrogate import RidgeSurrogate
 from ..control.rollout import rollout
 from ..control.trajectory import Trajectory
 from ..control.transitions import Paths
 from ..control.value_fit import ValueFit
 from ..dynamics.solvers import SOLVERS
 from ..evaluation.evaluate import Features, Judge, evaluate
-from ..evaluation.optimum import estimate_optimum, mean_and_error, optimal_kl, recovered
-from ..evaluation.seen import SEEN_AT, seen
+from ..evaluation.optimum import estimate_optimum, optimal_kl, recovered
 from ..models.base import Rounds, ScoreModel, StartsElsewhere
 from ..models.weights import load_parameters
 from ..rewards.base import Reward
@@ -46,6 +43,7 @@ from .guard import Guard
 from .kl_price import KLPrice, reprice, sees_kl
 from .optim import AdamSteps, Average
 from .rounding import rounding_kl
+from .stand_in import filled, foreseen, refit, show
 
 EVALUATION_SEED = 1_000_003  # held-out noise: never a training seed's stream
 SEEN = 8  # samples of an evaluation that are kept to be shown
@@ -134,7 +132,7 @@ class Trainer:
         else:
             paths = self.saved.pop() if self.saved else self.rollout()
             if self.surrogate is not None and not reused:
-                paths, found = self._stand_in(self.surrogate, paths)
+                paths, found = refit(self.surrogate, paths, self.policy.model.decode)
                 drawn |= found
             batch = self.algorithm.prepare(paths, self.generator, rate)
             drawn |= {name: distributed.mean(value) for name, value in self._drawn(paths).items()}
@@ -178,37 +176,6 @@ class Trainer:
             metrics["policy/kl"] = float(kl.mean())
             metrics["objective/J_training"] = float((rewards - self.config.kl_weight * kl).mean())
         return metrics
-
-    def _show(self, surrogate: RidgeSurrogate, paths: Paths) -> None:
-        """Let the surrogate see the finished samples of these paths, and the rewards that were asked."""
-        samples, condition = self.policy.model.decode(paths.trajectory.xs[-1]), paths.trajectory.condition
-        asked = torch.nonzero(~paths.rewards.isnan()).flatten()
-        surrogate.add(samples[asked], condition[asked], paths.rewards[asked])
-        if len(asked) < len(samples) and not surrogate.fitted:
-            others = torch.nonzero(paths.rewards.isnan()).flatten()
-            surrogate.look(samples[others], condition[others])
-
-    @torch.no_grad()
-    def _filled(self, surrogate: RidgeSurrogate, paths: Paths) -> Paths:
-        """The paths with the surrogate's word where the reward was not asked."""
-        asked = ~paths.rewards.isnan()
-        if bool(asked.all()):
-            return paths
-        guess = surrogate(self.policy.model.decode(paths.trajectory.xs[-1]), paths.trajectory.condition)
-        return replace(paths, rewards=torch.where(asked, paths.rewards, guess))
-
-    def _stand_in(self, surrogate: RidgeSurrogate, paths: Paths) -> tuple[Paths, Metrics]:
-        """The surrogate sees a rollout and is fitted anew; the rollout with a reward for every path, and how far it was off."""
-        asked = ~paths.rewards.isnan()
-        metrics: Metrics = {"reward/asked_mean": distributed.mean(float(paths.rewards[asked].mean()))}
-        with torch.no_grad():
-            before = self._filled(surrogate, replace(paths, rewards=torch.where(asked, torch.nan, paths.rewards)))
-        metrics["surrogate/reward"] = distributed.mean(
-            float(before.rewards[asked].mean())
-        )  # by the fit that had not seen them
-        self._show(surrogate, paths)
-        metrics |= surrogate.fit()
-        return self._filled(surrogate, paths), metrics
 
     def grid(self) -> Tensor:
         """The times of a path, [steps + 1]; another draw each time where the grid is random."""
@@ -287,7 +254,7 @@ class Trainer:
             self.guard.remember(self.policy.model.decode, trajectory.xs[-1], self.config.heldout_samples)
             paths = Paths(trajectory, r)
             if surrogate is not None:
-                self._show(surrogate, paths)
+                show(surrogate, paths, self.policy.model.decode)
             if surrogate is not None and (critic is not None or len(waiting) < reused):
                 waiting.append(paths)
             elif surrogate is None:
@@ -302,7 +269,7 @@ class Trainer:
         if surrogate is not None:
             metrics |= surrogate.fit()
             for paths in waiting:
-                self._learn_from(self._filled(surrogate, paths), reused)
+                self._learn_from(filled(surrogate, paths, self.policy.model.decode), reused)
         if self.optimum is not None:
             metrics["objective/J_star_exact"] = self.optimum(beta)
             # KL* = -dJ* / dbeta
@@ -342,35 +309,9 @@ class Trainer:
         found = rounding_kl(self.policy, self.sde, self.solver, ts, condition, generator, step)
         return {"policy/kl_rounding": found}
 
-    @torch.no_grad()
     def _watch(self, path: Trajectory, samples: Tensor, rewards: Tensor) -> Metrics:
-        """What the value or the surrogate sees of held-out paths' rewards on the way, and how far off the surrogate is at the end."""
-        metrics: Metrics = {}
-        surrogate, critic, condition = self.surrogate, self.algorithm.critic, path.condition
-        if surrogate is not None and surrogate.fitted:
-            guess = surrogate(samples, condition)
-            metrics["surrogate/heldout"] = float(guess.mean())
-            metrics["surrogate/bias"], metrics["surrogate/bias_se"] = mean_and_error(guess - rewards)
-            metrics["surrogate/seen"], metrics["surrogate/seen_se"] = seen(guess, rewards, condition)
-        # a residual value would spend a reward call at each state
-        learned = critic is not None and critic.fitter.fitted and self.config.value != "residual"
-        if not learned and (surrogate is None or not surrogate.fitted):
-            return metrics
-        known = torch.arange(len(path.references), device=path.ts.device)
-        calls = self.policy.network_calls, self.value.value.calls
-        for at in SEEN_AT:
-            k = int((path.ts[known] - at).abs().argmin())
-            t, x = path.ts[k].expand(len(condition)), path.xs[k]
-            if learned:
-                value = self.value.value
-                inputs = value.inputs_at(t, x, condition, path.references[k])
-                guess = value.of_inputs(t, inputs, condition)
-            else:
-                assert surrogate is not None
-                guess = surrogate(self.policy.model.decode(self.sde.x_data_hat(t, x, path.references[k])), condition)
-            metrics[f"value/seen_{at:g}"] = seen(guess, rewards, condition)[0]
-        self.policy.network_calls, self.value.value.calls = calls
-        return metrics
+        critic = None if self.config.value == "residual" else self.algorithm.critic
+        return foreseen(self.surrogate, critic, self.policy, self.sde, path, samples, rewards)
 
     def _look_at_samples(self, samples: Tensor, condition: Condition) -> Metrics:
         self.seen = samples[:SEEN].detach().cpu()

@@ -1,0 +1,105 @@
+"""What a run does with a surrogate of its reward: shows it what was asked, takes its word for the rest, and measures it.
+
+Knows paths and rewards, where nan is a reward that was not asked; does not know how the surrogate is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..control.critic import Critic
+from ..control.policy import Policy
+from ..control.ridge_surrogate import RidgeSurrogate
+from ..control.trajectory import Trajectory
+from ..control.transitions import Paths
+from ..dynamics.sde import SDE
+from ..evaluation.optimum import mean_and_error
+from ..evaluation.seen import SEEN_AT, seen
+from ..support import distributed
+from ..types import Metrics
+
+Decode = Callable[[Tensor], Tensor]
+
+
+def show(surrogate: RidgeSurrogate, paths: Paths, decode: Decode) -> None:
+    """Let the surrogate see the finished samples of these paths, and the rewards that were asked."""
+    samples, condition = decode(paths.trajectory.xs[-1]), paths.trajectory.condition
+    asked, others = (torch.nonzero(rows).flatten() for rows in (~paths.rewards.isnan(), paths.rewards.isnan()))
+    surrogate.add(samples[asked], condition[asked], paths.rewards[asked])
+    if len(others) and not surrogate.fitted:
+        surrogate.look(samples[others], condition[others])
+
+
+@torch.no_grad()
+def filled(surrogate: RidgeSurrogate, paths: Paths, decode: Decode) -> Paths:
+    """The paths with the surrogate's word where the reward was not asked."""
+    asked = ~paths.rewards.isnan()
+    if bool(asked.all()):
+        return paths
+    guess = surrogate(decode(paths.trajectory.xs[-1]), paths.trajectory.condition)
+    return replace(paths, rewards=torch.where(asked, paths.rewards, guess))
+
+
+def refit(surrogate: RidgeSurrogate, paths: Paths, decode: Decode) -> tuple[Paths, Metrics]:
+    """The surrogate sees a rollout and is fitted anew; the rollout with a reward for every path, and how far it was off."""
+    asked = ~paths.rewards.isnan()
+    with torch.no_grad():
+        guess = surrogate(decode(paths.trajectory.xs[-1]), paths.trajectory.condition)  # before it has seen them
+    metrics = {
+        "reward/asked_mean": distributed.mean(float(paths.rewards[asked].mean())),
+        "surrogate/reward": distributed.mean(float(guess[asked].mean())),
+    }
+    show(surrogate, paths, decode)
+    metrics |= surrogate.fit()
+    return filled(surrogate, paths, decode), metrics
+
+
+@torch.no_grad()
+def foreseen(
+    surrogate: RidgeSurrogate | None,
+    critic: Critic | None,
+    policy: Policy,
+    sde: SDE,
+    path: Trajectory,
+    samples: Tensor,
+    rewards: Tensor,
+) -> Metrics:
+    """What the value or the surrogate sees of held-out paths' rewards on the way, and how far off the surrogate is at the end.
+
+    Args:
+        surrogate: of the reward; None, or one that is not fitted yet, says nothing.
+        critic: whose value is asked on the way; without a fitted one it is the surrogate at the expected sample.
+        policy: whose counts of calls are left as they are.
+        sde: of the paths.
+        path: B held-out paths.
+        samples: their decoded ends [B, ...].
+        rewards: of these, [B].
+    """
+    metrics: Metrics = {}
+    condition = path.condition
+    if surrogate is not None and surrogate.fitted:
+        guess = surrogate(samples, condition)
+        metrics["surrogate/heldout"] = float(guess.mean())
+        metrics["surrogate/bias"], metrics["surrogate/bias_se"] = mean_and_error(guess - rewards)
+        metrics["surrogate/seen"], metrics["surrogate/seen_se"] = seen(guess, rewards, condition)
+    value = critic.value if critic is not None and critic.fitter.fitted else None
+    if value is None and (surrogate is None or not surrogate.fitted):
+        return metrics
+    calls = policy.network_calls, 0 if value is None else value.calls
+    for at in SEEN_AT:
+        k = int((path.ts[:-1] - at).abs().argmin())
+        t, x, reference = path.ts[k].expand(len(condition)), path.xs[k], path.references[k]
+        if value is not None:
+            guess = value.of_inputs(t, value.inputs_at(t, x, condition, reference), condition)
+        else:
+            assert surrogate is not None
+            guess = surrogate(policy.model.decode(sde.x_data_hat(t, x, reference)), condition)
+        metrics[f"value/seen_{at:g}"] = seen(guess, rewards, condition)[0]
+    policy.network_calls = calls[0]
+    if value is not None:
+        value.calls = calls[1]
+    return metrics
