@@ -164,7 +164,9 @@ def pipeline_model(
 def known_targets(network: nn.Module, targets: str | Sequence[str]) -> list[str]:
     """Names of layers that get an adapter. Raises ModelError for one that no linear layer or convolution has: peft would
     leave it out where another is found."""
-    layers = [name for name, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.Conv3d)]
+    found = [name for name, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.Conv3d)]
+    # an adapter that is there already has layers of its own around and beside the network's
+    layers = [name.removesuffix(".base_layer") for name in found if ".lora_" not in name]
     named = [targets] if isinstance(targets, str) else list(targets)
     for target in named:
         if not any(f".{name}".endswith(f".{target}") for name in layers):
