@@ -317,9 +317,9 @@ def sample(problem: sa.Problem, count: int, steps: int, seed: int, out: Path) ->
 
 # --- training --------------------------------------------------------------------------------------------------------
 
-SETTINGS: dict[str, Any] = {  # the reward has a gradient; half of the steps carry it
+SETTINGS: dict[str, Any] = {  # half of the steps carry the gradient; at a rate of 1e-3 the first step cost 62 nats of path KL
     "algorithm": "draft", "last_steps": 5, "steps": 10, "iterations": 8, "batch_size": 8, "minibatch_size": 8,
-    "reference_batches": 4, "heldout_samples": 16, "evaluate_every": 8, "learning_rate": 1e-3, "kl_weight": 1.0,
+    "reference_batches": 4, "heldout_samples": 16, "evaluate_every": 8, "learning_rate": 6e-5, "kl_weight": 1.0,
     "average": 0.5, "warmup": 0,
 }  # fmt: skip
 
@@ -369,8 +369,10 @@ def train(problem: sa.Problem, options: argparse.Namespace) -> None:
         for name, which in (("before", result.policy.reference), ("after", result.policy.model))
     }
     cells: dict[str, list[str]] = {f"reward, {options.each} fresh pictures": [], "hair by its nearest colour": []}
+    rewards: list[Tensor] = []
     for pictures in views.values():
         values = reward(pictures, Condition([""] * len(pictures)))
+        rewards.append(values)
         cells[f"reward, {options.each} fresh pictures"].append(mean(values))
         colours = hair_of(pictures)
         top = sorted({c: colours.count(c) for c in colours}.items(), key=lambda item: -item[1])
@@ -380,6 +382,7 @@ def train(problem: sa.Problem, options: argparse.Namespace) -> None:
     print("\n| | before | after |\n| --- | --- | --- |")
     for name, row in cells.items():
         print(f"| {name} | {' | '.join(row)} |")
+    print(f"gain of a picture over that of the same noise: {mean(rewards[1] - rewards[0])}")
     if options.picture is not None:
         save(options.picture, *(pictures[:8] for pictures in views.values()))
 
