@@ -716,6 +716,8 @@ def test_whether_the_optimum_can_be_trusted_is_said(effective: float, trusted: f
 
 
 def test_an_optimum_that_a_single_sample_cannot_tell_is_called_unknown() -> None:
-    found = estimate_optimum(tensor([0.1, 0.2, 0.4]), Condition(["a", "a", "b"]), 0.5)
+    found = estimate_optimum(tensor([0.1, 0.2, 0.4]), Condition(["a", "b", "c"]), 0.5)
     *_, last = reference_lines(found)
-    assert last == "J*    unknown, a prompt with a single sample says nothing of it: raise reference_batches."
+    assert last == "J*    unknown, no prompt was drawn twice: raise reference_batches."
+    *_, last = reference_lines(estimate_optimum(tensor([0.1, 0.2, 0.4]), Condition(["a", "a", "b"]), 0.5))
+    assert "estimated from the reference's samples, pooled over prompts, NOT to be trusted (" in last

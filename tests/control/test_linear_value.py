@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -316,3 +317,24 @@ def test_the_settings_choose_the_fit() -> None:
     assert isinstance(fit, RidgeFit)
     assert fit.replay == 7
     assert value.log_sigmoid == config.kl_weight
+
+
+def test_many_prompts_are_told_apart_by_their_words(generator: torch.Generator) -> None:
+    """500 prompts of five words each, every word worth something: the fit has 128 columns for them, and knows new prompts."""
+    draw = random.Random(0)
+    words = [f"{a}{b}" for a in "bdfgklmn" for b in "aeiou"]
+    worth = dict(zip(words, torch.randn(len(words), generator=generator).tolist(), strict=True))
+    prompts = [" ".join(draw.sample(words, 5)) for _ in range(700)]
+    base = Normal()
+    sde, x = SDE(base.schedule, noise_level(1.0)), torch.randn(700, 2, generator=generator)
+    fit = RidgeFit(ValueNetwork(LinearHead(sde.schedule), sde, Policy(base, base)), BETA, "martingale")
+    mean = torch.tensor([sum(worth[word] for word in prompt.split()) for prompt in prompts])
+    t = torch.full((700,), 0.5)
+    seen, new = torch.arange(500), torch.arange(500, 700)
+    condition = Condition(prompts, torch.arange(700))
+    fit.add(Sample(t[seen], x[seen], (mean + x @ SLOPE)[seen], condition[seen]))
+    fit.fit(generator)
+    assert len(fit.head.weight) == 2 * 2 + 2 * 128 + KNOTS
+    value = fit.value.of_inputs(t[new], x[new], condition[new])
+    target = (mean + x @ SLOPE)[new]
+    assert float((value - target).square().mean()) < 0.3 * float(target.var())

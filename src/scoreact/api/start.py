@@ -144,7 +144,7 @@ def train_problem(
     noticed, start = _noticed(model, start, resume)
     trainer = Trainer(
         model, problem.reward, problem.prompts, problem.value_network, config, problem.judge, problem.features,
-        problem.optimum, start,
+        problem.optimum, start, problem.test_prompts,
     )  # fmt: skip
     session = Session(
         trainer, out, resume=resume, extend=extend, description=description, hooks=hooks, trackers=trackers,

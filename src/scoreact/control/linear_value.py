@@ -1,9 +1,11 @@
 """A value that is linear in the pretrained network's own features, solved for in closed form: no steps, no learning rate.
 
-    V = link(w . phi),   phi = [1, 2 t - 1] x [gate z, the prompt] and knots in t,   gate = alpha / sqrt(alpha^2 + sigma^2)
+    V = link(w . phi),   phi = [1, 2 t - 1] x [gate z, the prompt's] and knots in t,   gate = alpha / sqrt(alpha^2 + sigma^2)
 
-z are the features, standardised. The denoiser has learned what matters in a noised picture: without a step, V is worth what a
-network fitted from nothing is after 100,000 calls of it (`benchmarks/value_fit.py`). They come with the reference's score.
+The prompt's are its indicator, or, where there are more than 64 prompts, the vector of its words: the solve takes the third
+power of the number of columns. z are the features, standardised. The denoiser has learned what matters in a noised picture:
+without a step, V is worth what a network fitted from nothing is after 100,000 calls of it (`benchmarks/value_fit.py`). They
+come with the reference's score.
 The ridge is chosen by the error on paths left out; so is the spread of the returns around V.
 Departs from Explicit Critic Guidance (arXiv 2605.27736), which fits a network on such features by descent.
 """
@@ -19,12 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from ..dynamics.schedule import Schedule
+from ..models.prompt_words import MANY, bag_of_words
 from ..support import distributed
 from ..types import Condition, Metrics
 from .value import KNOTS, knots
 from .value_fit import Sample, ValueFit, logit_of
 
 FOLDS = 4
+WORDS = 128  # columns in the place of one a prompt
 RIDGES = tuple(10 ** (0.5 * k) for k in range(-6, 3))  # variance of the noise over the prior variance of V's features
 
 
@@ -64,7 +68,9 @@ class LinearHead(nn.Module):
         z = gate * (features - self.mean) / (self.std * math.sqrt(len(self.mean)))
         time = (2 * t - 1).to(z)[:, None]
         rows, offset = condition.rows, torch.ones_like(time)
-        if rows is not None:  # a prompt that was not among the first has none
+        if int(self.prompts) > MANY:
+            offset = bag_of_words(condition.prompts, WORDS).to(z)
+        elif rows is not None:  # a prompt that was not among the first has none
             offset = (rows[:, None] == torch.arange(int(self.prompts), device=z.device)).to(z)
         return torch.cat([z, time * z, offset, time * offset, knots(t).T.to(z)], dim=1)
 
@@ -85,7 +91,8 @@ class LinearHead(nn.Module):
             )
 
     def _size(self) -> int:
-        return 2 * len(self.mean) + 2 * max(1, int(self.prompts)) + KNOTS
+        of_prompt = WORDS if int(self.prompts) > MANY else max(1, int(self.prompts))
+        return 2 * len(self.mean) + 2 * of_prompt + KNOTS
 
 
 @dataclass

@@ -56,7 +56,8 @@ def evaluate(
     watch: told the first `SAMPLES_AT_ONCE` paths and what became of them; its metrics are added.
     """
     generator = torch.Generator(device=device or torch.device("cpu")).manual_seed(seed)
-    names = balanced(prompts, samples, generator)
+    # two of a prompt, where there are more prompts than samples: diversity is within a prompt
+    names = balanced(prompts, samples, generator, each=2 if len(prompts) >= samples else 1)
     decoded, kls, first = [], [], None
     scores = Scores(reward if isinstance(reward, Checked) else checked(reward))
     for start in range(0, samples, SAMPLES_AT_ONCE):
@@ -78,6 +79,28 @@ def evaluate(
         size = len(first.condition)
         metrics |= watch(first, everything[:size], r[:size].to(everything.device))
     return metrics
+
+
+@torch.no_grad()
+def rewards_of(
+    policy: Policy,
+    sde: SDE,
+    solver: Solver,
+    ts: Tensor,
+    reward: Checked,
+    prompts: Sequence[str],
+    samples: int,
+    seed: int,
+    device: torch.device | None = None,
+) -> tuple[Tensor, Condition]:
+    """Rewards [B] of fresh paths and their condition; two policies get the same prompts and noise."""
+    generator = torch.Generator(device=device or torch.device("cpu")).manual_seed(seed)
+    names, scores = balanced(prompts, samples, generator), Scores(reward)
+    for start in range(0, samples, SAMPLES_AT_ONCE):
+        condition = policy.model.condition(names[start : start + SAMPLES_AT_ONCE])
+        trajectory = rollout(policy, sde, solver, ts, condition, generator, with_reference=False)
+        scores.add(policy.model.decode(trajectory.xs[-1]), condition)
+    return scores.result().cpu(), Condition(names)
 
 
 def diversity(decoded: Tensor, condition: Condition, features: Features | None = None) -> float:

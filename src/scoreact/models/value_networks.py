@@ -17,6 +17,7 @@ from ..support import distributed
 from ..types import Condition
 from .layers import ResBlock, fold, fourier_features
 from .mlp import MLP
+from .prompt_words import bag_of_words
 
 
 class FeatureValue(nn.Module):
@@ -71,23 +72,28 @@ class VectorValue(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A small convolutional value network F: pictures [B, C, H, W], t [B], class in `condition.rows` -> [B].
+    """A small convolutional value network F: pictures [B, C, H, W], t [B], condition -> [B].
 
-    A class has its own offset. The picture's part starts at zero and is gated by t / sqrt(t^2 + (1 - t)^2): a state of pure
-    noise says nothing about the sample, and what a denoiser makes of it there is error, which its gradient would amplify.
+    A class has its own offset, or, where there are too many prompts to learn one for each, a word has. The picture's part
+    starts at zero and is gated by t / sqrt(t^2 + (1 - t)^2): a state of pure noise says nothing about the sample, and what a
+    denoiser makes of it there is error, which its gradient would amplify.
 
     Args:
         channels: C.
         widths: channels of the feature maps, one number a level, each a multiple of 8.
-        classes: the number of prompts; a condition's rows are below it, or equal to it for "no class".
+        classes: the number of prompts; those whose `condition.rows` are not below it have "no class".
+        words: 0, or the size of the vectors of words (`bag_of_words`) that prompts are told apart by instead.
     """
 
-    def __init__(self, channels: int = 1, widths: tuple[int, ...] = (16, 32, 64), classes: int = 10) -> None:
+    def __init__(
+        self, channels: int = 1, widths: tuple[int, ...] = (16, 32, 64), classes: int = 10, words: int = 0
+    ) -> None:
         super().__init__()
+        self.classes, self.words = classes, words
         embedding = 4 * widths[0]
         self.multiple = 2 ** len(widths)
         self.time = nn.Linear(64, embedding)
-        self.label = nn.Embedding(classes + 1, embedding)
+        self.label = nn.Embedding(words or classes + 1, embedding)
         self.stem = nn.Conv2d(4 * channels, widths[0], 3, padding=1)
         self.blocks = nn.ModuleList(
             ResBlock(inputs, outputs, embedding)
@@ -95,18 +101,26 @@ class Encoder(nn.Module):
         )
         self.norm = nn.GroupNorm(8, widths[-1])
         self.head = nn.Linear(widths[-1], 1)
-        self.offset = nn.Embedding(classes + 1, 1)
+        self.offset = nn.Embedding(words or classes + 1, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         nn.init.zeros_(self.offset.weight)
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        assert condition.rows is not None
-        embedding = F.silu(self.time(fourier_features(t, 64)) + self.label(condition.rows))
+        label, offset = self._of_prompt(self.label, condition), self._of_prompt(self.offset, condition)
+        embedding = F.silu(self.time(fourier_features(t, 64)) + label)
         h = self.stem(fold(x, self.multiple)[0])
         for level, block in enumerate(self.blocks):
             h = block(F.avg_pool2d(h, 2) if level else h, embedding)
         h = F.silu(self.norm(h)).mean((2, 3))
         gate = t / (t**2 + (1 - t) ** 2).sqrt()
-        value: Tensor = gate * self.head(h)[:, 0] + self.offset(condition.rows)[:, 0]
+        value: Tensor = gate * self.head(h)[:, 0] + offset[:, 0]
         return value
+
+    def _of_prompt(self, table: nn.Embedding, condition: Condition) -> Tensor:
+        """What a table of classes or words says of each sample's prompt, [B, E]."""
+        if self.words:
+            return bag_of_words(condition.prompts, self.words).to(table.weight) @ table.weight
+        assert condition.rows is not None
+        found: Tensor = table(condition.rows.clamp(max=self.classes))
+        return found

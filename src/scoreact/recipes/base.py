@@ -24,6 +24,8 @@ class Problem:
         model: An nn.Module with the members of `ScoreModel`.
         reward: (decoded samples [B, ...], condition of B) -> [B], larger is better; left out where it is given elsewhere.
         prompts: What samples are drawn for. Left out: the model's own `classes`, or [""] for a model without any.
+        test_prompts: That training never sees, on which the reward is measured too. Left out: some of `prompts`
+            (`heldout_prompts`).
         value_network: Makes the value's network (input, t [B], condition) -> [B]. None: an MLP on flattened states.
         judge: (decoded samples, condition) -> metrics that the reward does not know, such as the distance to real data.
         features: (decoded samples [B, ...]) -> [B, F], the space in which diversity is measured. None: the samples themselves.
@@ -34,6 +36,7 @@ class Problem:
     model: ScoreModel
     reward: Reward = NO_REWARD
     prompts: Sequence[str] = ()
+    test_prompts: Sequence[str] = ()
     value_network: Callable[[], nn.Module] | None = None
     judge: Callable[[Tensor, Condition], Metrics] | None = None
     features: Callable[[Tensor], Tensor] | None = None

@@ -10,12 +10,14 @@ from typing import Any
 
 from torch import nn
 
+from ..models.prompt_words import MANY
 from ..models.value_networks import Encoder, VectorValue
 from ..support.errors import SettingError
 from ..training.config import Config
 from .base import Problem, Recipe
 from .prompts import Prompts, drawn_prompts, give_metadata, prompt_function, read_prompts
 
+WORDS = 1024  # rows of the value's table of words, where there are many prompts
 HUB = {  # short names
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
@@ -56,11 +58,12 @@ def build(
     crops_coords_top_left: Sequence[int] | None = None,
     target_size: Sequence[int] | None = None,
     prompt_memory: int = 1024,
+    test_prompts: str = "",
 ) -> Problem:
     """See `models.pipelines.opening.pipeline_model`; dtype and compute_dtype: float32, float16 or bfloat16.
 
     prompts: a file (`read_prompts`, as prompt_column), one prompt, or file.py:function, which is called prompt_draws times
-        (`drawn_prompts`).
+        (`drawn_prompts`). test_prompts: a file of prompts that training never sees.
     value_network: a small convolutional one on the latents (encoder), or a head on the denoiser's own features (features).
     """
     import torch
@@ -85,6 +88,7 @@ def build(
     function = prompt_function(prompts)
     found = read_prompts(prompts, prompt_column) if function is None else drawn_prompts(function, prompt_draws, prompts)
     names = list(found)
+    unseen = read_prompts(test_prompts, prompt_column) if test_prompts else Prompts()
     model = pipeline_model(
         HUB.get(path, path), lora_rank=lora_rank, full=full, dtype=types[dtype],
         compute_dtype=types[compute_dtype], guidance_scale=guidance_scale,
@@ -96,7 +100,8 @@ def build(
         crops_coords_top_left=crops_coords_top_left, target_size=target_size, prompt_memory=prompt_memory,
     )  # fmt: skip
     give_metadata(model, found)
-    model.family.notes += found.notes if isinstance(found, Prompts) else []
+    give_metadata(model, unseen)
+    model.family.notes += [*(found.notes if isinstance(found, Prompts) else []), *unseen.notes]
     model.condition(names)  # encodes each once; a prompt's row is its class for the value network
     shape = model.shape
 
@@ -104,13 +109,13 @@ def build(
         if value_network == "features":
             return model.feature_value()
         if len(shape) == 3:
-            return Encoder(channels=shape[0], classes=len(names))
+            return Encoder(channels=shape[0], classes=len(names), words=WORDS if len(names) > MANY else 0)
         return VectorValue(torch.Size(shape).numel())  # a video
 
     labels = {"problem": f"{type(model.pipeline).__name__} {path}, {len(names)} prompts"}
     if lora is not None:
         labels["lora"] = f"from {lora}; path KL is counted from the pipeline {COUNTED_FROM[lora_reference]}"
-    return Problem(model, prompts=names, value_network=make_value_network, labels=labels)
+    return Problem(model, prompts=names, test_prompts=list(unseen), value_network=make_value_network, labels=labels)
 
 
 SETTINGS = Config(
@@ -125,6 +130,7 @@ OPTIONS: dict[str, Any] = {
     "prompt_draws": 256, "lora": None, "lora_reference": "lora", "lora_targets": None, "use_dora": False,
     "max_sequence_length": None, "guidance_rescale": 0.0, "clip_skip": None, "original_size": None,
     "crops_coords_top_left": None, "target_size": None, "prompt_memory": 1024,
+    "test_prompts": "",
 }  # fmt: skip
 
 RECIPES = [

@@ -95,6 +95,11 @@ def _numbers(run: Record) -> list[tuple[str, str]]:
 
     return [
         ("held-out reward", change(before_training(run, "reward/heldout")[0], value(last, "reward/heldout"))),
+        *(
+            [("reward, unseen prompts", change(value(first, unseen), value(last, unseen)))]
+            if (unseen := "reward/heldout_prompts") in last
+            else []
+        ),
         ("objective J", change(before_training(run, "objective/J")[0], value(last, "objective/J"))),
         ("possible: J_ref → J*", change(value(run.reference, "objective/J_ref"), value(run.reference, best))),
         ("path KL (nats)", number(value(last, "policy/kl"))),

@@ -26,13 +26,15 @@ def somebody_looks() -> bool:
 def reference_lines(m: Mapping[str, Any]) -> list[str]:
     """J_ref, J* and whether the estimate of J* can be trusted."""
     effective, exact = m["objective/effective_samples"], m.get("objective/J_star_exact")
+    pooled = ", pooled over prompts" if m.get("objective/pooled") else ""
     estimate = (
         f"{rounded(m['objective/J_star'])} (95 %: {rounded(m['objective/J_star_low'])} to "
-        f"{rounded(m['objective/J_star_high'])}), estimated from the reference's samples"
+        f"{rounded(m['objective/J_star_high'])}), estimated from the reference's samples{pooled}"
     )
     high = m["objective/J_star_high"]
     if high is None or not math.isfinite(high):  # a file of lines holds null for what is not finite
-        estimate, word = "unknown", "a prompt with a single sample says nothing of it: raise reference_batches."
+        alone = "no prompt was drawn twice" if pooled else "a prompt with a single sample says nothing of it"
+        estimate, word = "unknown", f"{alone}: raise reference_batches."
     elif m["objective/trusted"]:
         word = f"to be trusted ({effective:.0f} effective samples)."
     elif effective < 20:
@@ -40,7 +42,12 @@ def reference_lines(m: Mapping[str, Any]) -> list[str]:
         word = f"NOT to be trusted ({few}): raise reference_batches or kl_weight."
     else:
         word = "NOT to be trusted (its interval is wide against J* - J_ref): raise reference_batches."
-    lines = [f"J_ref {rounded(m['objective/J_ref'], m['objective/J_ref_se'])}, the pretrained model's mean reward."]
+    lines = []
+    if "prompts/heldout" in m:
+        lines = [
+            f"{m['prompts/trained']:,.0f} prompts to learn from, {m['prompts/heldout']:,.0f} kept out of training."
+        ]
+    lines += [f"J_ref {rounded(m['objective/J_ref'], m['objective/J_ref_se'])}, the pretrained model's mean reward."]
     if exact is not None:
         lines.append(f"J*    {rounded(exact)}, the optimum in closed form.")
         return [*lines, f"      {estimate}, {word}"]
@@ -60,6 +67,12 @@ def evaluation_line(m: Mapping[str, Any]) -> str:
         f"{'held out':>10}  {rounded(m['reward/heldout'], m['reward/heldout_se']):>16}  {rounded(m['policy/kl']):>8}  "
         f"{rounded(m['objective/J'], m['objective/J_se']):>16}  {share(m.get('objective/recovered')):>9}"
     )
+
+
+def unseen_line(m: Mapping[str, Any]) -> str:
+    reward = rounded(m["reward/heldout_prompts"], m["reward/heldout_prompts_se"])
+    gain = rounded(m["reward/heldout_prompts_gain"], m["reward/heldout_prompts_gain_se"])
+    return f"{'unseen':>10}  {reward:>16}  on prompts kept out of training; gain on the pretrained model's {gain}"
 
 
 class Progress:
@@ -112,6 +125,8 @@ class Progress:
             self._advance("training", m["iteration"])
         elif kind == "evaluation":
             self.show(evaluation_line(m), "bold")
+            if "reward/heldout_prompts" in m:
+                self.show(unseen_line(m))
             if not self.trained:  # the look at the reference comes once; it does not count for the time left
                 self._begin = time.perf_counter()
         elif kind == "guard":
@@ -155,6 +170,10 @@ def summary_lines(history: Sequence[Mapping[str, Any]], final: Mapping[str, Any]
         f"{share(after.get('objective/recovered'))} of J* - J_ref recovered",
         f"path KL    {rounded(after['policy/kl'], after.get('policy/kl_se'))} nats",
     ]
+    if "reward/heldout_prompts" in after:
+        change = f"{rounded(before.get('reward/heldout_prompts'))} -> {rounded(after['reward/heldout_prompts'])}"
+        gain = rounded(after["reward/heldout_prompts_gain"], after["reward/heldout_prompts_gain_se"])
+        lines.insert(1, f"unseen     {change}, a gain of {gain} on prompts kept out of training")
     others = [name for name in sorted(after) if name.startswith(("judge/", "sample/"))]
     width = max([10, *map(len, others)])
     lines += [f"{name:<{width}} {rounded(before.get(name))} -> {rounded(after[name])}" for name in others]

@@ -65,6 +65,21 @@ def what_happened(run: Record) -> list[str]:
         )  # fmt: skip
     if (best := run.result.get("best_iteration")) and best != done:
         found.append(f"best/ holds the weights of iteration {best}.")
+    if math.isfinite(gain := value(last, "reward/heldout_prompts_gain")):
+        error, count = (
+            value(last, "reward/heldout_prompts_gain_se"),
+            number(int(value(run.reference, "prompts/heldout"))),
+        )
+        sure = "" if abs(gain) > 1.96 * error else ", which is within its noise"
+        found.append(
+            f"On {count} prompts that training never saw, the reward changed by {number(gain)} (95% interval "
+            f"{number(gain - 1.96 * error)} to {number(gain + 1.96 * error)}){sure}: the same noise before and after."
+        )
+    if run.reference.get("objective/pooled"):
+        found.append(
+            "J* and KL* are pooled over prompts, which have too few samples of the reference by themselves: rewards are taken "
+            "to vary around each prompt's mean by one law."
+        )
     if math.isfinite(drift := value(last, "drift/frechet")):
         floor = value(last, "drift/frechet_floor")
         own = f"; of the pretrained model's from themselves, another seed, {number(floor)}" if floor == floor else ""
@@ -90,8 +105,9 @@ def warnings(run: Record) -> list[str]:
     if run.reference and not _trusted(run):
         means_little = f", so the share recovered ({100 * share:.0f}%) means little" if math.isfinite(share) else ""
         effective = number(value(run.reference, "objective/effective_samples"))
+        where = "pooled over prompts" if run.reference.get("objective/pooled") else "in the prompt with fewest"
         found.append(
-            f"J* is only a rough estimate{means_little}: in the prompt with fewest it rests on {effective} effective "
+            f"J* is only a rough estimate{means_little}: {where} it rests on {effective} effective "
             "samples of the reference. A larger kl_weight or more reference_batches make it firmer."
         )
     before, before_error = before_training(run, "objective/J")

@@ -13,8 +13,13 @@ from ..dynamics.sde import SDE, Noise, noise_level
 from ..models.base import ScoreModel
 
 
-def balanced(prompts: Sequence[str], count: int, generator: torch.Generator) -> list[str]:
-    """`count` prompts: every one equally often, the remainder drawn without replacement, in random order."""
+def balanced(prompts: Sequence[str], count: int, generator: torch.Generator, each: int = 1) -> list[str]:
+    """`count` prompts: every one equally often, the remainder drawn without replacement, in random order.
+
+    each: how often one that is drawn stands there at least, one after the other (but for the last, if `count` is no multiple).
+    """
+    if each > 1:
+        return [p for p in balanced(prompts, -(-count // each), generator) for _ in range(each)][:count]
     device = generator.device
     whole = torch.arange(len(prompts), device=device).repeat(count // len(prompts))
     rest = torch.randperm(len(prompts), generator=generator, device=device)[: count % len(prompts)]

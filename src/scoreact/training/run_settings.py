@@ -92,6 +92,11 @@ class WatchSettings:
     heading: ClassVar[str] = "evaluation and limits"
 
     heldout_samples: int = setting(512, "Number of samples in an evaluation, from noise that training never sees", 2)
+    heldout_prompts: int = setting(
+        -1,
+        "Number of prompts that evaluations alone see; -1: a tenth where there are 100 or more, 200 at most",
+        -1,
+    )
     evaluate_every: int = setting(10, "Number of iterations between two evaluations", 1)
     checkpoint_every: int = setting(10, "Number of iterations between two checkpoints", 1)
     kl_limit: float = setting(50.0, "Path KL (nats) of a rollout above which the run stops as diverged", 0, above=True)

@@ -16,6 +16,7 @@ from ..models.weights import load_parameters
 from ..support.errors import RunError
 from .kl_price import reprice
 from .trainer import Trainer
+from .unseen import digest
 
 
 def state_of(trainer: Trainer) -> dict[str, Any]:
@@ -54,6 +55,8 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "reference": trainer.reference,
         "start": trainer.start,
         "guard": trainer.guard.state_dict(),
+        "prompts": digest(trainer.prompts, trainer.unseen),
+        "unseen": {} if trainer.unseen_rewards is None else {"rewards": trainer.unseen_rewards},
         "price": [trainer.price.log_factor, trainer.price.error, trainer.algorithm.kl_weight],
     }
 
@@ -67,6 +70,13 @@ def restore(trainer: Trainer, state: Mapping[str, Any]) -> None:
     Raises: ValueError when the state is another model's, or another value network's.
     """
     critic, condition = trainer.critic, trainer.policy.model.condition
+    mine = digest(trainer.prompts, trainer.unseen)
+    if state.get("prompts", mine) != mine:  # earlier versions did not keep it
+        raise RunError(
+            f"the run began with other prompts than the {len(trainer.prompts) + len(trainer.unseen)} given now; give those, in "
+            "their order, or start a new run."
+        )
+    trainer.unseen_rewards = state.get("unseen", {}).get("rewards")
     load_parameters(trainer.policy.model, state["policy"])  # type: ignore[arg-type]
     load_parameters(trainer.average.model, state["average"])
     trainer.average.updates = state["average_updates"]

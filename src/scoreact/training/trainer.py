@@ -16,7 +16,7 @@ from ..control.trajectory import Trajectory
 from ..control.transitions import Paths
 from ..control.value_fit import ValueFit
 from ..dynamics.solvers import SOLVERS
-from ..evaluation.evaluate import Features, Judge, evaluate
+from ..evaluation.evaluate import Features, Judge, evaluate, rewards_of
 from ..evaluation.optimum import estimate_optimum, optimal_kl, recovered
 from ..models.base import Rounds, ScoreModel, StartsElsewhere
 from ..models.weights import load_parameters
@@ -44,9 +44,11 @@ from .kl_price import KLPrice, reprice, sees_kl
 from .optim import AdamSteps, Average
 from .rounding import rounding_kl
 from .stand_in import filled, foreseen, refit, show
+from .unseen import split, unseen_metrics
 
 EVALUATION_SEED = 1_000_003  # held-out noise: never a training seed's stream
 SEEN = 8  # samples of an evaluation that are kept to be shown
+TOGETHER = 4  # samples of a prompt among the reference's, where prompts are too many to be drawn as often by themselves
 NATURAL_STEP = 1e-4  # of a weight, where rounding is measured under a rule whose steps have no learning rate
 
 
@@ -64,8 +66,10 @@ class Trainer:
         features: Features | None = None,
         optimum: Callable[[float], float] | None = None,
         start: Mapping[str, Tensor] | None = None,
+        test_prompts: Sequence[str] = (),
     ) -> None:
-        """start: weights of the policy by name, where it does not start as the reference (a run that goes on from another)."""
+        """start: weights of the policy by name, where it does not start as the reference (a run that goes on from another).
+        test_prompts: that training never sees, where they are not drawn from `prompts` (`heldout_prompts`)."""
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is {type(model).__name__}; training needs an nn.Module with parameters to train.")
         if not prompts:
@@ -85,7 +89,8 @@ class Trainer:
         if not self.policy.trainable():
             raise SettingError(f"{type(model).__name__} has no parameter with requires_grad; nothing could be trained.")
         distributed.same(self.policy.trainable())
-        self.prompts = list(prompts)
+        self.prompts, self.unseen = split(prompts, config.heldout_prompts, config.seed, model, test_prompts)
+        self.unseen_rewards: Tensor | None = None  # the reference's, [B]
         self.reward: Checked = checked(reward)
         ready(self.reward)  # one elsewhere that is not there is said now
         self.heldout_reward: Checked = checked(reward)  # counted apart: the cost of looking, not of learning
@@ -181,9 +186,10 @@ class Trainer:
         """The times of a path, [steps + 1]; another draw each time where the grid is random."""
         return self.config.times(self.policy.model.schedule, self.generator)
 
-    def _batch_of_prompts(self) -> list[str]:
+    def _batch_of_prompts(self, each: int = 1) -> list[str]:
         """Prompts of this process' part of a batch."""
-        return balanced(self.prompts, self.config.batch_size // distributed.world(), self.generator)
+        count = self.config.batch_size // distributed.world()
+        return balanced(self.prompts, count, self.generator, min(each, count))
 
     def _reward_of_state(self, x_data: Tensor, condition: Condition) -> Tensor:
         return self.reward(self.policy.model.decode(x_data), condition)
@@ -195,7 +201,9 @@ class Trainer:
 
     def draw(self, reference_only: bool = False) -> tuple[Trajectory, Scores]:
         """Paths of a batch of prompts; a reward elsewhere scores a part of them while the next is drawn."""
-        names, ts = self._batch_of_prompts(), self.grid()
+        few = self.config.batch_size * self.config.reference_batches < TOGETHER * len(self.prompts)
+        # prompts that are drawn once each say nothing of J*
+        names, ts = self._batch_of_prompts(TOGETHER if reference_only and few else 1), self.grid()
         behaviour = self.policy if reference_only else self.algorithm.behaviour()
         stochastic = None if reference_only else self.algorithm.stochastic_steps(self.config.steps, self.generator)
         paths, scores = [], Scores(self.reward)
@@ -263,9 +271,12 @@ class Trainer:
             self.policy.network_calls, self.reward.calls = spent
         asked = ~torch.cat(rewards).isnan()
         found = distributed.gathered(torch.cat(rewards)[asked])
-        rows = torch.tensor([self.prompts.index(prompt) for prompt in prompts], device=asked.device)[asked]
+        number = {prompt: i for i, prompt in enumerate(self.prompts)}
+        rows = torch.tensor([number[prompt] for prompt in prompts], device=asked.device)[asked]
         condition = Condition([self.prompts[row] for row in distributed.gathered(rows).tolist()])
         metrics = estimate_optimum(found, condition, beta) | optimal_kl(found, condition, beta)
+        if self.unseen:
+            metrics |= {"prompts/trained": float(len(self.prompts)), "prompts/heldout": float(len(self.unseen))}
         if surrogate is not None:
             metrics |= surrogate.fit()
             for paths in waiting:
@@ -295,7 +306,26 @@ class Trainer:
         )  # fmt: skip
         start = self.start.setdefault("objective/J", metrics["objective/J"])  # same noise: errors cancel
         metrics["objective/recovered"] = recovered(metrics["objective/J"] - start, self.reference)
+        if self.unseen:
+            metrics |= self._look_at_unseen(policy, ts)
         return metrics
+
+    def _look_at_unseen(self, policy: Policy, ts: Tensor) -> Metrics:
+        """Rewards on prompts that training never sees, beside the reference's on the same noise."""
+
+        def rewards(policy: Policy) -> tuple[Tensor, Condition]:
+            return rewards_of(
+                policy, self.sde, self.solver, ts, self.heldout_reward, self.unseen, self.config.heldout_samples,
+                EVALUATION_SEED + 1, self.device,
+            )  # fmt: skip
+
+        found, condition = rewards(policy)
+        if self.unseen_rewards is None:
+            reference = self.policy.reference
+            unmoved = self.iteration == 0 and not self.starts_elsewhere
+            same = unmoved or policy.model is reference
+            self.unseen_rewards = found if same else rewards(Policy(reference, reference))[0]
+        return unseen_metrics(found, self.unseen_rewards, condition)
 
     def rounding(self) -> Metrics:
         """The path KL that rounding alone costs, where a part of the model's network is less than float32; else {}."""
