@@ -131,6 +131,8 @@ def train_source(options: argparse.Namespace) -> Source:
     build_options = recipe_options(recipe, {**base.options, **in_file, **assignments(options.option, "--option")})
     if options.prompts is not None:
         build_options["prompts"] = _prompts(recipe, options.prompts)
+    if Path(str(build_options.get("test_prompts", ""))).is_file():  # so that the run can be opened from another folder
+        build_options["test_prompts"] = str(Path(build_options["test_prompts"]).resolve())
     if recipe.name == "pipeline" and build_options["lora"] is not None:
         build_options["lora"] = str(Path(build_options["lora"]).expanduser().resolve())
     settings = {
