@@ -161,7 +161,7 @@ def opened(options: argparse.Namespace, dtype: str, guidance: float, batch: int,
     model = pipeline_model(
         pipeline, compute_dtype=DTYPES[compute], lora_rank=16, guidance_scale=guidance, vae_slicing=False,
         gradient_checkpointing=options.checkpointing, rows_per_call=min(options.rows, batch),
-        max_sequence_length=16 if options.tiny else None,
+        max_sequence_length=16 if options.tiny and options.shape == "sd35" else None,
     )  # fmt: skip
     return model.to(options.device)
 
