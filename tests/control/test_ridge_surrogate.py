@@ -338,3 +338,28 @@ def test_a_reward_that_a_surrogate_cannot_see_is_said_before_training() -> None:
     first = next(line for line in result.history if "evaluation" in line)
     assert first["surrogate/seen"] < 0.05
     assert "value/seen_0.4" in first
+
+
+def test_a_video_is_seen_by_its_frames_and_their_change(generator: torch.Generator) -> None:
+    pictures = torch.rand(2, 3, 16, 16, generator=generator)
+    network = random_features(pictures)
+    still = pictures[:, :, None].expand(-1, -1, 5, -1, -1)
+    found = random_features(still)(still)
+    torch.testing.assert_close(found[:, :131], network(pictures))
+    torch.testing.assert_close(found[:, 131:], torch.full((2, 131), 1e-3), atol=1e-4, rtol=0)
+    moving = torch.rand(2, 3, 5, 16, 16, generator=generator)
+    assert float(random_features(moving)(moving)[:, 131:].max()) > 0.01
+
+
+def test_many_words_are_hashed(generator: torch.Generator) -> None:
+    """2,000 prompts of 1,002 words: the size stays, and what a word does is still learned."""
+    prompts = [f"noun{i // 2} {'red' if i % 2 else 'blue'}" for i in range(2_000)]
+    surrogate = RidgeSurrogate(nn.Flatten(), prompts)
+    x = torch.randn(2_000, 2, generator=generator)
+    sign = torch.tensor([1.0, -1.0]).repeat(1_000)
+    c, train_rows, fresh = Condition(prompts), torch.arange(1_000), torch.arange(1_000, 2_000)
+    assert surrogate.bag(c[fresh]).shape == (1_000, 512)
+    surrogate.add(x[train_rows], c[train_rows], (sign * (x @ SLOPE))[train_rows])
+    surrogate.fit()
+    guess, true = surrogate(x[fresh], c[fresh]), (sign * (x @ SLOPE))[fresh]
+    assert float(torch.corrcoef(torch.stack([guess, true]))[0, 1]) > 0.9

@@ -15,6 +15,8 @@ def test_the_nearest_name_is_found_within_the_cutoff_only() -> None:
     # 2 x 5 shared letters ("con" and "st", in order) of 6 + 8: 0.71
     assert nearest("conest", KNOWN, 0.71) == "contrast"
     assert nearest("conest", KNOWN, 0.72) is None
+    assert nearest("--iter", ["--tracker", "--iterations", "--iterations-more"]) == "--iterations"
+    assert nearest("--it", ["--bit", "--iterations"]) == "--bit"
     assert nearest(3, iter(["2", "3"])) == "3"
 
 

@@ -141,6 +141,12 @@ def train_problem(
 ) -> Result:
     model = problem.model
     assert isinstance(model, nn.Module)
+    named = problem.labels.get("value_network")
+    if named and not (config.uses("value") and config.value in ("network", "residual")):
+        raise SettingError(
+            f"option value_network is {named!r}, but {config.algorithm} with value {config.value} has no value network; "
+            "set value to network, or leave the option out."
+        )
     noticed, start = _noticed(model, start, resume)
     trainer = Trainer(
         model, problem.reward, problem.prompts, problem.value_network, config, problem.judge, problem.features,

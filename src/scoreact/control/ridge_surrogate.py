@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..models.prompt_words import bag_of_words
 from ..support import distributed
 from ..support.errors import SettingError
 from ..support.loading import load_named
@@ -37,11 +38,14 @@ RIDGES = tuple(
     10 ** (0.5 * k) for k in range(-4, 3)
 )  # variance of what phi cannot say over the prior variance of w . phi
 LIMIT = 8.0  # of the logit of a log-probability: beyond it the reward changes by less than 4e-4
+WORDS = 512  # words that are told apart; of more of them the hashes are (`bag_of_words`)
 SIDE = 64  # pixels: larger pictures are averaged down to about this
 
 
 class RandomConvolution(nn.Module):
     """Pictures [B, C, H, W] -> mean and root mean square of 64 random channels, mean slopes and level, [B, 131].
+
+    Of videos [B, C, T, H, W] the mean and the spread over the frames, [B, 262].
 
     Smooth and averaged over positions: a surrogate is followed by its gradient, and with maxima or ReLU that is many
     times noisier where it explains the reward no better.
@@ -54,6 +58,9 @@ class RandomConvolution(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.ndim == 5:
+            frames = self(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (len(x), x.shape[2]))
+            return torch.cat([frames.mean(1), (frames.var(1, correction=0) + 1e-6).sqrt()], dim=1)
         x = F.avg_pool2d(x, max(1, min(x.shape[2:]) // SIDE))
         h = self.layers(x).flatten(2)
         slopes = [(x.diff(dim=axis).square() + 1e-6).sqrt().mean((1, 2, 3)) for axis in (3, 2)]
@@ -129,7 +136,7 @@ def random_features(samples: Tensor, seed: int = 0) -> nn.Module:
     """An untrained network on decoded samples like these: samples [B, *D] -> [B, F]. The same for the same seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        picture = samples.ndim == 4
+        picture = samples.ndim in (4, 5)
         network = RandomConvolution(samples.shape[1]) if picture else RandomLayer(samples[0].numel())
     return network.to(samples.device).requires_grad_(False)
 
@@ -172,6 +179,7 @@ class RidgeSurrogate:
         """
         self.network, self.most, self.reads_prompts = network, most, likelihood
         self.words = words_of(prompts)
+        self.hashes_words = len(self.words) > WORDS
         self.log_probability = log_probability
         self.seen: dict[str, Tensor] = {}  # features [n, F], words [n, Q], targets [n]; on the CPU
         self.unscored: dict[
@@ -298,6 +306,8 @@ class RidgeSurrogate:
 
     def bag(self, condition: Condition) -> Tensor:
         """q [B, Q]: the words of each prompt as a unit vector; words that are not known are left out."""
+        if self.hashes_words:
+            return F.normalize(bag_of_words(condition.prompts, WORDS), dim=1)
         found = torch.zeros(len(condition), len(self.words))
         for row, prompt in enumerate(condition.prompts):
             for word in _words(prompt):

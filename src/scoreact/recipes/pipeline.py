@@ -45,7 +45,7 @@ def build(
     gradient_checkpointing: bool = False,
     rows_per_call: int | None = 8,
     twice_differentiable: bool = False,
-    value_network: str = "encoder",
+    value_network: str = "",
     prompt_draws: int = 256,
     lora: str | None = None,
     lora_reference: str = "lora",
@@ -83,7 +83,7 @@ def build(
         raise SettingError(
             f"compute_dtype is {compute_dtype!r}; known: float32 (the default), or what the weights are stored in."
         )
-    if value_network not in ("encoder", "features"):
+    if value_network not in ("", "encoder", "features"):
         raise SettingError(f"value_network is {value_network!r}; known: encoder, features.")
     function = prompt_function(prompts)
     found = read_prompts(prompts, prompt_column) if function is None else drawn_prompts(function, prompt_draws, prompts)
@@ -108,25 +108,30 @@ def build(
     def make_value_network() -> nn.Module:
         if value_network == "features":
             return model.feature_value()
+        words = WORDS if len(names) > MANY else 0
+        network: nn.Module = VectorValue(torch.Size(shape).numel())  # of a video
         if len(shape) == 3:
-            return Encoder(channels=shape[0], classes=len(names), words=WORDS if len(names) > MANY else 0)
-        return VectorValue(torch.Size(shape).numel())  # a video
+            network = Encoder(channels=shape[0], classes=len(names), words=words)
+        network.inputs = "x_data_hat"  # type: ignore[assignment]  # the latents beside it say little more
+        return network
 
     labels = {"problem": f"{type(model.pipeline).__name__} {path}, {len(names)} prompts"}
     if lora is not None:
         labels["lora"] = f"from {lora}; path KL is counted from the pipeline {COUNTED_FROM[lora_reference]}"
+    if value_network:
+        labels["value_network"] = value_network
     return Problem(model, prompts=names, test_prompts=list(unseen), value_network=make_value_network, labels=labels)
 
 
 SETTINGS = Config(
-    iterations=100, batch_size=32, reference_batches=4, steps=20, learning_rate=1e-4, epochs=1, minibatch_size=16,
-    accumulate=4, kl_states=32, value_inputs="x_data_hat", value_batch_size=64, heldout_samples=64,
+    algorithm="ctrl_pathwise", value="surrogate", iterations=100, batch_size=32, reference_batches=4, steps=20,
+    learning_rate=1e-4, epochs=1, minibatch_size=16, accumulate=4, kl_states=32, heldout_samples=64,
 )  # fmt: skip
 OPTIONS: dict[str, Any] = {
     "path": "", "prompts": "", "prompt_column": "", "lora_rank": None, "full": False, "dtype": "", "compute_dtype": "",
     "guidance_scale": None, "negative_prompt": "",
     "height": None, "width": None, "frames": None, "gradient_checkpointing": False, "rows_per_call": 8,
-    "twice_differentiable": False, "value_network": "encoder",
+    "twice_differentiable": False, "value_network": "",
     "prompt_draws": 256, "lora": None, "lora_reference": "lora", "lora_targets": None, "use_dora": False,
     "max_sequence_length": None, "guidance_rescale": 0.0, "clip_skip": None, "original_size": None,
     "crops_coords_top_left": None, "target_size": None, "prompt_memory": 1024,

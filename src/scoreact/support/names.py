@@ -9,8 +9,14 @@ from .errors import SettingError
 
 
 def nearest(word: object, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The known name most like `word`, or None where none is at least `cutoff` like it (1 is the word itself)."""
-    return next(iter(difflib.get_close_matches(str(word), list(known), 1, cutoff)), None)
+    """The known name most like `word`, or None where none is at least `cutoff` like it (1 is the word itself).
+
+    One that begins with the word, of three letters at least, goes before one that is only like it.
+    """
+    known = list(known)
+    if len(str(word).lstrip("-")) >= 3 and (begun := [name for name in known if name.startswith(str(word))]):
+        return min(begun, key=len)
+    return next(iter(difflib.get_close_matches(str(word), known, 1, cutoff)), None)
 
 
 def did_you_mean(word: object, known: Iterable[str], cutoff: float = 0.6) -> str:

@@ -1,0 +1,119 @@
+"""What a surrogate of the reward sees of a text-to-image path, by its features and by how many rewards were asked.
+
+    python benchmarks/surrogate_features.py shapes                  # a folder of `shapes.py pretrain`; two CPU minutes
+
+On paths of the pretrained model (guidance 2, ten steps of DDIM with noise): a surrogate is fitted to the first pictures and
+their rewards, and asked on 720 others. The figure is the share of the reward's variance among pictures of one prompt that it
+explains linearly, at the picture itself and, further down, at the picture that the path is heading for at time t. The last
+row of that table is the reward itself there, which the paper's value is made of.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+from text_to_image import captions_of, reward
+from torch import Tensor, nn
+
+from scoreact.control.policy import Policy
+from scoreact.control.ridge_surrogate import RidgeSurrogate, features_by_name
+from scoreact.control.rollout import rollout
+from scoreact.dynamics.solvers import SOLVERS
+from scoreact.evaluation.seen import seen
+from scoreact.models.pipelines.opening import pipeline_model
+from scoreact.training.config import Config
+from scoreact.types import Condition
+
+FRESH, SHOWN, ASKED = 720, 720, (48, 96, 240, 720)
+
+
+class Encoded(nn.Module):
+    """Trained features: mean and spread of each channel of the pipeline's VAE encoder, before its last layer."""
+
+    def __init__(self, vae: nn.Module) -> None:
+        super().__init__()
+        self.encoder = vae.encoder
+        self.found = Tensor()
+        self.encoder.conv_norm_out.register_forward_hook(lambda module, inputs, output: setattr(self, "found", output))  # type: ignore[union-attr]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.encoder(2 * x - 1)  # type: ignore[operator]
+        h = self.found.flatten(2)
+        return torch.cat([h.mean(2), (h.var(2) + 1e-4).sqrt()], dim=1)
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="of `shapes.py pretrain` or `counting.py pretrain`")
+    folder = parser.parse_args().folder
+    torch.set_num_threads(1)
+    model = pipeline_model(folder, lora_rank=4, guidance_scale=2.0, vae_slicing=False)
+    config, captions, policy = Config(steps=10), captions_of(Path(folder)), Policy(model)
+    sde, ts = config.sde(model.schedule), config.times(model.schedule)
+    prompts = [captions[i % len(captions)] for i in range(SHOWN + FRESH)]
+    estimates: list[list[Tensor]] = [[] for _ in range(len(ts))]
+    for start in range(0, len(prompts), 120):
+        part = model.condition(prompts[start : start + 120])
+        generator = torch.Generator().manual_seed(start)
+        path = rollout(policy, sde, SOLVERS["ddim"], ts, part, generator, reference_only=True)
+        for k in range(len(ts) - 1):
+            t = ts[k].expand(len(part))
+            estimates[k].append(model.decode(sde.x_data_hat(t, path.xs[k], path.references[k])))
+        estimates[-1].append(model.decode(path.xs[-1]))
+    pictures = [torch.cat(parts) for parts in estimates]
+    rewards = reward(pictures[-1], prompts, folder)
+    fresh = torch.arange(SHOWN, SHOWN + FRESH)
+    condition, true = Condition(prompts), rewards[fresh]
+
+    def fitted(name: str, asked: int) -> RidgeSurrogate:
+        features = (
+            Encoded(model.pipeline.vae)
+            if name.startswith("trained")
+            else features_by_name(name.split()[0], pictures[-1][:2])
+        )
+        surrogate = RidgeSurrogate(features, captions, likelihood="prompts" in name)
+        rows, others = torch.arange(asked), torch.arange(asked, SHOWN)
+        surrogate.add(pictures[-1][rows], condition[rows], rewards[rows])
+        if len(others):
+            surrogate.look(pictures[-1][others], condition[others])
+        surrogate.fit()
+        return surrogate
+
+    def sees(surrogate: RidgeSurrogate, k: int) -> str:
+        guess = torch.cat([surrogate(pictures[k][i], condition[i]) for i in fresh.split(240)])
+        return f"{seen(guess, true, condition[fresh])[0]:.2f}"
+
+    names = (
+        "pixels",
+        "convolution",
+        "trained (VAE encoder)",
+        "pixels and prompts",
+        "convolution and prompts",
+        "trained and prompts",
+    )
+    made = {(name, asked): fitted(name, asked) for name in names for asked in ASKED}
+    print(f"| rewards asked | {' | '.join(map(str, ASKED))} |\n| --- | {' | '.join(['---:'] * len(ASKED))} |")
+    for name in names:
+        print(f"| {name} | {' | '.join(sees(made[name, asked], -1) for asked in ASKED)} |")
+    times = range(1, 9)
+    print(
+        f"\n| at t | {' | '.join(f'{float(ts[k]):.1f}' for k in times)} |\n| --- | {' | '.join(['---:'] * len(times))} |"
+    )
+    for name, asked in (("convolution and prompts", 48), ("convolution and prompts", 720), ("convolution", 720)):
+        print(f"| {name}, {asked} rewards | {' | '.join(sees(made[name, asked], k) for k in times)} |")
+    cells = [
+        f"{seen(reward(pictures[k][fresh], condition[fresh].prompts, folder), true, condition[fresh])[0]:.2f}"
+        for k in times
+    ]
+    print(f"| the reward itself | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
