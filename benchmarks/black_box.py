@@ -33,8 +33,12 @@ SURROGATE: Run = {
 FEW: Run = {**SURROGATE, "scored_samples": 16, "iterations": 4, "evaluate_every": 1}
 EQUAL: Run = {**SURROGATE, "iterations": 20, "evaluate_every": 4, "average": 0.5, "reference_batches": 6}
 TRIALS: dict[str, list[Run]] = {
-    "trl": [{"learning_rate": rate} for rate in (1e-3, 3e-3, 1e-2, 3e-2)],
-    "few": [{**FEW, "learning_rate": rate, "batch_size": size} for rate in (2e-3, 4e-3) for size in (32, 48)],
+    "trl": [{"learning_rate": rate} for rate in (1e-3, 2e-3, 3e-3, 1e-2)],
+    "few": [
+        {**FEW, "learning_rate": rate, "batch_size": 48, **more}
+        for more in ({}, {"reuse_reference": 1})
+        for rate in (2e-3, 4e-3)
+    ],
     "equal": [{**EQUAL, "learning_rate": rate, "batch_size": 48} for rate in (2e-3, 4e-3)],
     "ddpo": [{"algorithm": "ddpo", "minibatch_size": 32, "learning_rate": rate} for rate in (1e-3, 2e-3, 4e-3, 8e-3)],
     "flow_grpo": [
@@ -42,7 +46,7 @@ TRIALS: dict[str, list[Run]] = {
     ],
     "draft": [
         {"algorithm": "draft", "last_steps": 5, "kl_weight": 0.01, "learning_rate": rate, "iterations": 30}
-        for rate in (1e-2, 2e-2)
+        for rate in (1e-2,)
     ],
 }
 NAMES = {

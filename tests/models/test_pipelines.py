@@ -7,6 +7,7 @@ import itertools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -303,6 +304,34 @@ def test_the_encoder_serves_a_pipeline_without_prompts(tmp_path: Path) -> None:
     x = torch.zeros(2, 3, 8, 8)
     found: Tensor = network(x, torch.ones(2), problem.model.condition(["", ""]))
     assert found.shape == (2,)
+
+
+def test_a_value_network_that_nothing_reads_is_refused(tmp_path: Path) -> None:
+    make("ddpm", spelling_tokenizer()).save_pretrained(tmp_path / "tiny")
+    problem = replace(build(str(tmp_path / "tiny"), lora_rank=2, value_network="features"), reward=light)
+    with pytest.raises(ValueError, match="value_network is 'features', but value surrogate is no network"):
+        sa.finetune(problem, config=SETTINGS)
+    with pytest.raises(ValueError, match="value_network is 'features', but ddpo fits no value"):
+        sa.finetune(problem, config=updated(SETTINGS, {"algorithm": "ddpo"}))
+
+
+def test_a_black_box_moves_a_pipeline_by_default(tmp_path: Path) -> None:
+    """The recipe's own settings but small; the reward's gradient is never there."""
+    make("sd", spelling_tokenizer()).save_pretrained(tmp_path / "tiny")
+    problem = replace(build(str(tmp_path / "tiny"), "cat", 2), reward=lambda s, c: 200 * light(s.detach(), c))
+    small = {
+        "iterations": 4, "batch_size": 16, "steps": 4, "reference_batches": 2, "heldout_samples": 32, "evaluate_every": 4,
+        "learning_rate": 1e-3, "kl_weight": 0.1, "scored_samples": 8, "accumulate": 1,
+        "device": "cpu", "warmup": 0, "average": 0.0,
+    }  # fmt: skip
+    result = sa.finetune(problem, config=updated(SETTINGS, small))
+    first, last = (line for line in result.history if "evaluation" in line)
+    # on the same noise; random weights have little to give: the reward's own spread is 1
+    assert last["reward/heldout"] > first["reward/heldout"] + 0.05
+    assert 0.05 < last["policy/kl"] < 2
+    assert first["surrogate/seen"] > 0.5
+    calls = [line["cost/reward_calls"] for line in result.history if "cost/reward_calls" in line]
+    assert calls[-1] == 8 * (2 + 4)
 
 
 def test_guidance_and_negative_prompt_are_others_for_a_while() -> None:

@@ -142,10 +142,11 @@ def train_problem(
     model = problem.model
     assert isinstance(model, nn.Module)
     named = problem.labels.get("value_network")
-    if named and not (config.uses("value") and config.value in ("network", "residual")):
+    if named and not config.uses("value"):
+        raise SettingError(f"option value_network is {named!r}, but {config.algorithm} fits no value; leave it out.")
+    if named and config.value not in ("network", "residual"):
         raise SettingError(
-            f"option value_network is {named!r}, but {config.algorithm} with value {config.value} has no value network; "
-            "set value to network, or leave the option out."
+            f"option value_network is {named!r}, but value {config.value} is no network; set value to network, or leave it out."
         )
     noticed, start = _noticed(model, start, resume)
     trainer = Trainer(
