@@ -26,8 +26,8 @@ from tiny_pipelines import make, spelling_tokenizer  # noqa: E402
 PAGE = (Path(__file__).parents[2] / "docs" / "howto" / "migrating-from-trl.md").read_text(encoding="utf-8")
 FILES = {re.match(r"# (\w+\.py)", block)[1]: block for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)}  # type: ignore[index]
 SHORT = shlex.split(
-    "--iterations 1 --batch-size 6 --steps 2 --reference-batches 1 --heldout-samples 4 --value-steps 2 --device cpu "
-    "--value-first-steps 2 --value-batch-size 8 --minibatch-size 12 --option lora_rank=2 --option guidance_scale=1.0"
+    "--iterations 1 --batch-size 6 --steps 2 --reference-batches 1 --heldout-samples 4 --device cpu "
+    "--minibatch-size 12 --option lora_rank=2 --option guidance_scale=1.0"
 )
 
 

@@ -702,7 +702,7 @@ def bright(images):
 '''
 SHORT = shlex.split(
     "--iterations 2 --batch-size 8 --steps 3 --reference-batches 1 --heldout-samples 8 --minibatch-size 8 --accumulate 1 "
-    "--value-steps 2 --value-first-steps 2 --value-batch-size 8 --learning-rate 0.01 --max-kl 100 --device cpu "
+    "--learning-rate 0.01 --max-kl 100 --device cpu "
     "--checkpoint-every 1 --guard off --option guidance_scale=1.0"
 )
 
