@@ -294,6 +294,12 @@ def test_every_need_names_a_choice_that_there_is() -> None:
             assert set(f.metadata["needs"]) <= names
 
 
+def test_no_more_samples_are_scored_than_drawn() -> None:
+    said = refusal(value="surrogate", scored_samples=9, batch_size=8)
+    assert said.startswith("scored_samples is 9, more than the 8 samples of a rollout (batch_size); lower it")
+    assert Config(value="surrogate", scored_samples=8, batch_size=8).scored_samples == 8
+
+
 def test_a_choice_that_is_not_used_counts_with_its_default() -> None:
     """kl_states 0 would end the bound; a rule with natural gradients does not read it, and its radius is a setting."""
     free = updated(Config(), {"kl_states": 0})

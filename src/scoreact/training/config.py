@@ -63,6 +63,11 @@ class Config(WatchSettings, SurrogateSettings, ValueSettings, UpdateSettings, Pa
                 f"value_replay is {self.value_replay} but value_loss {self.value_loss!r} is on-policy; "
                 "use value_replay 1, or value_loss soft or log_probability."
             )
+        if self.scored_samples > self.batch_size:
+            raise SettingError(
+                f"scored_samples is {self.scored_samples}, more than the {self.batch_size} samples of a rollout (batch_size); "
+                "lower it, or take 0 for all of them."
+            )
         if self.value not in ("network", "linear") and self.value_loss == "log_probability":
             raise SettingError(
                 f"value is {self.value!r} but value_loss log_probability needs value network or linear; or use soft."

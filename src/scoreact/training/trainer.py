@@ -80,6 +80,11 @@ class Trainer:
             raise SettingError(
                 f"batch_size is {config.batch_size}, which {distributed.world()} processes cannot share; take a multiple."
             )
+        if config.scored_samples % distributed.world():
+            raise SettingError(
+                f"scored_samples is {config.scored_samples}, which {distributed.world()} processes cannot share; "
+                "take a multiple."
+            )
         self.device = choose_device(config.device)
         model.to(self.device).eval()
         self.policy = Policy(model, act_until=config.act_until)
