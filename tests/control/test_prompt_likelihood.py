@@ -89,3 +89,14 @@ def test_one_prompt_tells_nothing(generator: torch.Generator) -> None:
     surrogate.fit()
     assert surrogate.likelihood is None
     assert math.isfinite(float(surrogate(x, Condition([""] * 20)).sum()))
+
+
+def test_a_resumed_surrogate_has_the_same_likelihood(generator: torch.Generator) -> None:
+    x, number, _, _ = normal_samples(80, generator)
+    x, condition = x.float(), Condition([PROMPTS[i] for i in number.tolist()])
+    surrogate, other = (RidgeSurrogate(nn.Flatten(), PROMPTS, likelihood=True) for _ in range(2))
+    surrogate.add(x, condition, x.sum(1))
+    surrogate.fit()
+    other.load_state_dict(surrogate.state_dict())
+    assert torch.equal(other(x, condition), surrogate(x, condition))
+    assert other.likelihood is not None
