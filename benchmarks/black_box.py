@@ -2,6 +2,7 @@
 
     python benchmarks/black_box.py shapes --peer peer/bin/python --out benchmarks/black_box-shapes.jsonl
     python benchmarks/black_box.py shapes --out benchmarks/black_box-shapes.jsonl --table      # of the runs that are there
+    python benchmarks/black_box.py shapes --out benchmarks/black_box-shapes.jsonl --table --page docs/results/black-box.md
 
 `shapes` is a folder of `shapes.py pretrain` or `counting.py pretrain`; `peer_trl.py` says how to make the peer's environment.
 Every run is a process of its own with one thread in float32, on the same weights, captions, reward, guidance, ten steps and
@@ -196,6 +197,50 @@ def table(sides: Sides, rules: list[str]) -> list[str]:
     return lines
 
 
+def made(folder: str, out: Path, seeds: int = 5) -> str:
+    """The table of the runs in a file."""
+    return "\n".join(table(Sides(Bench(out, None), folder, seeds, "adapters", True), list(TRIALS)))
+
+
+def write(page: Path, name: str, text: str) -> None:
+    """Put a table between the page's marks of a task."""
+    before, mark, rest = page.read_text(encoding="utf-8").partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition(f"<!-- /{name} -->")
+    if not mark or not end:
+        raise SystemExit(f"{page} has no marks <!-- {name} --> and <!-- /{name} -->.")
+    page.write_text(f"{before}{mark}{text}\n{end}{after}", encoding="utf-8")
+
+
+COLOURS = {
+    "trl": "#7a838c",
+    "few": "#0f62a8",
+    "equal": "#8ec1e6",
+    "ddpo": "#b8860b",
+    "flow_grpo": "#a0522d",
+    "draft": "#1b7f4b",
+}
+
+
+def draw(sides: Sides, rules: list[str], path: Path) -> None:
+    """Gain over reward calls and over path KL, a line a seed; TRL knows its path KL at the end only."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for rule in rules:
+        for number, run in enumerate(sides.best(rule)):
+            label = NAMES[rule].replace("`", "") if number == 0 else None
+            axes[0].plot(
+                [r["rewards"] for r in run[1:]], [r["gain"] for r in run[1:]], ".-", color=COLOURS[rule], label=label
+            )
+            known = run[-1:] if rule == "trl" else run[1:]
+            axes[1].plot([r["kl"] for r in known], [r["gain"] for r in known], ".-", color=COLOURS[rule])
+    axes[0].set(xscale="log", xlabel="reward calls", ylabel="gain in held-out reward, nats")
+    axes[1].set(xscale="log", xlabel="path KL, nats")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
@@ -205,6 +250,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--adapters", default="adapters", help="where TRL's adapters are kept for their path KL")
     parser.add_argument("--table", action="store_true", help="run nothing; of the runs that are there")
+    parser.add_argument("--page", type=Path, help="put the table between the task's marks of this page")
+    parser.add_argument("--picture", type=Path, help="a PNG of the gains over reward calls and path KL")
     arguments = parser.parse_args()
     sides = Sides(
         Bench(arguments.out, arguments.peer, add_path_kl), arguments.folder, arguments.seeds, arguments.adapters,
@@ -213,7 +260,12 @@ def main() -> None:
     if not arguments.table:
         for rule in arguments.rules:
             sides.best(rule)
-    print("\n".join(table(sides, arguments.rules)))
+    found = "\n".join(table(sides, arguments.rules))
+    print(found)
+    if arguments.page is not None:
+        write(arguments.page, Path(arguments.folder).name, found)
+    if arguments.picture is not None:
+        draw(sides, arguments.rules, arguments.picture)
 
 
 if __name__ == "__main__":

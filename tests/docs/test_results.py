@@ -6,6 +6,8 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -25,3 +27,13 @@ def test_the_arenas_table_is_that_of_its_results() -> None:
     shown = page.partition(module.MARKS[0])[2].partition(module.MARKS[1])[0]
     assert shown == module.made(ROOT / "benchmarks" / "arena", ROOT / "benchmarks" / "arena-third")
     assert "| `ctrl` |" in shown
+
+
+@pytest.mark.parametrize("task", ["shapes", "counting"])
+def test_the_tables_of_black_boxes_are_those_of_their_runs(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    module = benchmark("black_box")
+    page = (ROOT / "docs" / "results" / "black-box.md").read_text(encoding="utf-8")
+    shown = page.partition(f"<!-- {task} -->\n")[2].partition(f"\n<!-- /{task} -->")[0]
+    assert shown == module.made(task, ROOT / "benchmarks" / f"black_box-{task}.jsonl")
+    assert "`DDPOTrainer`" in shown
