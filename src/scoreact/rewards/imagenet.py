@@ -142,7 +142,8 @@ class ImageNet:
     """R = log p(class | picture): with kl_weight 1 the optimum is the model's posterior given the class.
 
     Args:
-        path, size: of `ImageNetClassifier`.
+        path: of `ImageNetClassifier`.
+        size: of it too.
         index: the class's number or name, or "prompt" for the class that each prompt names.
         classes: a file of the 1,000 names in ImageNet's order, one a line, synonyms separated by commas; not needed where
             index is a number.
@@ -180,7 +181,8 @@ class ZeroShot:
     p is the classifier's, e a sentence encoder's: the probability that the picture shows a class which the prompt means.
 
     Args:
-        path, size: of `ImageNetClassifier`.
+        path: of `ImageNetClassifier`.
+        size: of it too.
         classes: a file of the 1,000 names in ImageNet's order, one a line; of synonyms the first is taken.
         encoder: a transformers sentence encoder whose vectors are means over the words, a folder or a hub id.
         sharpness: of w; larger, and only the nearest classes count.

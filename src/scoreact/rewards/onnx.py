@@ -49,7 +49,8 @@ class OnnxReward:
         layout: nchw or nhwc; by default what the graph's lengths say.
         channels: rgb or bgr. A graph of one channel gets the luma, grey samples are repeated for one of three.
         value_range: what 0 and 1 become, such as [-1, 1] or [0, 255].
-        mean, std: numbers, one a channel, applied after it: (x - mean) / std.
+        mean: numbers, one a channel, applied after it: (x - mean) / std.
+        std: what the difference to the mean is divided by, likewise.
         batch_size: samples at a time; one where the file says so.
 
     Calling: samples [B, ...] ([B, 1 or 3, H, W] in [0, 1] for a graph that takes four axes), condition of B -> [B].
