@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import scoreact as sa
 from scoreact.models.gaussian_mixture import GaussianMixture
 from scoreact.recipes.prompts import give_metadata, read_prompts
 
-SHARED = Path("/work/shared/data/prompts")
+SHARED = Path(os.environ.get("SCOREACT_PROMPTS", "."))  # a folder of the published prompt sets
 ROWS = [
     {"prompt": 'a sign that says "yes, no"', "tag": "text", "count": "2"},
     {"prompt": "two dogs\u2028and a cät", "tag": "", "count": "3"},
@@ -149,7 +150,9 @@ def test_parquet_without_pyarrow_is_refused_in_a_sentence(tmp_path: Path, monkey
         read_prompts(tmp_path / "a.parquet")
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the published prompt sets")
+@pytest.mark.skipif(
+    "SCOREACT_PROMPTS" not in os.environ, reason="SCOREACT_PROMPTS names no folder of the published prompt sets"
+)
 def test_the_fields_own_prompt_sets() -> None:
     parti = read_prompts(SHARED / "PartiPrompts.tsv")
     assert len(parti) == 1632

@@ -182,9 +182,8 @@ class RidgeSurrogate:
         self.hashes_words = len(self.words) > WORDS
         self.log_probability = log_probability
         self.seen: dict[str, Tensor] = {}  # features [n, F], words [n, Q], targets [n]; on the CPU
-        self.unscored: dict[
-            str, Tensor
-        ] = {}  # features and words of samples whose reward nobody asked, until the first fit
+        # features and words of samples whose reward nobody asked, until the first fit
+        self.unscored: dict[str, Tensor] = {}
         self.fitted: dict[str, Tensor] = {}  # mean, std [F]; level []; common [F], by_word [F, Q], offset [Q], told []
         self.likelihood: PromptLikelihood | None = None
         self.ridge = math.nan
