@@ -245,9 +245,8 @@ class RidgeSurrogate:
 
     def _z(self, features: Tensor) -> Tensor:
         """Standardised, in float64 on the CPU."""
-        return (features.double() - self.fitted["mean"].to(features).double()) / self.fitted["std"].to(
-            features
-        ).double()
+        mean, std = (self.fitted[name].to(features).double() for name in ("mean", "std"))
+        return (features.double() - mean) / std
 
     def _told(self, z: Tensor, q: Tensor) -> Tensor:
         return z.new_zeros(len(z)) if self.likelihood is None else self.likelihood(z, q)
@@ -279,9 +278,8 @@ class RidgeSurrogate:
         D-optimal design. Knows no reward.
         """
         new = {"features": self.network(samples).cpu(), "words": self.bag(condition)}
-        seen = (
-            self.seen if self.fitted else {}
-        )  # before the first fit nothing gives the features a scale but themselves
+        # before the first fit nothing gives the features a scale but themselves
+        seen = self.seen if self.fitted else {}
         words = torch.cat([seen.get("words", new["words"][:0]), new["words"]]).double()
         if self.fitted:
             z = self._z(torch.cat([seen["features"], new["features"]]))
