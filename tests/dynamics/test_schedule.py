@@ -74,6 +74,24 @@ def test_table_is_reproduced_at_its_times() -> None:
     torch.testing.assert_close(between, (log_snr(schedule, t[10]) + log_snr(schedule, t[11])) / 2)
 
 
+def test_a_table_that_goes_on_to_the_data() -> None:
+    """Up to its cleanest entry the same path; then the noise falls evenly to 0, where a last step lands on the data."""
+    table = torch.linspace(0.99, 0.01, 50, dtype=torch.float64).tolist()
+    plain, longer = FromAlphasCumprod(table), FromAlphasCumprod(table, to_data=True)
+    assert (longer.t_max, plain.t_max) == (1.0, 0.98)
+    before = torch.linspace(0, 0.98, 99, dtype=torch.float64)
+    late = torch.linspace(0.98, 1, 21, dtype=torch.float64)[1:].requires_grad_()
+    for name in ("alpha", "sigma"):
+        torch.testing.assert_close(getattr(longer, name)(before), getattr(plain, name)(before))
+    torch.testing.assert_close(longer.sigma(late), (1 - late) * 50 * 0.1)
+    torch.testing.assert_close(longer.alpha(late) ** 2 + longer.sigma(late) ** 2, torch.ones_like(late))
+    for value, derivative in ((longer.alpha, longer.d_alpha), (longer.sigma, longer.d_sigma)):
+        (expected,) = torch.autograd.grad(value(late).sum(), late)
+        torch.testing.assert_close(derivative(late).detach(), expected, rtol=1e-10, atol=1e-10)
+    assert float(longer.sigma(torch.tensor(1.0))) == 0
+    assert longer != plain
+
+
 def test_table_is_a_value() -> None:
     assert FromAlphasCumprod([0.9, 0.5, 0.1]) == FromAlphasCumprod([0.9, 0.5, 0.1])
     assert FromAlphasCumprod([0.9, 0.5, 0.1]) != FromAlphasCumprod([0.9, 0.5, 0.2])

@@ -138,7 +138,7 @@ def test_uneven_steps_of_flows_are_the_schedulers(name: str, moved: Callable[[st
 
 
 def test_a_table_that_ends_without_signal_is_accepted() -> None:
-    scheduler = diffusers.DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    scheduler = diffusers.DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction", clip_sample=False)
     assert float(scheduler.alphas_cumprod[-1]) == 0
     schedule, _ = read_scheduler(scheduler)
     assert 0 < float(schedule.alpha(torch.tensor(0.0))) < 1e-3
@@ -225,9 +225,10 @@ def test_with_fixed_rows_a_call_a_sample_has_the_same_bits_in_every_batch(build:
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "wan"])
 def test_guidance_is_linear_between_two_prompts(name: str, build: Callable[..., PipelineModel]) -> None:
-    model = build(name, moved=True, guidance_scale=1.0, negative_prompt="bad")
+    model = build(name, moved=True, guidance_scale=4.0, negative_prompt="bad")
     t, x, condition = inputs(model)
     with torch.no_grad():
+        model.guidance_scale = 1.0
         positive = model.score(t, x, condition)
         negative = model.score(t, x, model.condition(["bad"] * 3))
         model.guidance_scale = 4.0
@@ -235,6 +236,46 @@ def test_guidance_is_linear_between_two_prompts(name: str, build: Callable[..., 
     expected = negative + 4 * (positive - negative)
     assert float((positive - negative).abs().max()) > 1e-4
     assert float((guided - expected).abs().max()) < 1e-5 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize(("name", "scale"), [("sd", 0.0), ("sd", 0.5), ("sdxl", 0.0), ("sd3", 0.7), ("wan", 0.0)])
+def test_a_scale_up_to_one_guides_nothing_as_in_diffusers(
+    name: str, scale: float, build: Callable[..., PipelineModel]
+) -> None:
+    """Turbo models are called with 0: the prompt alone then, and one call of the denoiser."""
+    model = build(name, guidance_scale=scale)
+    assert any("guides nothing" in note for note in model.notes()) is (scale > 0)
+    t, x, condition = inputs(model)
+    rows = []
+    model.family.denoiser.register_forward_hook(lambda module, given, output: rows.append(len(output[0])))
+    with torch.no_grad():
+        found = model.score(t, x, condition)
+        assert not torch.allclose(found, model.score(t, x, model.condition(["two dogs"] * 3)))
+        model.guidance_scale = 1.0
+        assert torch.equal(found, model.score(t, x, condition))
+        assert rows == [3, 3, 3]
+        if name in ("sd", "sdxl"):
+            expected = theirs(name, model.pipeline, x, 3, guidance_scale=scale)
+            assert float((ours(model, x, model.scheduler_times(3)) - expected).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("sd", {"guidance_scale": 1.0, "negative_prompt": "ugly"}, "negative_prompt is 'ugly', but StableDiffusionPipeline at"),
+        ("sd", {"guidance_scale": 0.0, "negative_prompt": "ugly"}, "at guidance_scale 0 takes none; raise guidance_scale"),
+        ("ddpm", {"negative_prompt": "ugly"}, "negative_prompt is 'ugly', but DDIMPipeline at guidance_scale 1 takes none"),
+        ("flux_guided", {"negative_prompt": "ugly"}, "negative_prompt is 'ugly', but FluxPipeline"),
+        ("ddpm", {"guidance_scale": 5.0}, "guidance_scale is 5, but this DDIMPipeline has nothing that it would guide"),
+        ("flux", {"guidance_scale": 4.0}, "guidance_scale is 4, but this FluxPipeline has nothing that it would guide"),
+        ("sd", {"guidance_scale": -1.0}, "guidance_scale is -1.0; expected a number of at least 0"),
+        ("sd", {"guidance_scale": float("nan")}, "guidance_scale is nan; expected a number"),
+        ("sd", {"guidance_scale": 0.0, "guidance_rescale": 0.7}, "but guidance_scale 0 guides nothing"),
+    ],
+)  # fmt: skip
+def test_guidance_without_effect_is_refused(name: str, options: dict[str, Any], said: str, build: Any) -> None:
+    with pytest.raises(sa.ModelError, match=said):
+        build(name, **options)
 
 
 def test_flux_takes_its_guidance_as_an_input(build: Callable[..., PipelineModel]) -> None:

@@ -349,6 +349,11 @@ def test_guidance_and_negative_prompt_are_others_for_a_while() -> None:
         negative = score()
     with guided(policy, 5.0, None):
         stronger = score()
+    policy.model.negative_prompt = "bad"
+    with guided(policy, 1.0, ""):
+        score()
+    assert (policy.model.guidance_scale, policy.model.negative_prompt) == (3.0, "bad")
+    policy.model.negative_prompt = ""
     assert float((negative - before).abs().max()) > 1e-5
     assert float((stronger - before).abs().max()) > 1e-5
     assert torch.equal(score(), before)

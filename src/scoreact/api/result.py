@@ -106,7 +106,8 @@ def guided(policy: Policy, scale: float | None, negative_prompt: str | None) -> 
                 setattr(model, name, value)
         yield
     finally:
-        for changed, name, kept in reversed(before):
+        # the scale first, without which a negative prompt is refused
+        for changed, name, kept in sorted(reversed(before), key=lambda entry: list(wanted).index(entry[1])):
             setattr(changed, name, kept)
 
 

@@ -209,6 +209,8 @@ class FromAlphasCumprod:
     Args:
         alphas_cumprod: T values in (0, 1), strictly decreasing, index 0 the least noisy.
         t_min: a later start.
+        to_data: go on from the cleanest entry to the data: t_max = 1, where sigma is 0, after falling evenly from the
+            entry's, and alpha^2 + sigma^2 = 1.
 
     Raises:
         ValueError: another shape, order or range.
@@ -216,6 +218,7 @@ class FromAlphasCumprod:
 
     alphas_cumprod: Sequence[float]
     t_min: float = 0.0
+    to_data: bool = False
     t_max: float = field(init=False, default=1.0)
     _log_snr: Tensor = field(init=False, repr=False, compare=False, default=None)  # type: ignore[assignment]
     # of the last times asked for: a step asks a dozen times for its two, which small networks feel
@@ -229,7 +232,7 @@ class FromAlphasCumprod:
             raise SettingError("alphas_cumprod must decrease strictly and lie in (0, 1), the least noisy step first.")
         # tuple: a frozen record that compares and hashes by value
         object.__setattr__(self, "alphas_cumprod", tuple(table.tolist()))
-        object.__setattr__(self, "t_max", 1.0 - 1.0 / len(table))
+        object.__setattr__(self, "t_max", 1.0 if self.to_data else 1.0 - 1.0 / len(table))
         object.__setattr__(self, "_log_snr", (table.log() - torch.log1p(-table)).flip(0))
 
     def _at(self, t: Tensor) -> _Coefficients:
@@ -250,7 +253,14 @@ class FromAlphasCumprod:
         log_snr, slope = knots[left] + (position - left) * rise, rise * len(knots)
         kept, lost = torch.sigmoid(log_snr), torch.sigmoid(-log_snr)  # alpha^2 and sigma^2
         alpha, sigma = kept.sqrt(), lost.sqrt()
-        return _Coefficients(alpha, sigma, 0.5 * alpha * lost * slope, -0.5 * sigma * kept * slope)
+        d_alpha, d_sigma = 0.5 * alpha * lost * slope, -0.5 * sigma * kept * slope
+        if self.to_data:
+            left, last = (1 - t).clamp(min=0) * len(knots), torch.sigmoid(-knots[-1]).sqrt()
+            late = left < 1
+            sigma, d_sigma = torch.where(late, left * last, sigma), torch.where(late, -len(knots) * last, d_sigma)
+            alpha = torch.where(late, (1 - sigma**2).sqrt(), alpha)
+            d_alpha = torch.where(late, -sigma * d_sigma / alpha, d_alpha)
+        return _Coefficients(alpha, sigma, d_alpha, d_sigma)
 
     def alpha(self, t: Tensor) -> Tensor:
         return self._at(t).alpha

@@ -21,7 +21,7 @@ from ...types import Condition
 from .adapters import Adapters
 from .casting import tensor_cores
 from .prompt_table import MIB, PromptTable
-from .scheduler import read_scheduler
+from .scheduler import read_scheduler, starting_noise
 
 SIZES = ("original_size", "crops_coords_top_left", "target_size")  # (height, width), of SDXL's micro-conditioning
 TOGETHER = 8  # prompts in a call of the text encoders
@@ -67,12 +67,12 @@ class Family(Adapters):
         self.autocast = False
         self.twice_differentiable = False
         self.keeps_features = False  # of every state that a reference is asked about, for a value network
-        if guidance_scale is None:
-            guidance_scale = self.default_guidance
-        if guidance_scale is None:
-            guidance_scale = inspect.signature(type(pipeline).__call__).parameters["guidance_scale"].default
-        self.guidance_scale = float(guidance_scale)
-        self.negative_prompt = negative_prompt
+        own_scale = self.default_guidance
+        if own_scale is None:
+            own_scale = inspect.signature(type(pipeline).__call__).parameters["guidance_scale"].default
+        self.guidance_scale = float(own_scale)
+        self.negative_prompt = ""
+        self.guide(guidance_scale, negative_prompt)
         self.call_arguments = self._checked(call)
         self.rows_per_call = rows_per_call
         if size[2] is not None and not self.video:
@@ -80,6 +80,7 @@ class Family(Adapters):
         self.height, self.width, self.frames = self.size(*size)
         self.shape = self.latent_shape()
         self.schedule, self.prediction = read_scheduler(pipeline.scheduler, self.tokens())
+        self.starting_noise = starting_noise(pipeline.scheduler)
         self.steps = int(pipeline.scheduler.config.num_train_timesteps)
         self.metadata: Mapping[str, Mapping[str, Any]] = {}  # of prompts that have any, for the reward
         self.notes: list[str] = []
@@ -102,7 +103,34 @@ class Family(Adapters):
     def device(self) -> torch.device:
         return next(self.denoiser.parameters()).device
 
+    def guide(self, scale: float | None = None, negative_prompt: str | None = None) -> None:
+        """Set what is given. Raises ModelError for what would have no effect, or is no scale; then nothing is set."""
+        kind = type(self.pipeline).__name__
+        if scale is None:
+            scale = self.guidance_scale
+        elif isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 <= scale < math.inf:
+            raise ModelError(
+                f"guidance_scale is {scale!r}; expected a number of at least 0, of which those above 1 guide."
+            )
+        elif not self.takes_guidance and scale > 1:
+            raise ModelError(
+                f"guidance_scale is {scale:g}, but this {kind} has nothing that it would guide; leave it out."
+            )
+        if negative_prompt and not (self.takes_negative_prompt and scale > 1):
+            raise ModelError(
+                f"negative_prompt is {negative_prompt!r}, but {kind} at guidance_scale {scale:g} takes none; raise "
+                "guidance_scale above 1, or leave it out."
+            )
+        self.guidance_scale = float(scale)
+        if negative_prompt is not None:
+            self.negative_prompt = negative_prompt
+
     # of a family
+
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether a guidance scale changes anything."""
+        return self.takes_prompts
 
     def size(self, height: int | None, width: int | None, frames: int | None) -> tuple[int, int, int]:
         """Pixels and frames, the pipeline's own by default."""
@@ -156,8 +184,8 @@ class Family(Adapters):
                 if not isinstance(value, float | int) or not 0 <= value <= 1:
                     raise ModelError(f"guidance_rescale is {value!r}; expected a number from 0 (off) to 1.")
                 if not self.guides:
-                    raise ModelError(f"guidance_rescale is {value:g}, but guidance_scale 1 guides nothing; raise it, or leave "
-                                     "guidance_rescale out.")  # fmt: skip
+                    raise ModelError(f"guidance_rescale is {value:g}, but guidance_scale {self.guidance_scale:g} guides "
+                                     "nothing; raise it above 1, or leave guidance_rescale out.")  # fmt: skip
             elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ModelError(f"{name} is {value!r}; expected a whole number of at least 1.")
         return given
@@ -190,7 +218,8 @@ class Family(Adapters):
 
     @property
     def guides(self) -> bool:
-        return self.guidance_scale != 1.0
+        """Whether the prediction is guided: as in diffusers by a scale above 1 alone."""
+        return self.guidance_scale > 1.0
 
     def remember(self, prompts: Sequence[str]) -> None:
         """Encode what the table lacks.
@@ -263,6 +292,10 @@ class Family(Adapters):
     def about_prompts(self) -> list[str]:
         """What a user should know of the prompts, in sentences."""
         found, table = list(self.notes), self.table
+        if self.takes_negative_prompt and 0 < self.guidance_scale < 1:
+            found.append(
+                f"guidance_scale {self.guidance_scale:g} guides nothing: as in diffusers only one above 1 does."
+            )
         if self.too_long:
             found.append(
                 f"{self.too_long} of {len(table.rows)} prompts are longer than the {self._tokens()[1]} tokens that the text "
@@ -455,6 +488,10 @@ class Flux(Family):
     @property
     def guides(self) -> bool:
         return False
+
+    @property
+    def takes_guidance(self) -> bool:
+        return bool(self.denoiser.config.guidance_embeds)
 
     def encode(self, prompts: str | list[str], negative: bool) -> dict[str, Tensor]:
         text, pooled, _ = self.pipeline.encode_prompt(prompts, None, device=self.device, **self.given(*self.takes))

@@ -91,10 +91,11 @@ class PipelineModel(nn.Module):
         return self.family.schedule
 
     def prior(self, condition: Condition, generator: torch.Generator) -> Tensor:
-        """Normal noise of the variance that data of unit variance have at t_min, [B, *D]."""
+        """Normal noise as the pipeline's scheduler begins with: of the variance that data of unit variance have at t_min, or
+        of the noise's alone. [B, *D]."""
         family, t = self.family, torch.tensor(self.schedule.t_min, dtype=torch.float64)
         noise = torch.randn(len(condition), *family.shape, generator=generator, device=family.device)
-        return noise * float((self.schedule.alpha(t) ** 2 + self.schedule.sigma(t) ** 2).sqrt())
+        return noise * float((self.schedule.alpha(t) ** 2 + self.schedule.sigma(t) ** 2).sqrt()) * family.starting_noise
 
     def condition(self, prompts: Sequence[str]) -> Condition:
         """Any strings; each is encoded once and its embedding kept."""
@@ -172,12 +173,15 @@ class PipelineModel(nn.Module):
 
     @property
     def guidance_scale(self) -> float:
-        """1 is the conditional model. Policy, reference and average share it: a ratio compares like with like."""
+        """Up to 1 it is the conditional model: only above that is anything guided, as in diffusers.
+
+        Policy, reference and average share it: a ratio compares like with like.
+        """
         return self.family.guidance_scale
 
     @guidance_scale.setter
     def guidance_scale(self, scale: float) -> None:
-        self.family.guidance_scale = scale
+        self.family.guide(scale)
 
     @property
     def negative_prompt(self) -> str:
@@ -186,12 +190,7 @@ class PipelineModel(nn.Module):
 
     @negative_prompt.setter
     def negative_prompt(self, prompt: str) -> None:
-        if prompt and not (self.family.takes_negative_prompt and self.family.guides):
-            raise ModelError(
-                f"negative_prompt is {prompt!r}, but {type(self.family.pipeline).__name__} at guidance_scale "
-                f"{self.guidance_scale:g} takes none; raise guidance_scale above 1, or leave it out."
-            )
-        self.family.negative_prompt = prompt
+        self.family.guide(negative_prompt=prompt)
         self.family.negative = {}  # encoded anew when it is needed
 
     @property
