@@ -478,7 +478,7 @@ def test_a_bad_file_of_pairs_is_told_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"pairs_file .*p\.safetensors does not exist; write one with"):
         read_pairs(path)
     path.write_text("no")
-    with pytest.raises(ValueError, match="is no safetensors file"):
+    with pytest.raises(ValueError, match="is not a complete safetensors file"):
         read_pairs(path)
     for tensors, message in (
         ({"chosen": x}, r"has no tensor `rejected`, only \['chosen'\]"),

@@ -332,7 +332,7 @@ def test_damaged_files_become_notes(tmp_path: Path) -> None:
     (path / "model.safetensors").write_bytes(b"cut short")
     (path / "result.json").write_text("{", encoding="utf-8")
     with (path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write('{"iteration": 21, "rewa')
+        file.write('{"iteration": 21, "rewa\n')
     page = report.write(path, gaussian()).read_text(encoding="utf-8")
     assert "not a complete safetensors file" in page
     assert "result.json cannot be read" in page

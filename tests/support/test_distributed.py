@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from scoreact.control.linear_value import RidgeFit
 from scoreact.control.value_fit import Sample
 from scoreact.recipes.base import recipes
 from scoreact.support import distributed
+from scoreact.support.errors import ProcessLost
 from scoreact.support.files import read_tensors
 from scoreact.training.config import updated
 from scoreact.training.trainer import Trainer
@@ -143,3 +145,31 @@ def test_alone_nothing_is_changed() -> None:
         0,
         1,
     )
+
+
+def test_a_process_that_died_is_named(tmp_path: Path) -> None:
+    """By the other, in our words; without a launcher, which would end both."""
+
+    def join(rank: int) -> None:
+        torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=rank, world_size=2)
+        assert distributed.mean(1.0 + rank) == 1.5
+        if rank == 1:
+            os._exit(9)
+        try:
+            for work in (lambda: distributed.mean(1.0), lambda: distributed.gathered(torch.ones(1))):
+                with pytest.raises(
+                    ProcessLost, match="another of this run's 2 processes ended or hangs, so process 0 can"
+                ):
+                    work()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+
+    children = []
+    for rank in (0, 1):
+        child = os.fork()
+        if child == 0:
+            join(rank)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 9]

@@ -35,13 +35,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ..control.transitions import Paths, Rows, in_parts
-from ..support.errors import SettingError
+from ..support.errors import RunError, SettingError
+from ..support.files import read_stored, write_tensors
 from ..support.settings import setting
 from ..types import Condition, Metrics, groups, sum_over_data
 from .forward import ForwardRule
@@ -212,9 +211,7 @@ def paired(
 
 def write_pairs(path: str | Path, chosen: Tensor, rejected: Tensor, prompts: Sequence[str]) -> None:
     """Write preferences as `read_pairs` reads them: samples [P, *D] as the model's sampler ends with, one prompt a pair."""
-    tensors = {"chosen": chosen, "rejected": rejected}
-    tensors = {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}  # no shared memory allowed
-    save_file(tensors, path, {"prompts": json.dumps(list(prompts))})
+    write_tensors(Path(path), {"chosen": chosen, "rejected": rejected}, {"prompts": json.dumps(list(prompts))})
 
 
 def read_pairs(path: str | Path) -> tuple[Tensor, Tensor, list[str]]:
@@ -227,11 +224,9 @@ def read_pairs(path: str | Path) -> tuple[Tensor, Tensor, list[str]]:
     if not path.is_file():
         raise SettingError(f"pairs_file {path} does not exist; write one with scoreact.algorithms.dpo.write_pairs.")
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-            header = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise SettingError(f"pairs_file {path} is no safetensors file ({' '.join(str(error).split())}).") from None
+        tensors, header = read_stored(path)
+    except RunError as error:
+        raise SettingError(f"pairs_file {error}") from None
     for name in ("chosen", "rejected"):
         if name not in tensors:
             raise SettingError(

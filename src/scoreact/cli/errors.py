@@ -10,6 +10,7 @@ class Failed(Exception):
     """A run that started and could not end; its message says what to do. Exit status 1."""
 
 
+EXPECTED = (ValueError, OSError, Failed, RuntimeError, ImportError, ArithmeticError)  # what a sentence was written for
 REMEDIES = {
     errno.ENOSPC: "Free some space there.",
     errno.EDQUOT: "Free some space there.",

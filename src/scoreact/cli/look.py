@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import sys
@@ -84,7 +85,8 @@ def sample(options: argparse.Namespace) -> int:
     from ..dynamics.samplers import sampler_by_name
     from ..recipes.prompts import give_metadata, read_prompts
     from ..report.progress import waiting
-    from ..runs.samples import Drawn, free_folder, write_samples
+    from ..runs.samples import Drawn, write_samples
+    from ..support.folders import made_folder
 
     if options.solver is not None:
         sampler_by_name(options.solver)
@@ -111,7 +113,6 @@ def sample(options: argparse.Namespace) -> int:
         kind += f"{options.strength:g}" if options.steer in ("value", "interpolate") else f"{options.particles}"
     name = f"{kind}-{solver.rpartition(':')[2]}-{steps}-seed{options.seed}"
     parent = source.folder / "samples" if source.folder else Path("samples")
-    folder = options.out or free_folder(parent, name)
     columns = options.count if len(names) > options.count else max(1, round(options.count**0.5))
     about = {
         "source": options.source, "weights": kind, "solver": solver, "steps": steps, "seed": options.seed,
@@ -121,7 +122,8 @@ def sample(options: argparse.Namespace) -> int:
         "negative_prompt": getattr(policy.model, "negative_prompt", None) if options.negative_prompt is None
         else options.negative_prompt,
     }  # fmt: skip
-    with waiting("sampling"):
+    with waiting("sampling"), contextlib.ExitStack() as made:
+        folder = options.out or made.enter_context(made_folder(parent, lambda n: name + (f"-{n}" if n > 1 else "")))
         if options.steer:
             steering = run.steering(
                 options.steer, strength=options.strength, particles=options.particles, reference=options.reference,

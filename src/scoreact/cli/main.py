@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from ..support.names import known_name
 from . import bench as arena
 from . import look, server
-from .errors import Failed, sentence_of, warn
+from .errors import EXPECTED, sentence_of, warn
 from .parser import Parser
 from .train import ABOUT, resume, resume_arguments, train, train_arguments, train_help
 
@@ -149,9 +149,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if show:
             traceback.print_exc()
-        expected = isinstance(error, ValueError | OSError | Failed | RuntimeError | ImportError | ArithmeticError)
         text = sentence_of(error)
-        if not expected:
+        if not isinstance(error, EXPECTED):
             text = f"unexpected {type(error).__name__}: {text} Repeat with --traceback to see where."
         warn(text)
         return 2 if isinstance(error, ValueError | FileExistsError) else 1

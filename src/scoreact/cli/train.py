@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import shlex
 import sys
@@ -22,10 +21,10 @@ from ..runs.source import (
     source_of_run,
     weights_file,
 )
-from ..support.errors import RewardError, RunError, SettingError
+from ..support.errors import Diverged, RewardError, RunError, SettingError
 from ..support.settings import fields_of
 from ..training.config import Config, from_stored, read, rule_fields, setting_groups, updated
-from .errors import Failed, sentence_of
+from .errors import EXPECTED, Failed, sentence_of, warn
 from .parser import Parser, assignments, whole
 from .settings_text import config_yaml, setting_help, setting_metavar
 
@@ -222,8 +221,12 @@ def train(options: argparse.Namespace) -> int:
         from ..runs.trackers import make_trackers
 
         make_trackers(options.tracker)  # what is not installed is said now
-    out = Path(options.out) if options.out else new_folder(source.recipe)
-    return run_training(dataclasses.replace(source, folder=out), options.command, trackers=options.tracker)
+    if options.out:
+        return run_training(
+            dataclasses.replace(source, folder=Path(options.out)), options.command, trackers=options.tracker
+        )
+    with new_folder(source.recipe) as out:
+        return run_training(dataclasses.replace(source, folder=out), options.command, trackers=options.tracker)
 
 
 def resume_arguments(parser: Parser) -> None:
@@ -241,11 +244,16 @@ def resume(options: argparse.Namespace) -> int:
     if extend:
         source = dataclasses.replace(source, config=updated(source.config, {"iterations": options.iterations}))
     elif (out / "result.json").is_file():
-        stopped = json.loads((out / "result.json").read_text(encoding="utf-8")).get("stopped")
+        from ..runs.record import read_json
+
+        problems: list[str] = []
+        stopped = read_json(out / "result.json", problems).get("stopped")
+        for problem in problems:
+            warn(f"{problem} It is made anew.")
         if stopped:
             raise RunError(
-                f"{out} stopped by itself ({stopped.rstrip('.')}), so there is nothing to resume; `--iterations` with more "
-                f"than {planned} goes on all the same."
+                f"{out} stopped by itself ({str(stopped).rstrip('.')}), so there is nothing to resume; `--iterations` with "
+                f"more than {planned} goes on all the same."
             )
         print(f"{out} has finished its {planned} iterations; only its summary and report are made anew. "
               "`--iterations` with more of them extends it.")  # fmt: skip
@@ -258,6 +266,7 @@ def run_training(
     """Train, show, report."""
     from ..api.start import train_source as start
     from ..report.progress import Progress, summary_lines
+    from ..runs.record import is_whole
     from ..support.files import read_lines
 
     out = source.folder
@@ -271,7 +280,7 @@ def run_training(
     with Progress(source.config.iterations) as screen:
         try:
             if resuming:
-                screen.resumed(read_lines(out / "metrics.jsonl"))
+                screen.resumed(read_lines(out / "metrics.jsonl", is_whole))
             result = start(
                 source,
                 command,
@@ -283,10 +292,10 @@ def run_training(
             )
         except KeyboardInterrupt:
             raise KeyboardInterrupt(how_to_resume(out)) from None
-        except (ValueError, OSError) as error:
-            if not screen.trained:
+        except EXPECTED as error:
+            if not screen.began or isinstance(error, Diverged):
                 raise
-            # the input was good enough for an iteration: what fails now is the run
+            # the input was good enough to begin: what fails now is the run
             raise Failed(f"{sentence_of(error)} {how_to_resume(out)}") from error
     print("\n" + "\n".join(summary_lines(result.history, result.final)))
     if result.stopped:

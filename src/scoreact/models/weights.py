@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..support.errors import ModelError, RunError
-from ..support.files import read_tensors
+from ..support.files import add_to_digest, read_tensors
 from .base import HasAdapters, HasReferenceDigest
 
 
@@ -157,19 +157,3 @@ def reference_digest_of(model: object) -> str:
     if isinstance(model, HasReferenceDigest):
         return model.reference_digest()
     return digest_of(model) if isinstance(model, nn.Module) else ""
-
-
-def add_to_digest(found: hashlib._Hash, name: str, tensor: Tensor, most: int | None = None) -> None:
-    """Add one tensor's name, type, shape and bytes to a hash.
-
-    Args:
-        found: the hash, changed in place.
-        name: of the tensor.
-        tensor: any shape and type, on any device.
-        most: values to look at, evenly spread, where there are more; None: all of them.
-    """
-    flat = tensor.detach().reshape(-1)
-    if most is not None and len(flat) > most:
-        flat = flat[torch.linspace(0, len(flat) - 1, most, dtype=torch.float64).long().to(flat.device)]
-    found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-    found.update(flat.contiguous().cpu().view(torch.uint8).numpy().tobytes())

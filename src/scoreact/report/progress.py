@@ -84,6 +84,7 @@ class Progress:
 
         self.iterations = iterations
         self.trained = 0  # iterations in this process
+        self.began = False  # whether anything was measured in it
         self._begin = time.perf_counter()
         self._console = Console(highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
@@ -112,6 +113,7 @@ class Progress:
             print(line, flush=True)
 
     def __call__(self, kind: str, m: Mapping[str, Any]) -> None:
+        self.began |= kind in ("reference", "evaluation", "iteration")
         if kind == "reference":
             self.reference(m)
             self._advance("first evaluation", 0)
@@ -161,7 +163,7 @@ def waiting(what: str) -> AbstractContextManager[Any]:
 def summary_lines(history: Sequence[Mapping[str, Any]], final: Mapping[str, Any]) -> list[str]:
     """A finished run in a few lines: reward, KL, J before and after, the judge's words, costs."""
     evaluations = [line for line in history if line.get("evaluation")]
-    before, after = evaluations[0], final
+    before, after = next(iter(evaluations), final), final
     costs = next((line for line in reversed(history) if "cost/reward_calls" in line), None)
     reward = rounded(after["reward/heldout"], after["reward/heldout_se"])
     lines = [

@@ -5,6 +5,7 @@ A kill at any moment leaves either the old one or the new one. Does not know wha
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ..support.errors import RunError
-from ..support.files import read_tensors, write_json, write_tensors
+from ..support.files import DIGEST, UNREADABLE, put_in_place, read_stored, write_json, write_tensors
+from ..support.folders import LOCK
 
 FORMAT = 1  # of the checkpoint folder
 
@@ -62,14 +64,16 @@ def save_checkpoint(folder: Path, iteration: int, state: Mapping[str, Any], keep
     temporary.mkdir()
     tensors, rest = split_tree(state)
     try:
-        write_tensors(temporary / "tensors.safetensors", tensors)
-        write_json(temporary / "state.json", {"format": FORMAT, "iteration": iteration, "state": rest})
+        digest = write_tensors(temporary / "tensors.safetensors", tensors)
+        plain = json.loads(json.dumps(rest, default=str))
+        record = {"format": FORMAT, "iteration": iteration, "tensors": digest, "state": plain}
+        write_json(temporary / "state.json", {**record, DIGEST: _digest(record)})
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     if target.exists():
         _remove(target)
-    os.replace(temporary, target)
+    put_in_place(temporary, target)
     for old in sorted(p for p in folder.iterdir() if p.name.isdigit())[:-keep]:
         _remove(old)
     return target
@@ -82,24 +86,50 @@ def _remove(path: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
 
 
-def load_checkpoint(folder: Path, device: str | torch.device = "cpu") -> tuple[int, dict[str, Any]]:
-    """The newest complete checkpoint in `folder`: (iteration, state). A damaged newest one falls back to the one before.
+def _digest(record: Mapping[str, Any]) -> str:
+    """sha256 of a record, less its own digest."""
+    text = json.dumps({key: value for key, value in record.items() if key != DIGEST}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
-    Raises ValueError when there is none that can be read, with what is wrong with the newest.
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Those of a run's `checkpoints`, the newest first."""
+    return sorted((p for p in folder.iterdir() if p.name.isdigit()), reverse=True) if folder.is_dir() else []
+
+
+def load_checkpoint(
+    folder: Path, device: str | torch.device = "cpu", problems: list[str] | None = None
+) -> tuple[int, dict[str, Any]]:
+    """The newest whole checkpoint in `folder`: (iteration, state). A damaged newest one falls back to the one before.
+
+    problems: is told of the damaged ones. Raises RunError when there is none that can be read, with what is wrong with the
+    newest.
     """
-    names = sorted((p for p in folder.iterdir() if p.name.isdigit()), reverse=True) if folder.is_dir() else []
-    problem = f"{folder} holds no checkpoint; start the run anew, or check the path."
-    for number, path in enumerate(names):
+    found = [] if problems is None else problems
+    for path in checkpoints(folder):
         try:
-            record = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            if not isinstance(record, dict) or record.get("format") != FORMAT:
-                raise RunError(f"{path / 'state.json'} is not a scoreact checkpoint of format {FORMAT}.")
-            tensors = read_tensors(path / "tensors.safetensors", device)
-            return int(record["iteration"]), join_tree(record["state"], tensors)
-        except (OSError, ValueError, KeyError) as error:
-            if number == 0:
-                problem = f"{path} cannot be read: {' '.join(str(error).split())}"
-    raise RunError(problem)
+            return _read(path, device)
+        except (*UNREADABLE, AttributeError, RecursionError) as error:
+            found.append(f"{path} cannot be read: {' '.join(str(error).split())}")
+    if found:
+        raise RunError(f"{found[0]} Start the run anew.")
+    raise RunError(
+        f"{folder} holds no checkpoint; start the run anew (`scoreact train` takes a folder where nothing was saved), or "
+        "check the path."
+    )
+
+
+def _read(path: Path, device: str | torch.device) -> tuple[int, dict[str, Any]]:
+    """(iteration, state) of one checkpoint; raises whatever its damage makes of it."""
+    record = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise RunError(f"{path / 'state.json'} is not a scoreact checkpoint of format {FORMAT}.")
+    if DIGEST in record and record[DIGEST] != _digest(record):  # earlier versions wrote none
+        raise RunError(f"{path / 'state.json'} is damaged: it is not what was written, as its digest tells.")
+    tensors, header = read_stored(path / "tensors.safetensors", device)
+    if "tensors" in record and record["tensors"] != header.get(DIGEST):
+        raise RunError(f"{path / 'tensors.safetensors'} is damaged: it belongs to another checkpoint.")
+    return int(record["iteration"]), join_tree(record["state"], tensors)
 
 
 # --- a run's folder --------------------------------------------------------------------------------------------------
@@ -112,9 +142,43 @@ def read_run(folder: Path) -> dict[str, Any]:
         raise RunError(f"{folder} is no run folder: it has no config.json.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content["config"], dict):
-            raise TypeError("config is no mapping")
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        for name in ("config", "description", "versions"):
+            if not isinstance(content[name] if name == "config" else content.get(name) or {}, dict):
+                raise TypeError(f"{name} is no mapping")
+    except KeyError as error:
+        raise RunError(f"{path} is damaged (it has no {error}); restore it or start a new run.") from None
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise RunError(f"{path} is damaged ({error}); restore it or start a new run.") from None
     result: dict[str, Any] = content
     return result
+
+
+# what a run leaves that ended before its first checkpoint, beside files on their way to these names
+BEGUN = {
+    "config.json", "metrics.jsonl", "reference.safetensors", "result.json", "checkpoints", "trackers.json", "tensorboard",
+    "wandb", LOCK,
+}  # fmt: skip
+
+
+def saved_nothing(folder: Path) -> bool:
+    """Whether a run may begin in a folder: it does not exist, is empty, or holds a run that saved nothing and no other file."""
+    if not folder.exists():
+        return True
+    names = {path.name.removesuffix(".tmp") for path in folder.iterdir()}
+    if not names <= BEGUN or checkpoints(folder / "checkpoints"):
+        return False
+    try:
+        return "config.json" not in names or "versions" in read_run(folder)
+    except RunError:
+        return False
+
+
+def clear(folder: Path) -> None:
+    """Remove what a run left that saved nothing."""
+    for path in folder.iterdir():
+        if path.name == LOCK:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

@@ -9,10 +9,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..support.files import sort_lines
 from ..training.config import Config, from_stored
 from .checkpoint import read_run
 
 Row = dict[str, Any]  # a metrics line
+# what a line of each kind has, whichever version wrote it; one of no kind is an iteration's
+NEEDS = {
+    "reference": (
+        "objective/J_ref", "objective/J_ref_se", "objective/J_star", "objective/J_star_low", "objective/J_star_high",
+        "objective/effective_samples", "objective/trusted",
+    ),
+    "evaluation": ("reward/heldout", "reward/heldout_se", "policy/kl", "objective/J", "objective/J_se"),
+    "guard": ("text",),
+}  # fmt: skip
+
+
+def is_whole(row: Row) -> bool:
+    """Whether a line of metrics.jsonl is one that a run wrote."""
+    needed = next((names for kind, names in NEEDS.items() if row.get(kind)), ("seconds",))
+    kind = str if needed == NEEDS["guard"] else int | float | None  # null: it was not finite
+    return isinstance(row.get("iteration"), int) and all(isinstance(row.get(name, ...), kind) for name in needed)
 
 
 def value(row: Row, key: str) -> float:
@@ -80,14 +97,8 @@ def read_record(path: Path) -> Record:
     start = read_run(path)
     problems: list[str] = []
     result = read_json(path / "result.json", problems)
-    rows: list[Row] = []
-    metrics = path / "metrics.jsonl"
-    text = metrics.read_text(encoding="utf-8", errors="replace") if metrics.is_file() else ""
-    for count, line in enumerate(text.splitlines(), start=1):
-        try:
-            rows.append(dict(json.loads(line)))
-        except (ValueError, TypeError) as error:
-            problems.append(f"Line {count} of metrics.jsonl cannot be read and is left out ({error}).")
+    rows, damaged = sort_lines(path / "metrics.jsonl", is_whole)
+    problems += [f"Line {number} of metrics.jsonl cannot be read and is left out." for number in damaged]
     reference = [row for row in rows if row.get("reference")]
     return Record(
         iterations=[row for row in rows if not any(row.get(kind) for kind in ("reference", "evaluation", "guard"))],
@@ -106,7 +117,10 @@ def read_record(path: Path) -> Record:
 def read_json(path: Path, problems: list[str]) -> Row:
     """The mapping in a JSON file; {} if there is none, and a problem if it is damaged."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-    except (ValueError, TypeError) as error:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if not isinstance(found, dict):
+            raise TypeError(f"it holds {type(found).__name__}, no mapping")
+        return found
+    except (ValueError, TypeError, RecursionError) as error:
         problems.append(f"{path.name} cannot be read ({error}).")
         return {}

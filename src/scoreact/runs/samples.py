@@ -21,15 +21,6 @@ THUMBNAIL = 256  # pixels of a side on a contact sheet, at most
 ON_A_SHEET = 400  # pictures
 
 
-def free_folder(parent: Path, name: str) -> Path:
-    """parent/NAME, or NAME-2, NAME-3, ...: the first that does not exist."""
-    number, folder = 1, parent / name
-    while folder.exists():
-        number += 1
-        folder = parent / f"{name}-{number}"
-    return folder
-
-
 @dataclass(frozen=True)
 class Drawn:
     """Some samples and what each is.

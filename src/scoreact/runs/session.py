@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import platform
 import re
-import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -23,15 +21,18 @@ from ..models.weights import reference_digest_of
 from ..support import distributed
 from ..support.errors import Diverged, RunError, RunExists, SettingError
 from ..support.files import Line, append_line, read_lines, read_tensors, truncate_lines, write_json, write_tensors
-from ..training.config import from_stored
+from ..support.folders import FolderLock
 from ..training.kl_price import has_kl_term, sees_kl
 from ..training.loop import Hook, Stop, training_loop
 from ..training.state import restore, state_of
 from ..training.trainer import Trainer
 from ..types import Metrics
-from .checkpoint import load_checkpoint, read_run, save_checkpoint
+from .checkpoint import clear, load_checkpoint, read_run, save_checkpoint, saved_nothing
+from .record import is_whole
+from .resuming import check_processes, check_settings, write_extension
 from .samples import sheet, thumbnails
 from .source import REFERENCE
+from .stopping import Interrupt
 from .trackers import Tracker, finite_numbers, flat, make_trackers
 
 Event = Callable[[str, Metrics], None]
@@ -78,32 +79,45 @@ class Session(Hook):
         self.best_iteration: int | None = None
         self._said: set[str] = set()  # the model's notes
         self._looked_at = 0  # the iteration of the last evaluation
-        self._interrupted = False
+        self._interrupt = Interrupt(lambda: self._tell("interrupted", {}))
         self._trackers = make_trackers(trackers) if distributed.rank() == 0 else []  # refused before a folder is made
         if self._trackers and out is None:
             raise SettingError("trackers keep their files in the run's folder; give one with out.")
         self._notes = list(notes)  # said before anything else
         self.digest = reference_digest_of(trainer.policy.reference)
-        if out is not None and resume:
-            self._restore(out, extend)
-        elif self.out is not None:
-            self._begin(self.out, dict(description or {}))
-        for tracker in self._trackers:
-            assert out is not None
-            about = {
-                k: v for k, v in (description or {}).items() if isinstance(v, str) and k not in ("command", "made_by")
-            }
-            tracker.start(out, {**about, **flat(trainer.config.to_dict())}, resume)
+        self._lock: FolderLock | None = None
+        try:
+            if out is not None and resume:
+                self._restore(out, extend)
+            elif self.out is not None:
+                self._begin(self.out, dict(description or {}))
+            for tracker in self._trackers:
+                assert out is not None
+                about = {
+                    k: v
+                    for k, v in (description or {}).items()
+                    if isinstance(v, str) and k not in ("command", "made_by")
+                }
+                tracker.start(out, {**about, **flat(trainer.config.to_dict())}, resume)
+        except BaseException:
+            self._release()
+            raise
 
     def run(self) -> Outcome:
-        """Everything from the first look at the reference to the final evaluation.
+        """Everything from the first look at the reference to the final evaluation, once.
 
         Raises Diverged when training cannot go on, KeyboardInterrupt after a signal, once the iteration is finished and saved.
         """
+        try:
+            return self._run()
+        finally:
+            self._release()
+
+    def _run(self) -> Outcome:
         trainer = self.trainer
         self._started = time.perf_counter() - self.seconds
-        previous = _catch_signals(self)
         try:
+            self._interrupt.listen()
             for note in self._notes:
                 self._record("guard", {"guard": "note", "text": note})
             if not trainer.reference:
@@ -120,7 +134,7 @@ class Session(Hook):
             self._track("end", True)
             raise
         finally:
-            _restore_signals(previous)
+            self._interrupt.cease()
         outcome = self._finish(stop.reason if stop is not None else None)
         self._track("end", False)
         return outcome
@@ -146,10 +160,10 @@ class Session(Hook):
         if last or trainer.iteration % c.evaluate_every == 0:
             stop = self._look()
             stopped = (stop or "process 0 ended it") if distributed.first(stop is not None) else None
-        self._interrupted = distributed.first(self._interrupted)
+        asked = distributed.first(self._interrupt.asked)
         if last or stopped or trainer.iteration % c.checkpoint_every == 0:
             self._checkpoint()
-        if self._interrupted and not last:
+        if asked and not last:
             self._checkpoint()
             raise KeyboardInterrupt(f"stopped after iteration {trainer.iteration}")
         return None if stopped is None else Stop(stopped)
@@ -238,9 +252,11 @@ class Session(Hook):
 
     def _begin(self, out: Path, description: dict[str, Any]) -> None:
         """A new folder with config.json, and the pretrained weights where training overwrites the only copy of them."""
-        if out.exists() and any(out.iterdir()):
-            raise RunExists(f"{out} is not empty; give a new folder with out, or continue that run with resume.")
+        self._check_free(out)
         out.mkdir(parents=True, exist_ok=True)
+        self._take(out)
+        self._check_free(out)  # still
+        clear(out)
         versions = {
             "scoreact": __version__, "torch": torch.__version__, "python": platform.python_version(),
             "platform": platform.platform(), "threads": torch.get_num_threads(), "device": str(self.trainer.device),
@@ -250,31 +266,51 @@ class Session(Hook):
         content = {"description": description, "config": self.trainer.config.to_dict(), "versions": versions}
         write_json(out / "config.json", {**content, "reference_digest": self.digest})
 
+    def _check_free(self, out: Path) -> None:
+        if not saved_nothing(out):
+            raise RunExists(f"{out} is not empty; give a new folder with out, or continue that run with resume.")
+
+    def _take(self, out: Path) -> None:
+        """Keep other processes from the folder until the run ends."""
+        self._lock = FolderLock(out)
+        if self._lock.missing:
+            self._notes.append(
+                f"{out} cannot be locked ({self._lock.missing}): see to it that no other process runs in it."
+            )
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
     def _restore(self, out: Path, extend: bool) -> None:
-        trainer, stored = self.trainer, read_run(out)
-        self._check_settings(out, stored, extend)
-        trainer.iteration, state = load_checkpoint(out / "checkpoints", trainer.device)
+        trainer, stored, problems = self.trainer, read_run(out), list[str]()
+        if self.out is not None:
+            self._take(out)
+        check_settings(out, stored, trainer.config, extend)
+        trainer.iteration, state = load_checkpoint(out / "checkpoints", trainer.device, problems)
+        self._notes += [f"{problem} The run goes on from iteration {trainer.iteration}." for problem in problems]
         self._looked_at = trainer.iteration
+        check_processes(out, state.get("processes"))
         self._check_reference(out, state.get("digest"))
-        self.final, self.best_iteration, self.seconds = state["final"], state["best_iteration"], state["seconds"]
-        restore(trainer, state)
+        try:
+            self.final, self.best_iteration, self.seconds = state["final"], state["best_iteration"], state["seconds"]
+            restore(trainer, state)
+        except (LookupError, TypeError, AttributeError) as error:
+            raise RunError(
+                f"the checkpoint of iteration {trainer.iteration} in {out} is incomplete ({type(error).__name__}: {error}): "
+                "it was changed, or is another version's. Start the run anew."
+            ) from error
         if distributed.rank() > 0:  # the checkpoint's is process 0's
             trainer.generator.manual_seed(trainer.process_seed() + trainer.iteration)
         if self.out is not None:
-            truncate_lines(out / "metrics.jsonl", trainer.iteration)
-        self.history = read_lines(out / "metrics.jsonl")
+            damaged, copy = truncate_lines(out / "metrics.jsonl", trainer.iteration, is_whole)
+            self._notes += [
+                f"Line {number} of metrics.jsonl is damaged and left out; {copy.name} keeps the file as it was."
+                for number in damaged
+            ]
+        self.history = read_lines(out / "metrics.jsonl", is_whole)
         if extend and self.out is not None:
-            self._extend(self.out, stored)
-
-    def _check_settings(self, out: Path, stored: Mapping[str, Any], extend: bool) -> None:
-        """The settings are those that the run was started with, but for the iterations where it is extended."""
-        theirs, mine = from_stored(stored["config"]).to_dict(), self.trainer.config.to_dict()
-        same = {"iterations"} if extend else set()
-        changed = [f"{k} {theirs.get(k)!r} -> {mine[k]!r}" for k in mine if theirs.get(k) != mine[k] and k not in same]
-        if changed:
-            raise RunError(
-                f"{out} was started with other settings: {'; '.join(changed)}. Resume with the same, or start a new run."
-            )
+            self._notes.append(write_extension(self.out, stored, trainer))
 
     def _check_reference(self, out: Path, digest: str | None) -> None:
         """The reference is the model that the run started from, also where the user's own was trained by an earlier call."""
@@ -294,22 +330,6 @@ class Session(Hook):
             f"{kept.name}."
         )
 
-    def _extend(self, out: Path, stored: dict[str, Any]) -> None:
-        """Rewrite the plan in config.json; the rates follow the new plan from here on."""
-        trainer, before = self.trainer, int(stored["config"]["iterations"])
-        after = trainer.config.iterations
-        if after <= trainer.iteration:
-            raise RunError(
-                f"{out} has made {trainer.iteration} iterations already; give more than that to extend it, not {after}."
-            )
-        steps = [*stored.get("extended", ()), {"at": trainer.iteration, "from": before, "to": after}]
-        write_json(out / "config.json", {**stored, "config": trainer.config.to_dict(), "extended": steps})
-        (out / "result.json").unlink(missing_ok=True)
-        self._notes.append(
-            f"Extended from {before} to {after} iterations: the learning rates go on at {trainer.rate():.2g} of their full "
-            f"size and fall to 0 at iteration {after}."
-        )
-
     def _checkpoint(self) -> None:
         if self.out is None:
             return
@@ -318,6 +338,7 @@ class Session(Hook):
             "best_iteration": self.best_iteration,
             "seconds": self.seconds,
             "digest": self.digest,
+            "processes": distributed.world(),
         }
         save_checkpoint(self.out / "checkpoints", self.trainer.iteration, {**state_of(self.trainer), **own})
         self._tell("checkpoint", {"iteration": self.trainer.iteration})
@@ -359,26 +380,3 @@ class Session(Hook):
     def _tell(self, kind: str, metrics: Mapping[str, Any]) -> None:
         if self.on_event is not None:
             self.on_event(kind, dict(metrics))
-
-
-def _catch_signals(session: Session) -> dict[int, Any]:
-    """The first SIGINT or SIGTERM asks for a checkpoint at the iteration's end; the second acts at once."""
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        if session._interrupted:
-            raise KeyboardInterrupt
-        session._interrupted = True
-        session._tell("interrupted", {})
-
-    previous: dict[int, Any] = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, handler)
-    except ValueError:  # not the main thread: whoever owns it handles signals
-        pass
-    return previous
-
-
-def _restore_signals(previous: Mapping[int, Any]) -> None:
-    for number, handler in previous.items():
-        signal.signal(number, handler)

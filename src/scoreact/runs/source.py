@@ -9,12 +9,13 @@ import contextlib
 import dataclasses
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..support.errors import ModelError, RewardError, RunError, SettingError
+from ..support.folders import made_folder
 from ..support.loading import is_spec, load_named
 from ..support.names import known_name
 from ..training.config import Config, from_stored
@@ -218,12 +219,14 @@ def open_source(name: str) -> Source:
     return Source(recipe, dict(recipe.options), recipe.config)
 
 
-def new_folder(recipe: Recipe) -> Path:
-    """runs/RECIPE-001, or the first number that is free."""
-    number = 1
-    while (folder := Path("runs") / f"{short_name(recipe)}-{number:03d}").exists():
-        number += 1
-    return folder
+@contextlib.contextmanager
+def new_folder(recipe: Recipe) -> Iterator[Path]:
+    """runs/RECIPE-001, or the first number that is free: made here, and removed at the end if nothing was put into it."""
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first writes
+        yield Path("runs") / short_name(recipe)
+        return
+    with made_folder(Path("runs"), lambda number: f"{short_name(recipe)}-{number:03d}") as folder:
+        yield folder
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------

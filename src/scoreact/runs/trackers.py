@@ -6,7 +6,6 @@ Who wants another gives a class with the methods of `Tracker`: `--tracker my.py:
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import os
 import time
@@ -21,6 +20,7 @@ from ..support.errors import LoadError, SettingError
 from ..support.files import write_json
 from ..support.loading import is_spec, load_named
 from ..support.names import known_name
+from .record import read_json
 
 KEPT = "trackers.json"  # in a run's folder: under which names the trackers know it
 
@@ -192,8 +192,7 @@ def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _kept(out: Path) -> dict[str, str]:
-    path = out / KEPT
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    return read_json(out / KEPT, [])  # a damaged one: the trackers begin anew
 
 
 def _keep(out: Path, name: str, known_as: str) -> None:

@@ -6,12 +6,15 @@ Nothing but tensors is sent. Knows processes; does not know what is trained.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .errors import ProcessLost
 
 
 def start() -> None:
@@ -32,12 +35,25 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """Around whatever all processes do at once: one that has gone is named as such."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ProcessLost(
+            f"another of this run's {world()} processes ended or hangs, so process {rank()} cannot go on; what that one "
+            "said is the reason."
+        ) from error
+
+
 def average(tensors: Iterable[Tensor | None]) -> None:
     """Each tensor becomes its mean over the processes, in place."""
     if world() > 1:
         for tensor in tensors:
             if tensor is not None:
-                dist.all_reduce(tensor)
+                with _together():
+                    dist.all_reduce(tensor)
                 tensor /= world()
 
 
@@ -55,7 +71,8 @@ def gathered(x: Tensor) -> Tensor:
     if world() == 1:
         return x
     parts = [torch.empty_like(x) for _ in range(world())]
-    dist.all_gather(parts, x.contiguous())
+    with _together():
+        dist.all_gather(parts, x.contiguous())
     return torch.cat(parts)
 
 
@@ -73,4 +90,5 @@ def same(tensors: Iterable[Tensor]) -> None:
     """Each tensor becomes process 0's, in place."""
     if world() > 1:
         for tensor in tensors:
-            dist.broadcast(tensor, 0)
+            with _together():
+                dist.broadcast(tensor, 0)

@@ -37,3 +37,7 @@ class RunExists(ScoreactError, FileExistsError):
 
 class Diverged(ScoreactError, RuntimeError):
     """Training cannot go on; the message says what to lower. The best weights so far are kept."""
+
+
+class ProcessLost(ScoreactError, RuntimeError):
+    """Another process of the same run ended or hangs."""

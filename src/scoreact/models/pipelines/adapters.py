@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from ..weights import add_to_digest
+from ...support.files import add_to_digest
 
 LOOKED_AT = 4096  # values of a frozen tensor that the digest sees: gigabytes are told apart in seconds
 

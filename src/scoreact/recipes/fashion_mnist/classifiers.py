@@ -17,12 +17,11 @@ from importlib import resources
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax, pad
 
 from ...support.errors import SettingError
+from ...support.files import read_stored, write_tensors
 from . import data as fashion_mnist
 
 # what ships: the networks' shapes and the seeds they are trained with
@@ -89,9 +88,8 @@ def load_classifier(name: str = "judge", path: str | Path | None = None) -> Clas
             raise FileNotFoundError(
                 f"{file} does not exist. Make it: `scoreact pretrain judge --data PATH --out FOLDER`."
             )
-        with safe_open(file, framework="pt") as stored:
-            network = Classifier(**json.loads(stored.metadata()["config"]))
-            state = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+        state, header = read_stored(file)
+    network = Classifier(**json.loads(header["config"]))
     network.load_state_dict(
         {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
     )
@@ -101,10 +99,10 @@ def load_classifier(name: str = "judge", path: str | Path | None = None) -> Clas
 def save_classifier(network: Classifier, path: Path, metadata: dict[str, str]) -> None:
     """Weights in float16, batch statistics in float32; the shape of the network and `metadata` in the header."""
     state = {
-        key: (value.half() if value.is_floating_point() and value.ndim > 1 else value).contiguous()
+        key: value.half() if value.is_floating_point() and value.ndim > 1 else value
         for key, value in network.state_dict().items()
     }
-    path.write_bytes(to_bytes(state, {"config": json.dumps(network.config), **metadata}))
+    write_tensors(path, state, {"config": json.dumps(network.config), **metadata})
 
 
 def augment(images: Tensor, generator: torch.Generator, shift: int = 2) -> Tensor:
