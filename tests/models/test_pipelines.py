@@ -28,6 +28,7 @@ from scoreact.models.pipelines.opening import pipeline_model
 from scoreact.models.weights import digest_of
 from scoreact.recipes.pipeline import SETTINGS, build
 from scoreact.support import files as checkpoint
+from scoreact.support.errors import ModelError
 from scoreact.training.config import Config, updated, usable
 from scoreact.training.trainer import Trainer
 
@@ -160,6 +161,14 @@ def test_targets_of_the_adapter_and_slicing_of_the_decoder() -> None:
     assert not whole.family.pipeline.vae.use_slicing
     x = inputs(model)[1]
     assert torch.allclose(model.decode(x), whole.decode(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sd", "flux_guided"])
+def test_fused_projections_are_refused(name: str) -> None:
+    pipeline = make(name, spelling_tokenizer())
+    (pipeline if name == "sd" else pipeline.transformer).fuse_qkv_projections()
+    with pytest.raises(ModelError, match=r"attention is fused.*call unfuse_qkv_projections"):
+        pipeline_model(pipeline, **SIZES.get(name, {}))
 
 
 # --- a value on the denoiser's own features ---------------------------------------------------------------------------------

@@ -56,6 +56,10 @@ class Rule:
             if typing.get_origin(hint) is Literal and given not in known:
                 raise SettingError(f"unknown {f.name} {given!r}. Known: {', '.join(known)}.")
 
+    def compares_samples(self) -> bool:
+        """Whether it learns from the samples of a prompt against each other, within a batch: one alone then teaches nothing."""
+        return False
+
     def stochastic_steps(self, steps: int, generator: torch.Generator) -> Tensor | None:
         """[steps] bool: the steps of the next rollout that are drawn from the SDE, the others from the policy's ODE.
 

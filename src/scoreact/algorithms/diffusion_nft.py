@@ -93,6 +93,9 @@ class DiffusionNFT(ForwardRule):
             model.requires_grad_(False)
         self.old = Policy(model, self.policy.reference, self.policy.act_until)
 
+    def compares_samples(self) -> bool:
+        return True
+
     def behaviour(self) -> Policy:
         return self.old
 

@@ -112,6 +112,9 @@ class DPO(ForwardRule):
                 )
             self.policy.condition(sorted(set(prompts)))  # raises for a prompt that the model does not know
 
+    def compares_samples(self) -> bool:
+        return not self.pairs_file
+
     def rows_for(self, prompts: Sequence[str], ts: Tensor, generator: torch.Generator) -> Pairs:
         """As many of the file's pairs, at random, with the file's prompts."""
         assert self.stored is not None

@@ -86,6 +86,9 @@ class FlowGRPO(Rule):
     )
     rollouts: int = 0  # so far: where a sliding window is
 
+    def compares_samples(self) -> bool:
+        return True
+
     def stochastic_steps(self, steps: int, generator: torch.Generator) -> Tensor | None:
         """[steps] bool with `window` neighbours true, or None for all."""
         if self.window == 0:

@@ -58,6 +58,9 @@ class RWR(ForwardRule):
     )
     memory: list[tuple[Tensor, Tensor, list[str]]] = field(default_factory=list)  # samples, rewards, prompts
 
+    def compares_samples(self) -> bool:
+        return self.samples == "policy"  # the reference's are remembered, and become groups
+
     def behaviour(self) -> Policy:
         """The reference as a policy of its own, or the policy."""
         reference = self.policy.reference

@@ -35,6 +35,8 @@ def reference_lines(m: Mapping[str, Any]) -> list[str]:
     if high is None or not math.isfinite(high):  # a file of lines holds null for what is not finite
         alone = "no prompt was drawn twice" if pooled else "a prompt with a single sample says nothing of it"
         estimate, word = "unknown", f"{alone}: raise reference_batches."
+    elif m.get("objective/unsteady_reward"):
+        word = "NOT to be trusted (the reward of a sample is not always the same)."
     elif m["objective/trusted"]:
         word = f"to be trusted ({effective:.0f} effective samples)."
     elif effective < 20:
@@ -165,6 +167,9 @@ def summary_lines(history: Sequence[Mapping[str, Any]], final: Mapping[str, Any]
     evaluations = [line for line in history if line.get("evaluation")]
     before, after = next(iter(evaluations), final), final
     costs = next((line for line in reversed(history) if "cost/reward_calls" in line), None)
+    still = [
+        line for line in history if line.get("guard") == "unmoved" and line["iteration"] == history[-1]["iteration"]
+    ]
     reward = rounded(after["reward/heldout"], after["reward/heldout_se"])
     lines = [
         f"reward     {rounded(before['reward/heldout'])} -> {reward}",
@@ -172,6 +177,7 @@ def summary_lines(history: Sequence[Mapping[str, Any]], final: Mapping[str, Any]
         f"{share(after.get('objective/recovered'))} of J* - J_ref recovered",
         f"path KL    {rounded(after['policy/kl'], after.get('policy/kl_se'))} nats",
     ]
+    lines += [f"NOT MOVED  {line['text']}" for line in still[-1:]]
     if "reward/heldout_prompts" in after:
         change = f"{rounded(before.get('reward/heldout_prompts'))} -> {rounded(after['reward/heldout_prompts'])}"
         gain = rounded(after["reward/heldout_prompts_gain"], after["reward/heldout_prompts_gain_se"])

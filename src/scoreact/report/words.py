@@ -44,6 +44,8 @@ def headline(run: Record) -> str:
         text += f" (95% interval {number(after - 1.96 * error)} to {number(after + 1.96 * error)})"
     if math.isfinite(kl := value(last, "policy/kl")):
         text += f"; path KL {number(kl)} nats"
+    if any(row.get("guard") == "unmoved" and row.get("iteration") == done for row in run.guard):
+        text += ", so that the policy has hardly moved"
     share = value(last, "objective/recovered")
     if math.isfinite(share) and _trusted(run):
         text += f"; {100 * share:.0f}% of the possible J*\u00a0-\u00a0J_ref recovered"
@@ -57,7 +59,7 @@ def what_happened(run: Record) -> list[str]:
     done, mode = last.get("iteration", 0), run.config.get("guard", "off")
     if not done:
         return found
-    if not found:
+    if all(row.get("guard") in ("note", "unmoved") for row in run.guard):
         found.append(
             "The guard was off." if mode == "off" else
             "The guard found nothing wrong: held-out J did not fall, the path KL paid for itself, diversity stayed, and no "

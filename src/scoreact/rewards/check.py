@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..support.errors import RewardError
-from ..types import Condition
+from ..types import Condition, groups
 from .base import ReturnedValueError, Reward, is_differentiable, name_of, to_tensor
 from .registry import load
 from .user import UserReward
@@ -65,6 +65,46 @@ def checked(reward: Reward) -> Checked:
         RuntimeError, chained, for an exception inside the reward. Each of the two looks for NaN waits for the device.
     """
     return Checked(reward)
+
+
+def uninformative(name: str, rewards: Tensor, condition: Condition) -> str | None:
+    """Why the rewards [B] of different samples have nothing to teach; None where they have something."""
+
+    def alike(values: Tensor) -> bool:
+        return float(values.max() - values.min()) <= 4 * torch.finfo(torch.float32).eps * float(rewards.abs().max())
+
+    if len(rewards) > 1 and alike(rewards):
+        return (
+            f"reward {name} gave all {len(rewards)} samples of the pretrained model {float(rewards[0]):.4g}: there is nothing "
+            "to learn from. Check the value range that it expects, or let it tell degrees apart."
+        )
+    several = [rows for rows in groups(condition).values() if len(rows) > 1]
+    if several and all(alike(rewards[rows.to(rewards.device)]) for rows in several):
+        return (
+            f"reward {name} gave all samples of a prompt the same value, for each of {len(several)} prompts: it depends on the "
+            "prompt alone, so that there is nothing to learn from. Let it look at the samples."
+        )
+    return None
+
+
+def unsteady(name: str, together: Tensor, few: Tensor, again: Tensor, spread: float) -> str | None:
+    """Why a reward is no function of a sample: b samples scored among others, by themselves, and once more, each [b].
+
+    Differences below a hundredth of the rewards' `spread`, a standard deviation, are the rounding of networks.
+    """
+    noise, other = float((few - again).abs().max()), float((few - together).abs().max())
+    if max(noise, other) <= max(0.01 * spread, 1e-3 * float(together.abs().max())):
+        return None
+    if noise > 0.1 * other:
+        return (
+            f"reward {name} is not deterministic: the same samples got values {noise:.3g} apart (rewards spread by "
+            f"{spread:.3g}). J* takes that noise for reward, and is too large. Fix its seed, and put networks into eval mode."
+        )
+    return (
+        f"reward {name} depends on the batch: samples got values {other:.3g} apart among more others and "
+        f"among {len(few)} (rewards spread by {spread:.3g}). J_ref, J* and advantages mean something else then. Score each "
+        "sample by itself, without means or ranks over the batch."
+    )
 
 
 def explain(

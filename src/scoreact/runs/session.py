@@ -22,6 +22,7 @@ from ..support import distributed
 from ..support.errors import Diverged, RunError, RunExists, SettingError
 from ..support.files import Line, append_line, read_lines, read_tensors, truncate_lines, write_json, write_tensors
 from ..support.folders import FolderLock
+from ..training.guard import unmoved
 from ..training.kl_price import has_kl_term, sees_kl
 from ..training.loop import Hook, Stop, training_loop
 from ..training.state import restore, state_of
@@ -121,7 +122,9 @@ class Session(Hook):
             for note in self._notes:
                 self._record("guard", {"guard": "note", "text": note})
             if not trainer.reference:
+                self._say_notes()
                 self._look_at_reference()
+            trainer.notes.clear()  # those of the start were said by the process that began the run
             stop = training_loop(trainer, [self, *self.hooks])
             if stop is not None and self._looked_at != trainer.iteration:  # a hook's own end, between two evaluations
                 self._look()
@@ -142,7 +145,9 @@ class Session(Hook):
     # --- the hook -----------------------------------------------------------------------------------------------
 
     def _say_notes(self) -> None:
-        """What the model itself has to say, each sentence once."""
+        """What the trainer noticed and what the model itself has to say, each sentence once."""
+        while self.trainer.notes:
+            self._record("guard", {"guard": "note", "text": self.trainer.notes.pop(0)})
         for model in (self.trainer.policy.model, self.trainer.policy.reference):
             for note in model.notes() if isinstance(model, HasNotes) else ():
                 kind = re.sub(r"[-\d.]+", "", note)  # the same words with other figures are no news
@@ -198,6 +203,8 @@ class Session(Hook):
         for finding in findings:
             self._record("guard", finding.line())
         self._say_notes()
+        if trainer.guard.mode != "off" and 2 * trainer.iteration >= trainer.config.iterations > trainer.iteration:
+            self._say_unmoved()
         if best:
             self.best_iteration = trainer.iteration
         if best and self.out is not None:
@@ -227,7 +234,19 @@ class Session(Hook):
         )
         self._record("guard", {"guard": "target_kl", "text": text})
 
+    def _say_unmoved(self) -> None:
+        """Once, and in the end again if it is still so."""
+        text = unmoved(self.final, self.trainer.reference, self._iterations(), self.trainer.config)
+        said = any(line.get("guard") == "unmoved" for line in self.history)
+        if text is not None and (not said or self.trainer.iteration >= self.trainer.config.iterations):
+            self._record("guard", {"guard": "unmoved", "text": text})
+
+    def _iterations(self) -> list[Line]:
+        return [line for line in self.history if "learning_rate" in line]
+
     def _finish(self, stopped: str | None) -> Outcome:
+        if self._looked_at == self.trainer.iteration:
+            self._say_unmoved()
         if self.out is not None:
             self._write_weights(self.out)
         self._write_result(stopped)

@@ -9,7 +9,7 @@ Sources: Ziegler et al. 2019 (adaptive KL weight, arXiv 1909.08593), Gao, Schulm
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,10 +19,12 @@ from torch import Tensor
 from ..evaluation.evaluate import Features, Judge
 from ..evaluation.metrics import feature_statistics, frechet_distance
 from ..types import Condition, Metrics
+from .config import Config
 
 SMALL = 64  # numbers a sample: up to here the samples are their own features
 SLACK = 1.5  # path KL over this many times what the optimum needs is waste
 BLIND = 0.05  # share of the reward's variance below which a surrogate's gradient is not worth following
+MOVED = 0.01  # nats of path KL, from which on a policy is another than the pretrained model
 NOISE = 3.0  # standard errors beyond which a change is one
 PARTS = 5  # of the jackknife that gives the judge's noise
 PLAIN = ("start", "judge_parts", "judge_noise", "floor", "falling", "active", "best_is_clean")  # stored as they are
@@ -215,10 +217,7 @@ class Guard:
                 kl,
                 paid,
             )
-        needed, needed_error = reference.get("objective/KL_star_exact", math.nan), 0.0
-        if math.isnan(needed) and reference.get("objective/trusted"):
-            needed = reference.get("objective/KL_star", math.nan)
-            needed_error = reference.get("objective/KL_star_se", 0.0)
+        needed, needed_error = known_kl(reference)
         if not math.isnan(needed) and kl > max(free, SLACK * needed + NOISE * math.hypot(error, needed_error)):
             return Finding(
                 "kl",
@@ -301,6 +300,36 @@ class Guard:
         self.best = -math.inf if state["best"] is None else state["best"]
         stored = state["reference"]
         self.reference = None if stored is None else (stored[0].cpu(), stored[1].cpu())
+
+
+def unmoved(final: Metrics, reference: Metrics, iterations: Sequence[Mapping[str, Any]], config: Config) -> str | None:
+    """That a policy is still the pretrained model, and what to raise; None where it has moved.
+
+    final: an evaluation; iterations: the metrics of each so far.
+    """
+    kl, needed = final.get("policy/kl", math.nan), known_kl(reference)[0]
+    if not iterations or not kl < MOVED or kl > 0.1 * needed:
+        return None
+    beside = f", of {needed:.2g} that the optimum has" if needed == needed else ""
+    said = f"after {len(iterations)} iterations the policy has hardly moved: path KL is {kl:.2g} nats{beside}."
+    shares = sorted(line.get("policy/step_share", 1.0) for line in iterations)
+    if all(line.get("policy/gradient_norm", 1.0) == 0 for line in iterations):
+        return f"{said} Its gradient was 0 in every iteration: advantages vanish, as where a prompt's rewards do not differ."
+    share = shares[len(shares) // 2]
+    if share < 0.5:
+        return f"{said} Half of the steps were shortened to {share:.0%} or less; raise max_kl ({config.max_kl:g})."
+    if config.uses("learning_rate"):
+        rate = f"learning_rate ({config.learning_rate:g}), tenfold for a start"
+        return f"{said} Raise {rate}, or iterations ({config.iterations})."
+    return f"{said} Raise max_kl ({config.max_kl:g}) or iterations ({config.iterations})."
+
+
+def known_kl(reference: Metrics) -> tuple[float, float]:
+    """KL* and its standard error, where it is exact or its estimate can be trusted; else NaN."""
+    exact = reference.get("objective/KL_star_exact", math.nan)
+    if exact == exact or not reference.get("objective/trusted"):
+        return exact, 0.0
+    return reference.get("objective/KL_star", math.nan), reference.get("objective/KL_star_se", 0.0)
 
 
 def _jackknife(values: list[float], size: int) -> float:

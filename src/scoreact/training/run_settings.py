@@ -31,6 +31,9 @@ class RunSettings:
     seed: int = setting(0, "Seed of every random number of the run", 0)
     iterations: int = setting(40, "Number of iterations; each draws one rollout and updates the policy", 1)
     batch_size: int = setting(512, "Number of paths, and so of samples, in a rollout", 2)
+    group_size: int = setting(
+        1, "Number of samples of a prompt in a batch at least; batch_size must be a multiple of it in each process", 1
+    )
     reference_batches: int = setting(
         4, "Number of rollouts of the pretrained model before training; they give J_ref and J* and teach the value", 1
     )

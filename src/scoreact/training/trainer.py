@@ -21,7 +21,7 @@ from ..evaluation.optimum import estimate_optimum, optimal_kl, recovered
 from ..models.base import Rounds, ScoreModel, StartsElsewhere
 from ..models.weights import load_parameters
 from ..rewards.base import Reward
-from ..rewards.check import Checked, checked
+from ..rewards.check import Checked, checked, uninformative, unsteady
 from ..rewards.remote.overlap import Scores, one_ahead, ready
 from ..sampling.draw import balanced
 from ..support import distributed
@@ -41,6 +41,7 @@ from .assembly import (
 from .config import Config
 from .guard import Guard
 from .kl_price import KLPrice, reprice, sees_kl
+from .learnable import check_groups, check_weights
 from .optim import AdamSteps, Average
 from .rounding import rounding_kl
 from .stand_in import filled, foreseen, refit, show
@@ -48,6 +49,7 @@ from .unseen import split, unseen_metrics
 
 EVALUATION_SEED = 1_000_003  # held-out noise: never a training seed's stream
 SEEN = 8  # samples of an evaluation that are kept to be shown
+AGAIN = 4  # samples of the reference whose rewards are asked for once more
 TOGETHER = 4  # samples of a prompt among the reference's, where prompts are too many to be drawn as often by themselves
 NATURAL_STEP = 1e-4  # of a weight, where rounding is measured under a rule whose steps have no learning rate
 
@@ -116,6 +118,8 @@ class Trainer:
             )
             self.critic = build_critic(config, value.to(self.device), self.policy, self.sde)
             self.algorithm = build_rule(config, self.critic, self.reward, self.prompts, self.surrogate)
+        self.notes = check_groups(self.algorithm, config, self.prompts)  # for the user; taken by whoever says them
+        self.notes += check_weights(self.algorithm, config, self.policy, self.sde, self.prompts)
         if self.algorithm.fits_value:
             check_value(value, model, self.prompts)
         self.average = Average(model, config.average)
@@ -194,7 +198,7 @@ class Trainer:
     def _batch_of_prompts(self, each: int = 1) -> list[str]:
         """Prompts of this process' part of a batch."""
         count = self.config.batch_size // distributed.world()
-        return balanced(self.prompts, count, self.generator, min(each, count))
+        return balanced(self.prompts, count, self.generator, min(max(each, self.config.group_size), count))
 
     def _reward_of_state(self, x_data: Tensor, condition: Condition) -> Tensor:
         return self.reward(self.policy.model.decode(x_data), condition)
@@ -250,6 +254,7 @@ class Trainer:
         """J_ref and J* from the reference's paths; where nothing learns from them, they only measure."""
         beta, surrogate, critic = self.config.kl_weight, self.surrogate, self.algorithm.critic
         rewards, prompts = [], []
+        shown: tuple[Tensor, Tensor, Condition] | None = None  # of the first samples: their ends and rewards
         # a policy that starts elsewhere did not draw the reference's paths
         reused = 0 if self.starts_elsewhere else self.config.rule.get("reuse_reference", 0)
         waiting: list[Paths] = []  # for the surrogate's first fit
@@ -262,6 +267,9 @@ class Trainer:
                         f"reward {self.reward.name} reached {largest:.3g}, so it is no log-probability; "
                         f"use {choice} {remedy}."
                     )
+            if shown is None:
+                few = torch.nonzero(~r.isnan()).flatten()[:AGAIN]
+                shown = trajectory.xs[-1][few], r[few], trajectory.condition[few]
             rewards.append(r)
             prompts += list(trajectory.condition.prompts)
             self.guard.remember(self.policy.model.decode, trajectory.xs[-1], self.config.heldout_samples)
@@ -280,6 +288,10 @@ class Trainer:
         rows = torch.tensor([number[prompt] for prompt in prompts], device=asked.device)[asked]
         condition = Condition([self.prompts[row] for row in distributed.gathered(rows).tolist()])
         metrics = estimate_optimum(found, condition, beta) | optimal_kl(found, condition, beta)
+        if shown is not None and not self._is_of_a_sample(*shown, float(found.std())):
+            metrics["objective/trusted"], metrics["objective/unsteady_reward"] = 0.0, 1.0
+        if (nothing := uninformative(self.reward.name, found, condition)) is not None:
+            self.notes.append(nothing)
         if self.unseen:
             metrics |= {"prompts/trained": float(len(self.prompts)), "prompts/heldout": float(len(self.unseen))}
         if surrogate is not None:
@@ -292,6 +304,17 @@ class Trainer:
             below, above = self.optimum(0.999 * beta), self.optimum(1.001 * beta)
             metrics["objective/KL_star_exact"] = (below - above) / (0.002 * beta)
         return metrics
+
+    @torch.no_grad()
+    def _is_of_a_sample(self, x_end: Tensor, rewards: Tensor, condition: Condition, spread: float) -> bool:
+        """Whether a few samples get the same rewards by themselves as among others; noted where they do not."""
+        samples = self.policy.model.decode(x_end)
+        few = again = self.heldout_reward(samples, condition)
+        if unsteady(self.reward.name, rewards, few, again, spread) is None:
+            return True
+        again = self.heldout_reward(samples, condition)  # noise, or the others'?
+        self.notes += filter(None, [unsteady(self.reward.name, rewards, few, again, spread)])
+        return False
 
     def _learn_from(self, paths: Paths, reused: int) -> None:
         """Paths of the reference: the critic's first, and those of the first `reused` iterations."""

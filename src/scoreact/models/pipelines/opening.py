@@ -123,6 +123,11 @@ def pipeline_model(
     family.lora = None if lora is None else str(lora)
     if getattr(family.denoiser.config, "time_cond_proj_dim", None) is not None:
         raise ModelError("this UNet takes the guidance as an input (a latent consistency model); not supported yet.")
+    if any(getattr(module, "fused_projections", False) for module in family.denoiser.modules()):
+        raise ModelError(
+            "the denoiser's attention is fused (fuse_qkv_projections), so that it computes with copies of the weights that "
+            "would be trained; call unfuse_qkv_projections() on it first."
+        )
     vae = getattr(pipeline, "vae", None)
     if vae is not None:
         if family.dtype == torch.float16:
