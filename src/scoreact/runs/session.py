@@ -229,20 +229,18 @@ class Session(Hook):
     def _say_no_kl_term(self) -> None:
         c = self.trainer.config
         text = (
-            f"target_kl is {c.target_kl:g}, but {c.algorithm} with these settings has no KL term that "
-            "kl_weight could weigh, so nothing steers its path KL; the guard still watches it."
+            f"target_kl is {c.target_kl:g}, but {c.algorithm} with these settings has no KL term that kl_weight could weigh, "
+            "so nothing steers its path KL; the guard still watches it."
         )
         self._record("guard", {"guard": "target_kl", "text": text})
 
     def _say_unmoved(self) -> None:
         """Once, and in the end again if it is still so."""
-        text = unmoved(self.final, self.trainer.reference, self._iterations(), self.trainer.config)
-        said = any(line.get("guard") == "unmoved" for line in self.history)
-        if text is not None and (not said or self.trainer.iteration >= self.trainer.config.iterations):
+        made = [line for line in self.history if "learning_rate" in line]
+        text = unmoved(self.final, self.trainer.reference, made, self.trainer.config)
+        early = all(line.get("guard") != "unmoved" for line in self.history)
+        if text is not None and (early or self.trainer.iteration >= self.trainer.config.iterations):
             self._record("guard", {"guard": "unmoved", "text": text})
-
-    def _iterations(self) -> list[Line]:
-        return [line for line in self.history if "learning_rate" in line]
 
     def _finish(self, stopped: str | None) -> Outcome:
         if self._looked_at == self.trainer.iteration:

@@ -17,12 +17,12 @@ from ..control.transitions import Paths
 from ..control.value_fit import ValueFit
 from ..dynamics.solvers import SOLVERS
 from ..evaluation.evaluate import Features, Judge, evaluate, rewards_of
-from ..evaluation.optimum import estimate_optimum, optimal_kl, recovered
+from ..evaluation.optimum import recovered
 from ..models.base import Rounds, ScoreModel, StartsElsewhere
 from ..models.weights import load_parameters
 from ..rewards.base import Reward
-from ..rewards.check import Checked, checked, uninformative, unsteady
-from ..rewards.remote.overlap import Scores, one_ahead, ready
+from ..rewards.check import Checked, checked
+from ..rewards.remote.overlap import Scores, ready
 from ..sampling.draw import balanced
 from ..support import distributed
 from ..support.devices import choose_device
@@ -43,13 +43,13 @@ from .guard import Guard
 from .kl_price import KLPrice, reprice, sees_kl
 from .learnable import check_groups, check_weights
 from .optim import AdamSteps, Average
+from .reference_look import look_at_reference
 from .rounding import rounding_kl
-from .stand_in import filled, foreseen, refit, show
+from .stand_in import foreseen, refit
 from .unseen import split, unseen_metrics
 
 EVALUATION_SEED = 1_000_003  # held-out noise: never a training seed's stream
 SEEN = 8  # samples of an evaluation that are kept to be shown
-AGAIN = 4  # samples of the reference whose rewards are asked for once more
 TOGETHER = 4  # samples of a prompt among the reference's, where prompts are too many to be drawn as often by themselves
 NATURAL_STEP = 1e-4  # of a weight, where rounding is measured under a rule whose steps have no learning rate
 
@@ -252,76 +252,7 @@ class Trainer:
 
     def look_at_reference(self) -> Metrics:
         """J_ref and J* from the reference's paths; where nothing learns from them, they only measure."""
-        beta, surrogate, critic = self.config.kl_weight, self.surrogate, self.algorithm.critic
-        rewards, prompts = [], []
-        shown: tuple[Tensor, Tensor, Condition] | None = None  # of the first samples: their ends and rewards
-        # a policy that starts elsewhere did not draw the reference's paths
-        reused = 0 if self.starts_elsewhere else self.config.rule.get("reuse_reference", 0)
-        waiting: list[Paths] = []  # for the surrogate's first fit
-        spent = self.policy.network_calls, self.reward.calls
-        for trajectory, r in one_ahead(self.draw(True) for _ in range(self.config.reference_batches)):
-            largest = float(r[~r.isnan()].max())
-            for choice, remedy in (("value_loss", "soft"), ("surrogate_target", "reward")):
-                if getattr(self.config, choice) in ("log_probability", "logit") and largest > 0:
-                    raise SettingError(
-                        f"reward {self.reward.name} reached {largest:.3g}, so it is no log-probability; "
-                        f"use {choice} {remedy}."
-                    )
-            if shown is None:
-                few = torch.nonzero(~r.isnan()).flatten()[:AGAIN]
-                shown = trajectory.xs[-1][few], r[few], trajectory.condition[few]
-            rewards.append(r)
-            prompts += list(trajectory.condition.prompts)
-            self.guard.remember(self.policy.model.decode, trajectory.xs[-1], self.config.heldout_samples)
-            paths = Paths(trajectory, r)
-            if surrogate is not None:
-                show(surrogate, paths, self.policy.model.decode)
-            if surrogate is not None and (critic is not None or len(waiting) < reused):
-                waiting.append(paths)
-            elif surrogate is None:
-                self._learn_from(paths, reused)
-        if critic is None and surrogate is None and not reused:
-            self.policy.network_calls, self.reward.calls = spent
-        asked = ~torch.cat(rewards).isnan()
-        found = distributed.gathered(torch.cat(rewards)[asked])
-        number = {prompt: i for i, prompt in enumerate(self.prompts)}
-        rows = torch.tensor([number[prompt] for prompt in prompts], device=asked.device)[asked]
-        condition = Condition([self.prompts[row] for row in distributed.gathered(rows).tolist()])
-        metrics = estimate_optimum(found, condition, beta) | optimal_kl(found, condition, beta)
-        if shown is not None and not self._is_of_a_sample(*shown, float(found.std())):
-            metrics["objective/trusted"], metrics["objective/unsteady_reward"] = 0.0, 1.0
-        if (nothing := uninformative(self.reward.name, found, condition)) is not None:
-            self.notes.append(nothing)
-        if self.unseen:
-            metrics |= {"prompts/trained": float(len(self.prompts)), "prompts/heldout": float(len(self.unseen))}
-        if surrogate is not None:
-            metrics |= surrogate.fit()
-            for paths in waiting:
-                self._learn_from(filled(surrogate, paths, self.policy.model.decode), reused)
-        if self.optimum is not None:
-            metrics["objective/J_star_exact"] = self.optimum(beta)
-            # KL* = -dJ* / dbeta
-            below, above = self.optimum(0.999 * beta), self.optimum(1.001 * beta)
-            metrics["objective/KL_star_exact"] = (below - above) / (0.002 * beta)
-        return metrics
-
-    @torch.no_grad()
-    def _is_of_a_sample(self, x_end: Tensor, rewards: Tensor, condition: Condition, spread: float) -> bool:
-        """Whether a few samples get the same rewards by themselves as among others; noted where they do not."""
-        samples = self.policy.model.decode(x_end)
-        few = again = self.heldout_reward(samples, condition)
-        if unsteady(self.reward.name, rewards, few, again, spread) is None:
-            return True
-        again = self.heldout_reward(samples, condition)  # noise, or the others'?
-        self.notes += filter(None, [unsteady(self.reward.name, rewards, few, again, spread)])
-        return False
-
-    def _learn_from(self, paths: Paths, reused: int) -> None:
-        """Paths of the reference: the critic's first, and those of the first `reused` iterations."""
-        if self.algorithm.critic is not None:
-            self.algorithm.critic.remember(paths)
-        if len(self.saved) < reused:
-            self.saved.append(paths)
+        return look_at_reference(self)
 
     def evaluate(self, of_reference: bool = False) -> Metrics:
         """The averaged policy, or the reference, on held-out noise, against J_ref and J*; the first look is the start."""
