@@ -145,20 +145,20 @@ def test_a_picture_is_the_same_whatever_else_is_drawn(
     (tmp_path / "more.txt").write_text("two birds\ncat\ndog\n")
     monkeypatch.setattr("scoreact.api.result.AT_ONCE", 4)
     entries, files = sampled("all", "--prompts", str(tmp_path / "more.txt"), "--count", "3")
-    assert [(e["prompt"], e["seed"]) for e in entries] == [
+    assert [(e["prompt"], e["sample"]) for e in entries] == [
         (p, i) for p in ("two birds", "cat", "dog") for i in range(3)
     ]
     assert len(set(files)) == 9
     monkeypatch.setattr("scoreact.api.result.AT_ONCE", 256)
     own, few = sampled("few", "--count", "2")
-    assert [(e["prompt"], e["seed"]) for e in own] == [("cat", 0), ("cat", 1), ("dog", 0), ("dog", 1)]
+    assert [(e["prompt"], e["sample"]) for e in own] == [("cat", 0), ("cat", 1), ("dog", 0), ("dog", 1)]
     assert few == [files[3], files[4], files[6], files[7]]
-    one, single = sampled("one", "--prompts", "dog", "--seed", "2", "--count", "1")
+    one, single = sampled("one", "--prompts", "dog", "--first", "2", "--count", "1")
     assert single == [files[8]]
     assert one[0]["reward"] == pytest.approx(entries[8]["reward"], abs=1e-4)
     pixels = np.asarray(Image.open(tmp_path / "one" / "00000.png"), dtype=float)
     assert one[0]["reward"] == pytest.approx(100 * pixels.mean() / 255, abs=0.2), "the reward is brightness"
-    from_python = sa.open_run(folder / "run").sample(["dog"], 1, seed=2)
+    from_python = sa.open_run(folder / "run").sample(["dog"], 1, first=2)
     assert np.abs(from_python[0].permute(1, 2, 0).numpy() * 255 - pixels).max() <= 0.5 + 1e-3
     assert "reward" not in sampled("none", "--prompts", "dog", "--count", "1", "--no-reward")[0][0]
     (folder / "rewards.py").rename(folder / "good.py")
@@ -217,7 +217,7 @@ def test_a_run_starts_from_an_export(folder: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     words = ["train", str(folder / "base"), "--reward", f"{folder}/rewards.py:bright", "--prompts", "cat", *SMALL]
     words += ["--option", "lora=mine", "--option", "guidance_scale=3", "--option", "negative_prompt=bad"]
-    assert cli.main([*words, "--option", "lora_rank=1", "--iterations", "1", "--out", "second"]) == 0
+    assert cli.main([*words, "--option", "lora_rank=1", "--out", "second"]) == 0
     monkeypatch.chdir(folder)
     second = sa.open_run(tmp_path / "second")
     assert second.problem.labels["lora"] == f"from {tmp_path}/mine; path KL is counted from the pipeline with it"
@@ -236,7 +236,7 @@ def test_a_run_in_another_type_is_exported_in_its_sources(
 ) -> None:
     monkeypatch.setattr(html, "write", lambda run, *_: run / "report.html")
     words = ["train", str(folder / "base"), "--reward", f"{folder}/rewards.py:bright", "--prompts", "cat", *SMALL]
-    assert cli.main([*words, "--option", "dtype=bfloat16", "--iterations", "1", "--out", str(tmp_path / "run")]) == 0
+    assert cli.main([*words, "--option", "dtype=bfloat16", "--out", str(tmp_path / "run")]) == 0
     out = sa.open_run(tmp_path / "run").export("pipeline")
     stored = load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
     assert {t.dtype for t in stored.values()} == {torch.float32}

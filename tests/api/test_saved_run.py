@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import scoreact as sa
 from scoreact.cli import main as cli
+from scoreact.sampling.steering import METHODS
 
 MODEL = """
 import torch
@@ -104,7 +106,7 @@ def test_a_problem_brings_its_reward_and_prompts(folder: Path) -> None:
             "recipe my_model has no option 'with'; known: width, prompts, lora_rank, lora_targets. Did you",
         ),
         (["gone.py:build"], "model file 'gone.py' does not exist"),
-        (["gaussian", "--from-reference", "tuned"], "--from-reference belongs to --from RUN."),
+        (["gaussian", "--from-reference", "tuned"], "--from-reference does nothing without --from"),
         (["gaussian", "--prompts", "a cat"], "recipe gaussian has prompts of its own"),
     ],
 )
@@ -197,3 +199,40 @@ def test_a_run_goes_on_from_another_by_the_command_line(run: Path, capsys: pytes
     assert cli.main(["resume", "third", "--iterations", "3"]) == 0
     assert cli.main(["train", "gaussian", "--from", "run", "--out", "fourth"]) == 2
     assert "its weights fit no other model" in capsys.readouterr().err
+
+
+def test_a_picture_is_the_same_whatever_else_is_drawn(run: Path) -> None:
+    """By (seed, prompt, number) alone, steered or not; and two seeds share nothing."""
+    opened = sa.open_run(run)
+    for method, solver in [
+        ("", "ddim"),
+        *((m, "ddim") for m in METHODS),
+        ("", "adaptive_ode"),
+        ("best_of", "adaptive_ode"),
+    ]:
+
+        def drawn(prompts: list[str], count: int, seed: int = 0, first: int = 0) -> Tensor:
+            how: dict[str, Any] = {"steps": 3, "seed": seed, "first": first, "solver": solver}  # noqa: B023
+            if not method:  # noqa: B023
+                return opened.sample(prompts, count, **how)
+            return opened.steer(method, prompts, count, **how).samples  # noqa: B023
+
+        three = drawn(["a"], 3)
+        for found, expected in (
+            (drawn(["a"], 1), three[:1]),
+            (drawn(["b", "a"], 2)[-2:], three[:2]),
+            (drawn(["a"], 2, first=1), three[1:]),
+        ):
+            assert torch.allclose(found, expected, atol=1e-5), (method, solver)
+        apart = torch.cat([three, *(drawn(["a"], 3, seed) for seed in (1, 2))])
+        assert torch.pdist(apart.flatten(1)).min() > 1e-4, (method, solver)
+    for wrong, said in (({"seed": -1}, "seed is -1"), ({"seed": 1.0}, "seed is 1.0"), ({"count": 0}, "count is 0"),
+                        ({"prompts": []}, "prompts is empty"), ({"seed": 2**32}, "seed is 4294967296")):  # fmt: skip
+        with pytest.raises(sa.SettingError, match=said):
+            opened.sample(**wrong)
+        if "seed" in wrong:
+            with pytest.raises(sa.SettingError, match=said):
+                opened.evaluate(**wrong)
+    for method, how in (("smc", {"strength": 2.0}), ("value", {"particles": 2})):
+        with pytest.raises(sa.SettingError, match=f"{next(iter(how))} is 2, but {method}"):
+            opened.steering(method, **how)

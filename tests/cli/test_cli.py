@@ -237,7 +237,7 @@ def test_a_mistake_in_the_program_is_named_as_such(say: Callable[..., Said], mon
     [
         ("itertions: 5\n", "config file 'a.yaml': unknown key 'itertions'; did you mean 'iterations'?"),
         ("steps: many\n", "steps is 'many' (str); expected int (Number of steps of a path in training)."),
-        ("steps: [1\n", "config file 'a.yaml' cannot be read: "),
+        ("steps: [1\n", "config file 'a.yaml' cannot be read as YAML: "),
         ("options: 3\n", "config file 'a.yaml': options is 3; expected `name: value` lines."),
         ("options: {dmi: 3}\n", "recipe gaussian has no option 'dmi'"),
     ],
@@ -617,7 +617,7 @@ def test_pictures_become_single_files_and_a_sheet(tmp_path: Path) -> None:
     said = json.loads(index.read_text())
     assert said["seed"] == 4
     assert [entry["file"] for entry in said["samples"]] == [p.name for p in single]
-    assert [(e["number"], e["prompt"], e.get("seed")) for e in said["samples"]] == [
+    assert [(e["number"], e["prompt"], e.get("sample")) for e in said["samples"]] == [
         (0, "a", 7), (1, "a", 8), (2, "a", 9), (3, "a", 10), (4, "b", None), (5, "b", None),
     ]  # fmt: skip
     colour = write_samples([Drawn(rand(2, 3, 200, 100), ["a"] * 2)], tmp_path / "colour", 2, {})[0]

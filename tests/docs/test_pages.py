@@ -260,5 +260,14 @@ def small_form(line: str, folder: Path) -> list[str] | None:
     if subject != "gaussian" and not (subject.startswith("runs/gaussian") and (folder / subject).is_dir()):
         return None
     if "--config" in words or "--from" in words or (command == "resume" and "--iterations" in words):
-        return [*words, "--iterations", "3"]  # the run's own settings are small already
-    return [*words, *shlex.split(SMALL.get(command, ""))]
+        return replaced(words, ["--iterations", "3"])  # the run's own settings are small already
+    return replaced(words, shlex.split(SMALL.get(command, "")))
+
+
+def replaced(words: list[str], others: list[str]) -> list[str]:
+    """The words with other values of some options, each of one word."""
+    kept, names = [], {word for word in others if word.startswith("--")}
+    for i, word in enumerate(words):
+        if word not in names and (i == 0 or words[i - 1] not in names):
+            kept.append(word)
+    return [*kept, *others]

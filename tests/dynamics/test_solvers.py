@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import scoreact as sa
 from scoreact.dynamics.grids import uniform_log_snr
 from scoreact.dynamics.samplers import (
     SAMPLERS,
@@ -503,6 +504,27 @@ def test_samplers_go_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert xs.shape == (4, 2, 3)
     with pytest.raises(ValueError, match=r"mine\.py:number' is 3; expected a function \(sde, score, ts"):
         sampler_by_name(f"{file}:number")
+    more = tmp_path / "more.py"
+    more.write_text(
+        "import torch\n"
+        "def three(score, x, ts): return x\n"
+        "def last(sde, score, ts, x, generator): return x\n"
+        "def listed(sde, score, ts, x, generator): return [x] * len(ts)\n"
+        "class Kind: pass\n"
+    )
+    for word, said in (
+        (
+            "three",
+            r"cannot be called with five arguments \(too many positional arguments\); .* or wrap it in `foreign`",
+        ),
+        ("Kind", "cannot be called with five arguments"),
+        ("last", r"returned shape \(2, 3\) for 3 steps of states \(2, 3\); expected a function"),
+        ("listed", "returned list for 3 steps"),
+    ):
+        with pytest.raises(sa.LoadError, match=rf"more\.py:{word}' {said}"):
+            sampler_by_name(f"{more}:{word}")(
+                SDE(VP(), noise_level(1.0)), lambda t, x: x, torch.rand(4), torch.ones(2, 3), torch.Generator()
+            )
     with pytest.raises(ValueError, match=r"mine\.py has no 'nothing'. It has: still"):
         sampler_by_name(f"{file}:nothing")
     with pytest.raises(ValueError, match=r"solver file .nowhere\.py. does not exist"):

@@ -251,3 +251,20 @@ def test_the_network_sees_always_as_many_states() -> None:
         assert passes == 0
     with pytest.raises(ModelError, match="rows_per_call is 0; give at least 1, or None for any number"):
         model(0)
+
+
+@pytest.mark.parametrize("lost", ["detach", "no_grad"])
+def test_an_output_without_a_gradient_is_refused_where_one_is_wanted(lost: str) -> None:
+    class Lost(Seeing):
+        def forward(self, x: Tensor, t: Tensor, *label: Tensor) -> Tensor:
+            with torch.set_grad_enabled(lost == "detach"):
+                return super().forward(x, t, *label).detach()
+
+    model = NetworkModel(Lost(), RectifiedFlow(), prediction.velocity, (2,))
+    t, x, condition = torch.full((3,), 0.5), torch.randn(3, 2), model.condition([""] * 3)
+    with pytest.raises(ModelError, match="the network's output carries no gradient"):
+        model.score(t, x, condition)
+    model.requires_grad_(False)
+    assert not model.score(t, x, condition).requires_grad, "a reference that nothing asks for"
+    with pytest.raises(ModelError, match="carries no gradient"):
+        model.score(t, x.requires_grad_(), condition)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import scoreact as sa
 from scoreact.models.gaussian_mixture import GaussianMixture
-from scoreact.recipes.prompts import give_metadata, read_prompts
+from scoreact.recipes.prompts import check_spelling, give_metadata, read_prompts
 
 SHARED = Path(os.environ.get("SCOREACT_PROMPTS", "."))  # a folder of the published prompt sets
 ROWS = [
@@ -112,9 +112,17 @@ def test_repeated_prompts_count_once_and_it_is_said(tmp_path: Path) -> None:
         ("a.csv", b"prompt,tag\n", r"holds no prompt"),
         ("a.tsv", b"prompt\ttag\n\tb\n", r"line 2: prompt is ''"),
         ("a.txt", b"\n \n", r"holds no prompt"),
+        ("a.txt", b'{"prompt": "a"}\n{"prompt": "b"}\n', r"an object a line, as a \.jsonl file does"),
+        ("a.ndjson", b'{"prompt": "a"}\n', r"an object a line, as a \.jsonl file does"),
+        ("a.lst", b'["a",\n"b"]\n', r"a list, as a \.json file does"),
+        ("a.yaml", b"- a\n- b\n", r"is no list of lines; give \.txt"),
+        ("a.py", b"def prompts():\n    return 'a'\n", r"names no function; give '.*a\.py:function'"),
+        ("a.jsonl", b'{"prompt": "a", "prompt": "b"}\n', r"line 1 cannot be read as JSON: the key 'prompt' stands"),
+        ("a.jsonl", b'{"prompt": "\\ud800"}\n', r"line 1: prompt is .* a character that is no text"),
+        ("a.jsonl", b'{"prompt": "a\\u0000b"}\n', r"line 1: prompt is .* a character that is no text"),
         ("a.txt", b"a\nb\xff\n", r"a.txt, line 2 is not UTF-8"),
         ("a.txt", "a cat".encode("utf-16"), r"line 1 is not UTF-8"),
-        ("a.bin", b"a\0b", r"is no text file"),
+        ("a.bin", b"a\0b", r"line 1 holds a NUL, so it is no text"),
         ("a.parquet", b"PAR1 and no more", r"is no Parquet file that can be read"),
     ],
 )
@@ -133,6 +141,37 @@ def test_files_that_are_not_there_and_columns_of_text_files(tmp_path: Path) -> N
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(sa.SettingError, match="text file without columns; leave out prompt_column 'caption'"):
         read_prompts(tmp_path / "a.txt", "caption")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["animals.text", "./animlas.md", "prompts/animals", "~/animals", "animals.parquet", "a b.txt", "mine.py:draw"],
+)
+def test_a_name_of_a_file_that_is_not_there_is_no_prompt(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(sa.SettingError, match="there is no such file"):
+        read_prompts(text)
+
+
+def test_a_word_nearly_a_files_name_is_asked_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "animals.txt").write_text("cat\n")
+    for text in ("animlas", "animals", "animals.tx"):
+        with pytest.raises(sa.SettingError, match=r"did you mean 'animals\.txt'"):
+            check_spelling(text)
+    with pytest.raises(sa.SettingError, match=r"'\.' is a folder"):
+        check_spelling(".")
+    for text in ("cat", "a hat", "animals.txt", "two animals of a kind"):
+        check_spelling(text)
+
+
+def test_lines_that_end_a_line_elsewhere_only_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("# mine\na\u2028b\nc\x0cd\n".encode())
+    found = read_prompts(tmp_path / "a.txt")
+    assert list(found) == ["# mine", "a\u2028b", "c\x0cd"]
+    assert found.notes == [f"{tmp_path / 'a.txt'}: 1 lines begin with #; they are prompts as the others are."]
 
 
 def test_parquet_leaves_out_bytes_and_makes_dates_text(tmp_path: Path) -> None:

@@ -329,6 +329,11 @@ def through_numpy(images):
     return images.numpy().mean((1, 2, 3))
 
 
+class Awaited:
+    async def __call__(self, images: Tensor) -> Tensor:
+        return images.mean((1, 2, 3))
+
+
 class Scaled:
     def __init__(self, scale: float = 1.0) -> None:
         self.scale = scale
@@ -484,8 +489,11 @@ def test_module_named_for_a_file_points_to_the_file(tmp_path: Path, monkeypatch:
         (
             lambda: 0,
             {},
-            r"takes the positional arguments \(\); write it as f\(samples, condition\), f\(images, prompts",
+            r"takes no samples and returned a int; write it as f\(samples, condition\), f\(images, prompts",
         ),
+        (lambda: 1 / 0, {}, r"called with the options {} to make a reward, and failed \(ZeroDivisionError"),
+        (Awaited(), {}, r"is an `async def`, which nobody would await. Write `def`"),
+        (Awaited().__call__, {}, r"is an `async def`"),
         (lambda a, b, c, d: 0, {}, r"takes the positional arguments \(a, b, c, d\)"),
         (lambda images, metadata: 0, {}, r"takes the positional arguments \(images, metadata\)"),
         (lambda *args: 0, {}, r"takes the positional arguments \(\)"),
@@ -498,6 +506,26 @@ def test_module_named_for_a_file_points_to_the_file(tmp_path: Path, monkeypatch:
 def test_signature_errors(function: Callable[..., object], options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         rw.load(function, **options)
+
+
+def test_a_function_without_samples_makes_the_reward() -> None:
+    """ddpo's and TRL's form: `aesthetic_scorer()` returns f(images, prompts, metadata) -> (rewards, info)."""
+
+    def scorer(scale: float = 1.0) -> Callable[..., object]:
+        def score(images: Tensor, prompts: list[str], metadata: list[dict]) -> object:  # type: ignore[type-arg]
+            return scale * images.mean((1, 2, 3)).numpy(), [{} for _ in prompts]
+
+        return score
+
+    def scorer_of(model: str, file: str) -> Callable[..., object]:
+        return scorer(3.0 if (model, file) == ("ab", "c") else 1.0)
+
+    mean = IMAGES.mean((1, 2, 3))
+    assert torch.allclose(rw.load(scorer)(IMAGES, CONDITION), mean)
+    assert torch.allclose(rw.load(scorer, scale=2.0)(IMAGES, CONDITION), 2 * mean)
+    assert torch.allclose(rw.load(scorer_of, model="ab", file="c")(IMAGES, CONDITION), 3 * mean)
+    with pytest.raises(ValueError, match=r"of type function; .* give what it needs as options \(--reward-option"):
+        rw.load(scorer_of)(IMAGES, CONDITION)
 
 
 # --- checked --------------------------------------------------------------------------------------------------------
@@ -522,10 +550,15 @@ def returning(value: object) -> rw.Checked:
         ([0.0, 0, 0, math.inf, -math.inf, 0], r"returned inf for sample 3 of 6 .*prompt 'Coat'\), and 1 more\."),
         ([0.0, -math.inf, 0, 0, 0, 0], r"returned -inf for sample 1 of 6"),
         ("good", r"my.py:f returned a value of type str; expected one number a sample.* Parse it with `float`"),
+        ((torch.zeros(6), [{}] * 5, 3), r"returned a tuple whose parts have different lengths. Return one number"),
+        (np.ma.array([1.0] * 6, mask=[0, 1, 0, 0, 0, 0]), r"returned a masked array. Fill what is masked"),
+        (np.array([1.0, None] * 3, dtype=object), r"returned a ndarray of NoneType; expected numbers"),
+        ((i for i in range(6)), r"of type generator; .* Return a list in the place of `yield`"),
+        (map(float, range(6)), r"of type map; .* Return `list\(...\)` of it"),
         (None, r"returned a value of type NoneType; .* Add a `return` statement"),
         ({"avg": [1.0] * 6}, r"returned a value of type dict; .* Return one of its entries"),
         (["a"] * 6, r"returned a list of str; expected numbers. Convert each with `float`"),
-        ([[1.0], [1.0, 2.0]], r"returned list that is no array"),
+        ([[1.0], [1.0, 2.0]], r"returned a list whose parts have different lengths"),
         (torch.zeros(6) * 1j, r"returned complex numbers; expected real ones"),
     ],
 )

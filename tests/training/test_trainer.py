@@ -345,3 +345,10 @@ def test_the_recipe_knows_its_optimum() -> None:
     first = next(line for line in result.history if "evaluation" in line)
     gain = result.final["objective/J"] - first["objective/J"]
     assert result.final["objective/recovered"] == pytest.approx(gain / (exact - result.reference["objective/J_ref"]))
+
+
+def test_weights_in_float16_are_not_trained() -> None:
+    problem = build(width=8)
+    problem.model.half()  # type: ignore[attr-defined]
+    with pytest.raises(SettingError, match="of the trained tensors are float16"):
+        Trainer(problem.model, problem.reward, [""], None, Config(device="cpu"))

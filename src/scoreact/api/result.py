@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,17 +15,17 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from ..control.policy import Policy
-from ..dynamics.samplers import sampler_by_name
-from ..dynamics.sde import noise_level
+from ..dynamics.samplers import DETERMINISTIC, sampler_by_name
+from ..dynamics.sde import Noise, noise_level
 from ..models.base import ScoreModel
 from ..models.weights import write_back
-from ..recipes.base import Problem
+from ..recipes.base import Problem, need_prompts
 from ..report import html
 from ..report.pictures import before_and_after
 from ..report.progress import summary_lines
 from ..runs.record import Record
 from ..runs.samples import Drawn
-from ..sampling.draw import draw
+from ..sampling.draw import draw, seeds_of
 from ..support.devices import device_of
 from ..support.errors import ModelError, SettingError
 from ..support.files import Line
@@ -49,26 +50,44 @@ class Sampled:
         solver: str | None,
         seed: int,
         reference: bool,
-        noise_scale: float = 1.0,
+        noise_scale: float | None = None,
         guidance_scale: float | None = None,
         negative_prompt: str | None = None,
+        first: int = 0,
     ) -> Iterator[Drawn]:
         """Decoded samples of the policy or its reference, `count` a prompt, in the prompts' order, so many at a time.
 
-        Sample i of a prompt has the seed `seed` + i, and is the same whatever it is drawn with.
+        Sample i of a prompt comes from (seed, prompt, i), counted from `first` on, and is the same whatever it is drawn with.
         """
-        if isinstance(prompts, str):
-            raise SettingError(f"prompts is the text {prompts!r}; give a list of prompts, such as [{prompts!r}].")
-        sampler = sampler_by_name(solver or self.config.solver)
+        sampler, noise = (
+            sampler_by_name(solver or self.config.solver),
+            noise_of(solver or self.config.solver, noise_scale),
+        )
         model: ScoreModel = policy.reference if reference else policy
-        names = [p for p in (self.problem.prompts if prompts is None else prompts) for _ in range(count)]
+        names = self.names(prompts, count)
+        seeds, numbers = seeds_of(seed, names, first), [first + i for i in occurrences(names)]
         with guided(policy, guidance_scale, negative_prompt):
             model.condition(names[::count])  # an unknown prompt is said before any work
             ts, device = self.times(model, steps), device_of(policy.model)
-            noise, seeds = noise_level(noise_scale), [seed + i for i in occurrences(names)]
             for start in range(0, len(names), AT_ONCE):
-                some, own = names[start : start + AT_ONCE], seeds[start : start + AT_ONCE]
-                yield Drawn(draw(model, some, sampler, ts, own, device, noise)[1].cpu(), some, own)
+                some, end = names[start : start + AT_ONCE], start + AT_ONCE
+                decoded = draw(model, some, sampler, ts, seeds[start:end], device, noise)[1].cpu()
+                yield Drawn(decoded, some, numbers[start:end])
+
+    def names(self, prompts: Sequence[str] | None, count: int) -> list[str]:
+        """Prompts, or the problem's own, `count` times each."""
+        if isinstance(prompts, str):
+            raise SettingError(f"prompts is the text {prompts!r}; give a list of prompts, such as [{prompts!r}].")
+        if not isinstance(count, int) or count < 1:
+            raise SettingError(f"count is {count!r}; expected a whole number of samples a prompt, 1 at least.")
+        if prompts is None:
+            need_prompts(self.problem, "give some, as sample --prompts TEXT or sample(prompts=[...])")
+            prompts = self.problem.prompts
+        if not len(prompts):
+            raise SettingError(
+                "prompts is empty; give at least one ([''] for an unconditional model), or leave it out."
+            )
+        return [prompt for prompt in prompts for _ in range(count)]
 
     def draw(self, *what: Any, **how: Any) -> Tensor:
         """All of `drawn` at once: [B, ...] on the CPU."""
@@ -77,6 +96,17 @@ class Sampled:
     def times(self, model: ScoreModel, steps: int | None) -> Tensor:
         """The grid of training, with these steps or its own; a random one is uniform."""
         return self.config.times(model.schedule, steps=steps)
+
+
+def noise_of(solver: str, noise_scale: float | None) -> Noise:
+    """The noise of sampling, eta 1 unless told otherwise. Raises SettingError for a solver that has none."""
+    if noise_scale is not None and solver in DETERMINISTIC:
+        raise SettingError(
+            f"noise_scale is {noise_scale:g}, but solver {solver} has no noise; leave out its noise level."
+        )
+    if noise_scale is not None and not 0 <= noise_scale < math.inf:
+        raise SettingError(f"noise_scale is {noise_scale}; expected a number of at least 0.")
+    return noise_level(1.0 if noise_scale is None else noise_scale)
 
 
 def occurrences(names: Sequence[str]) -> list[int]:
@@ -139,9 +169,10 @@ class Result(Sampled):
 
         Args:
             prompts: Left out: those of training. steps, solver: Left out: those of training.
-            seed: Of the first sample of each prompt; the next has the next one. Sample i of a prompt is the same whatever else
-                is drawn; the same seed gives the tuned and the pretrained model (`reference=True`) the same noise.
-            how: noise_scale (of a noisy solver, 1), guidance_scale, negative_prompt, of models that have them.
+            seed: Sample i of a prompt comes from (seed, prompt, i): it is the same whatever else is drawn, and two seeds share
+                nothing. The same seed gives the tuned and the pretrained model (`reference=True`) the same noise.
+            how: first, the number of each prompt's first sample (0); noise_scale (of a noisy solver, 1), guidance_scale,
+                negative_prompt, of models that have them.
         """
         return self.draw(self.policy, prompts, count, steps, solver, seed, reference, **how)
 

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from ..control.policy import Policy
-from ..dynamics.samplers import SAMPLERS, sampler_by_name
-from ..dynamics.sde import SDE, noise_level
+from ..dynamics.samplers import BY_SAMPLE, SAMPLERS, sampler_by_name
+from ..dynamics.sde import SDE
 from ..dynamics.solvers import SOLVERS
 from ..evaluation.evaluate import evaluate, gain_of, paired_rewards, share_of, transfer_table
 from ..evaluation.optimum import recovered
@@ -35,16 +35,17 @@ from ..runs.source import (
     tuned_weights,
     weights_file,
 )
-from ..sampling.draw import balanced
+from ..sampling.draw import balanced, seeded, seeds_of
 from ..sampling.particles import Steered
 from ..sampling.steering import Steering
 from ..support.devices import choose_device, device_of
 from ..support.errors import RunError, SettingError
 from ..support.files import Line, finite, read_lines, write_json
+from ..support.seeds import checked_seed
 from ..training.config import Config, updated
 from ..types import Metrics
 from .export import export
-from .result import AT_ONCE, Result, Sampled, guided, plotted
+from .result import AT_ONCE, Result, Sampled, guided, noise_of, plotted
 from .start import problem_of, train_problem
 
 
@@ -197,6 +198,7 @@ class SavedRun(Sampled):
         """
         for name in solvers:
             SAMPLERS.setdefault(name, sampler_by_name(name))  # a user's solver is known by its address from here on
+        checked_seed(seed)
         policy, c = self.policy(weights), self.config
         reward, device, count = checked(self.problem.reward), device_of(policy.model), samples or c.heldout_samples
         sde = c.sde(policy.model.schedule)
@@ -228,6 +230,7 @@ class SavedRun(Sampled):
             {"weights", "iteration", "samples", "seed", "digest", "rows"}; a row: what is changed, solver, steps,
             guidance_scale, reward, reference_reward, gain and share (of the first row's gain), each with its standard error.
         """
+        checked_seed(seed)
         policy, c, model = self.policy(weights), self.config, self.policy(weights).model
         reward, device, count = checked(self.problem.reward), device_of(model), samples or c.heldout_samples
         names = balanced(self.problem.prompts, count, torch.Generator().manual_seed(seed))
@@ -256,10 +259,19 @@ class SavedRun(Sampled):
         return found
 
     def steering(
-        self, method: str, *, strength: float = 1.0, particles: int = 8, reference: bool = False, solver: str = "ddim",
-        noise_scale: float = 1.0, weights: str = "final",
+        self, method: str, *, strength: float | None = None, particles: int | None = None, reference: bool = False,
+        solver: str = "ddim", noise_scale: float | None = None, weights: str = "final",
     ) -> Steering:  # fmt: skip
-        """A way of steering at sampling time, ready to draw: value, interpolate, best_of or smc; see `Steering`."""
+        """A way of steering at sampling time, ready to draw: value, interpolate, best_of or smc; see `Steering`.
+
+        strength: of value and interpolate, 1 by default. particles: of best_of and smc, 8 a sample by default.
+        """
+        if strength is not None and method in ("best_of", "smc"):
+            raise SettingError(f"strength is {strength:g}, but {method} has none; give particles.")
+        if particles is not None and method in ("value", "interpolate"):
+            raise SettingError(f"particles is {particles}, but {method} chooses among none; give strength.")
+        strength, particles = 1.0 if strength is None else strength, 8 if particles is None else particles
+        noise = noise_of(solver, noise_scale)
         if method == "interpolate" and reference:
             raise SettingError("interpolate is the pretrained model at strength 0; leave out reference.")
         policy, c, reward = self.policy(weights), self.config, checked(self.problem.reward)
@@ -271,7 +283,7 @@ class SavedRun(Sampled):
             if method == "value" or path.is_file():
                 value, kl_weight = load_value(path, self.problem.value_network, c, policy, reward, self.problem.prompts)
         return Steering(
-            method, policy, reward, SDE(policy.schedule, noise_level(noise_scale)), solver, kl_weight, strength, particles,
+            method, policy, reward, SDE(policy.schedule, noise), solver, kl_weight, strength, particles,
             "reference" if reference else "policy", value, c.sde(policy.schedule), c.act_until,
         )  # fmt: skip
 
@@ -282,11 +294,15 @@ class SavedRun(Sampled):
         count: int = 8,
         steps: int | None = None,
         seed: int = 0,
+        first: int = 0,
         **how: Any,
     ) -> Steered:
-        """Samples steered without training: `.samples` [B, ...], `.rewards` [B], `.calls`. how: see `steering`."""
-        names = [p for p in (self.problem.prompts if prompts is None else prompts) for _ in range(count)]
-        return steered(self.steering(method, **how), names, self.times(self.problem.model, steps), seed)
+        """Samples steered without training: `.samples` [B, ...], `.rewards` [B], `.calls`.
+
+        seed, first: as of `sample`. how: see `steering`.
+        """
+        names = self.names(prompts, count)
+        return steered(self.steering(method, **how), names, self.times(self.problem.model, steps), seed, first)
 
     def resume(self, iterations: int | None = None, **how: Any) -> Result:
         """Continue the run from its last checkpoint; more iterations than planned extend it. how: progress, on_event, ..."""
@@ -339,12 +355,18 @@ class SavedRun(Sampled):
         return write_back(tuned, model, network)
 
 
-def steered(steering: Steering, prompts: Sequence[str], ts: Tensor, seed: int) -> Steered:
-    """Steered samples of any number of prompts, so many at a time that memory suffices."""
+def steered(steering: Steering, prompts: Sequence[str], ts: Tensor, seed: int, first: int = 0) -> Steered:
+    """Steered samples of any number of prompts, so many at a time that memory suffices.
+
+    Each comes from (seed, prompt, its number, from `first` on), as unsteered ones do; candidates of best_of are such samples.
+    """
     device = device_of(steering.policy.model)
-    size = max(1, AT_ONCE // (steering.particles if steering.method in ("best_of", "smc") else 1))
-    found = [
-        steering(prompts[start : start + size], ts, torch.Generator(device).manual_seed(seed + start))
-        for start in range(0, len(prompts), size)
-    ]
+    particles = steering.particles if steering.method in ("best_of", "smc") else 1
+    each = particles if steering.method == "best_of" else 1
+    seeds = seeds_of(seed, prompts, first, each)
+    apart = sampler_by_name(steering.solver) in BY_SAMPLE
+    size, found = max(1, AT_ONCE // particles) if apart else 1, []
+    for start in range(0, len(prompts), size):
+        generators = seeded(seeds[start * each : (start + size) * each], device)
+        found.append(steering(prompts[start : start + size], ts, generators if apart else generators[0]))
     return Steered.join(found)

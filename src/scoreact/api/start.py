@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..evaluation.evaluate import Features, Judge
 from ..models.base import HasReference, ScoreModel
 from ..models.weights import digest_of
-from ..recipes.base import Problem
-from ..recipes.prompts import give_metadata
+from ..recipes.base import Problem, need_prompts
+from ..recipes.prompts import check_texts, give_metadata
 from ..report import html
 from ..report.progress import Progress, somebody_looks, summary_lines
 from ..rewards.base import NO_REWARD
@@ -92,6 +92,8 @@ def finetune(
         RunExists: When `out` is in use. RunError: When a run cannot be continued.
         Diverged: When training cannot go on. (All of them are a ScoreactError.)
     """
+    if start_from is None and start_reference != "first":
+        raise SettingError(f"start_reference is {start_reference!r}, which belongs to start_from; give that too.")
     problem = problem_of(model, reward, prompts, value_network, judge, features, optimum)
     folder = None if out is None else Path(out)
     if resume and folder is None:
@@ -102,6 +104,10 @@ def finetune(
         config = stored if config is None else config
         extend = settings.get("iterations", config.iterations) != stored.iterations
     config = updated(config or Config(), settings)
+    said = []
+    if value_network is not None and not (config.uses("value") and config.value in ("network", "residual")):
+        of = f"value {config.value}" if config.uses("value") else config.algorithm
+        said = [f"value_network is given, and {of} uses none: it does nothing here."]
     description: dict[str, Any] = {"made_by": "scoreact.finetune", "prompts": list(problem.prompts)}
     start = None
     if start_from is not None:
@@ -109,7 +115,7 @@ def finetune(
         description["start"] = {"run": str(Path(start_from).resolve()), "reference": start_reference}
     return train_problem(
         problem, config, folder, resume=resume, extend=extend, start=start, description=description, progress=progress,
-        on_event=on_event, hooks=hooks, trackers=trackers,
+        on_event=on_event, hooks=hooks, trackers=trackers, said=said,
     )  # fmt: skip
 
 
@@ -138,9 +144,13 @@ def train_problem(
     hooks: Sequence[Hook] = (),
     trackers: Sequence[str | Tracker] = (),
     report: bool = True,
+    said: Sequence[str] = (),
 ) -> Result:
+    """said: what a user should know of what was given, for the run to show."""
     model = problem.model
     assert isinstance(model, nn.Module)
+    if not resume:
+        need_prompts(problem, "give --prompts FILE, or finetune(model, reward, prompts=[...])")
     named = problem.labels.get("value_network")
     if named and not config.uses("value"):
         raise SettingError(f"option value_network is {named!r}, but {config.algorithm} fits no value; leave it out.")
@@ -149,6 +159,11 @@ def train_problem(
             f"option value_network is {named!r}, but value {config.value} is no network; set value to network, or leave it out."
         )
     noticed, start = _noticed(model, start, resume)
+    noticed = [*said, *noticed]
+    different = list(dict.fromkeys(problem.prompts))
+    if repeats := len(problem.prompts) - len(different):
+        noticed = [*noticed, f"{repeats} of {len(problem.prompts)} prompts repeat another; each counts once."]
+        problem = dataclasses.replace(problem, prompts=different)
     trainer = Trainer(
         model, problem.reward, problem.prompts, problem.value_network, config, problem.judge, problem.features,
         problem.optimum, start, problem.test_prompts,
@@ -208,6 +223,7 @@ def problem_of(
         raise TypeError(
             f"model is {type(model).__name__}; training needs an nn.Module with the members of ScoreModel, or a Problem."
         )
+    check_texts(prompts)
     problem = model if isinstance(model, Problem) else Problem(model)  # type: ignore[arg-type]
     if isinstance(prompts, Mapping):
         give_metadata(problem.model, prompts)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from ..runs.source import Source, find_recipe, open_source, recipe_options, short_name, source_of_run
 from ..support.errors import SettingError
 from ..support.names import known_name
+from ..support.seeds import LARGEST
 from .errors import sentence_of
 from .parser import Parser, assignments, whole
-from .train import write_report
+from .train import text_options, write_report
 
 if TYPE_CHECKING:
     from ..control.policy import Policy
@@ -48,17 +48,18 @@ def sample_arguments(parser: Parser) -> None:
     parser.add_argument("--count", type=whole(1), default=8, metavar="INT", help="samples a prompt [default 8]")
     parser.add_argument("--steps", type=whole(1), metavar="INT", help="steps of a path [default: the run's own]")
     parser.add_argument("--solver", metavar="NAME", help="known name or file.py:name [default: the run's own]")
-    parser.add_argument(
-        "--noise-level", type=float, default=1.0, metavar="FLOAT", help="eta of a noisy solver [default 1]"
-    )
+    parser.add_argument("--noise-level", type=float, metavar="FLOAT", help="eta of a noisy solver [default 1]")
     parser.add_argument("--guidance-scale", type=float, metavar="FLOAT", help="[default: the model's own]")
     parser.add_argument("--negative-prompt", metavar="TEXT", help="of a pipeline [default: the model's own]")
     parser.add_argument(
         "--seed",
-        type=whole(0),
+        type=whole(0, LARGEST),
         default=0,
         metavar="INT",
-        help="of the first of each prompt, the next has the next [default 0]",
+        help="sample i of a prompt comes from seed, prompt and i alone [default 0]",
+    )
+    parser.add_argument(
+        "--first", type=whole(0), default=0, metavar="INT", help="i of a prompt's first sample [default 0]"
     )
     parser.add_argument("--no-reward", action="store_true", help="do not ask the reward for the index")
     parser.add_argument("--reference", action="store_true", help="the pretrained model, on the same noise")
@@ -75,15 +76,18 @@ def sample_arguments(parser: Parser) -> None:
         choices=["value", "interpolate", "best_of", "smc"],
         help="by the run's value network; between pretrained and tuned; by the reward, at the end or along the path",
     )
-    steer("--strength", type=float, default=1.0, metavar="FLOAT", help="of value, and of interpolate [default 1]")
-    steer("--particles", type=whole(1), default=8, metavar="INT", help="of best_of and smc, a sample [default 8]")
+    steer("--strength", type=float, metavar="FLOAT", help="of value, and of interpolate [default 1]")
+    steer("--particles", type=whole(1), metavar="INT", help="of best_of and smc, a sample [default 8]")
+    parser.belongs("prompt_column", "prompts")
+    parser.belongs("strength", "steer", "value", "interpolate")
+    parser.belongs("particles", "steer", "best_of", "smc")
 
 
 def sample(options: argparse.Namespace) -> int:
-    from ..api.result import guided
+    from ..api.result import guided, noise_of, occurrences
     from ..api.saved_run import SavedRun, steered
-    from ..dynamics.samplers import sampler_by_name
-    from ..recipes.prompts import give_metadata, read_prompts
+    from ..dynamics.samplers import DETERMINISTIC, sampler_by_name
+    from ..recipes.prompts import TABLES, check_spelling, give_metadata, read_prompts
     from ..report.progress import waiting
     from ..runs.samples import Drawn, write_samples
     from ..support.folders import made_folder
@@ -93,30 +97,50 @@ def sample(options: argparse.Namespace) -> int:
     if options.out is not None and options.out.exists() and any(options.out.iterdir()):
         raise SettingError(f"{options.out} is not empty, and samples never overwrite others; give another --out.")
     source = open_source(options.source)
+    if options.no_reward and options.steer:
+        raise SettingError(
+            "--no-reward is for samples that are not steered: a steered one comes with its reward; leave it out."
+        )
+    if "weights" in options.given and (source.folder is None or (options.reference and not options.steer)):
+        raise SettingError(
+            f"--weights {options.weights} is of a run's tuned model, which draws nothing here; leave it out."
+        )
     run = SavedRun(source)
     policy, weights = run.policy(options.weights), run.which(options.weights)
     named = None
     if options.prompts is not None:
         column = options.prompt_column
-        read = [read_prompts(text, column if os.path.isfile(text) else "") for text in options.prompts]
+        tables = [Path(text).suffix.lower() in TABLES for text in options.prompts]
+        if column and not any(tables):
+            raise SettingError(f"--prompt-column {column} is of a table, and --prompts names none; leave it out.")
+        for text in options.prompts:
+            check_spelling(text)
+        read = [
+            read_prompts(text, column if table else "") for text, table in zip(options.prompts, tables, strict=True)
+        ]
         named = [prompt for prompts in read for prompt in prompts]
         for prompts in read:
             give_metadata(run.problem.model, prompts)
             for note in prompts.notes:
                 print(f"note: {note}", file=sys.stderr)
-    names = [p for p in (run.problem.prompts if named is None else named) for _ in range(options.count)]
+    names = run.names(named, options.count)
     run.problem.model.condition(names[:: options.count])  # an unknown prompt is said before a folder is made
     solver, steps = options.solver or source.config.solver, options.steps or source.config.steps
-    kind = "pretrained" if options.reference else weights
+    noise_of(solver, options.noise_level)
+    kind, steering = "pretrained" if options.reference else weights, None
     if options.steer:
-        kind += f"-{options.steer}-"
-        kind += f"{options.strength:g}" if options.steer in ("value", "interpolate") else f"{options.particles}"
+        steering = run.steering(
+            options.steer, strength=options.strength, particles=options.particles, reference=options.reference,
+            solver=solver, noise_scale=options.noise_level, weights=options.weights,
+        )  # fmt: skip
+        size = f"{steering.strength:g}" if options.steer in ("value", "interpolate") else f"{steering.particles}"
+        kind += f"-{options.steer}-{size}"
     name = f"{kind}-{solver.rpartition(':')[2]}-{steps}-seed{options.seed}"
     parent = source.folder / "samples" if source.folder else Path("samples")
     columns = options.count if len(names) > options.count else max(1, round(options.count**0.5))
     about = {
         "source": options.source, "weights": kind, "solver": solver, "steps": steps, "seed": options.seed,
-        "noise_level": options.noise_level,
+        "noise_level": None if solver in DETERMINISTIC else 1.0 if options.noise_level is None else options.noise_level,
         "guidance_scale": getattr(policy.model, "guidance_scale", None) if options.guidance_scale is None
         else options.guidance_scale,
         "negative_prompt": getattr(policy.model, "negative_prompt", None) if options.negative_prompt is None
@@ -124,23 +148,20 @@ def sample(options: argparse.Namespace) -> int:
     }  # fmt: skip
     with waiting("sampling"), contextlib.ExitStack() as made:
         folder = options.out or made.enter_context(made_folder(parent, lambda n: name + (f"-{n}" if n > 1 else "")))
-        if options.steer:
-            steering = run.steering(
-                options.steer, strength=options.strength, particles=options.particles, reference=options.reference,
-                solver=solver, noise_scale=options.noise_level, weights=options.weights,
-            )  # fmt: skip
+        if steering is not None:
             with guided(policy, options.guidance_scale, options.negative_prompt):
-                found = steered(steering, names, run.times(policy, steps), options.seed)
-            files = write_samples([Drawn(found.samples.cpu(), names, None, found.rewards)], folder, columns, about)
+                found = steered(steering, names, run.times(policy, steps), options.seed, options.first)
+            numbers = [options.first + i for i in occurrences(names)]
+            files = write_samples([Drawn(found.samples.cpu(), names, numbers, found.rewards)], folder, columns, about)
         else:
             parts = run.drawn(
                 policy, named, options.count, steps, solver, options.seed, options.reference, options.noise_level,
-                options.guidance_scale, options.negative_prompt,
+                options.guidance_scale, options.negative_prompt, options.first,
             )  # fmt: skip
             files = write_samples(
                 parts if options.no_reward else _scored(parts, policy, run.problem.reward), folder, columns, about
             )
-    if options.steer:
+    if steering is not None:
         _say_steered(options.steer, found, steering.value is not None)
     print(f"{len(names)} samples in {folder}: {files[0].name}, {files[-1].name}" + (
         f" and {len(files) - 2} single files" if len(files) > 3 else ""
@@ -199,7 +220,7 @@ def evaluate_arguments(parser: Parser) -> None:
         action="store_true",
         help="instead: how much of the gain survives other guidance, steps and solvers; the report then shows it",
     )
-    parser.add_argument("--seed", type=whole(0), default=1, metavar="INT", help="of the noise [default 1]")
+    parser.add_argument("--seed", type=whole(0, LARGEST), default=1, metavar="INT", help="of the noise [default 1]")
     parser.add_argument("--weights", choices=["final", "best"], default="final", help="of the run [default final]")
 
 
@@ -281,6 +302,10 @@ def check_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="of the reward, model or recipe"
     )
+    parser.belongs("recipe", "what", "reward")
+    parser.belongs("samples", "what", "reward", "recipe")
+    parser.belongs("gradient", "what", "reward", "recipe")
+    parser.belongs("option", "what", "reward", "model", "recipe")
 
 
 def check(options: argparse.Namespace) -> int:
@@ -337,7 +362,9 @@ CHECKS = {"reward": check_reward, "model": check_model, "recipe": check_recipe, 
 
 def _problem(options: argparse.Namespace) -> Problem:
     recipe = find_recipe(options.name)
-    return Source(recipe, recipe_options(recipe, assignments(options.option, "--option")), recipe.config).build()
+    return Source(
+        recipe, recipe_options(recipe, assignments(options.option, "--option", text_options(recipe))), recipe.config
+    ).build()
 
 
 def _few_samples(problem: Problem, count: int) -> tuple[Any, Any]:

@@ -6,29 +6,21 @@ python -m scoreact.cli.settings_text > docs/settings.md
 from __future__ import annotations
 
 import dataclasses
-import math
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import yaml
 
-from ..support.settings import fields_of
+from ..support.settings import fields_of, range_of
 from ..training.config import RECORDS, TRAITS, Config, rule_fields, setting_groups, users_of
-
-
-def setting_range(field: dataclasses.Field[Any]) -> list[str]:
-    """The ends of a number's range in words; [] where it has none."""
-    low, high, above = field.metadata["low"], field.metadata["high"], field.metadata["above"]
-    bounds = [f"{'above' if above else 'at least'} {low:g}"] * (low > -math.inf)
-    return bounds + [f"at most {high:g}"] * (high < math.inf)
 
 
 def setting_help(field: dataclasses.Field[Any], default: Any) -> str:
     """What a setting is, its range, its default and the choices that use it, in one line of help."""
     # not which rules: only the rule's own are shown
     users = [", ".join(users_of(field, choice)) for choice in field.metadata["needs"] if choice not in TRAITS]
-    notes = [*setting_range(field), f"default {_shown(default)}", *(f"with {words}" for words in users)]
+    notes = [*range_of(field), f"default {_shown(default)}", *(f"with {words}" for words in users)]
     return f"{field.metadata['help']} [{', '.join(notes)}]"
 
 
@@ -144,7 +136,7 @@ def _table_of(fields: Iterable[tuple[dataclasses.Field[Any], Any]]) -> str:
     lines = ["| setting | default | range | meaning | used with |", "| --- | --- | --- | --- | --- |"]
     for field, hint in fields:
         known = field.metadata["known"]() if field.metadata["known"] else typing.get_args(hint)
-        span = ", ".join(f"`{word}`" for word in known) or " and ".join(setting_range(field)) or KINDS[hint]
+        span = ", ".join(f"`{word}`" for word in known) or " and ".join(range_of(field)) or KINDS[hint]
         default = f"`{_shown(field.default)}`" if field.default != "" else "empty"
         needs = field.metadata["needs"]
         users = [TRAIT_WORDS.get(choice) or ", ".join(users_of(field, choice)) for choice in needs]

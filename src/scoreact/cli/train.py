@@ -58,6 +58,7 @@ def train_arguments(parser: Parser, config: Config | None = None) -> None:
     )
     add("--from-reference", choices=["first", "tuned"], default="first", help="the pretrained model that path KL is counted "
         "from: that run's own, or its outcome [default first]")  # fmt: skip
+    parser.belongs("from_reference", "start")
     add("--tracker", **TRACKER)
     add("--print-config", action="store_true", help="write the settings as YAML and train nothing")
 
@@ -127,11 +128,17 @@ def train_source(options: argparse.Namespace) -> Source:
     content = {key: value for key, value in content.items() if key not in ("reward", "reward_options")}
     if not isinstance(in_file, dict):
         raise SettingError(f"config file {options.config!r}: options is {in_file!r}; expected `name: value` lines.")
-    build_options = recipe_options(recipe, {**base.options, **in_file, **assignments(options.option, "--option")})
+    build_options = recipe_options(
+        recipe, {**base.options, **in_file, **assignments(options.option, "--option", text_options(recipe))}
+    )
     if options.prompts is not None:
-        build_options["prompts"] = _prompts(recipe, options.prompts)
-    if Path(str(build_options.get("test_prompts", ""))).is_file():  # so that the run can be opened from another folder
-        build_options["test_prompts"] = str(Path(build_options["test_prompts"]).resolve())
+        if any(word.startswith("prompts=") for word in options.option):
+            raise SettingError("--prompts and --option prompts are both given; leave one.")
+        build_options["prompts"] = _own_prompts(recipe, options.prompts)
+    for name in ("prompts", "test_prompts"):
+        given = build_options.get(name)
+        if isinstance(given, str) and given not in ("", base.options.get(name)):
+            build_options[name] = _found(given)
     if recipe.name == "pipeline" and build_options["lora"] is not None:
         build_options["lora"] = str(Path(build_options["lora"]).expanduser().resolve())
     settings = {
@@ -168,8 +175,6 @@ def train_source(options: argparse.Namespace) -> Source:
 def _base(options: argparse.Namespace) -> Source:
     """What the command line changes: a recipe with its defaults, or a run that this one starts from."""
     if options.start is None:
-        if options.from_reference != "first":
-            raise SettingError("--from-reference belongs to --from RUN.")
         recipe = find_recipe(options.recipe)
         return Source(recipe, dict(recipe.options), recipe.config)
     run = source_of_run(Path(options.start))
@@ -182,15 +187,29 @@ def _base(options: argparse.Namespace) -> Source:
     return dataclasses.replace(run, folder=None, start=start)
 
 
-def _prompts(recipe: Recipe, given: str) -> str:
-    """The prompts of a pipeline, or of a model of the user's whose function has a parameter `prompts`."""
+def _own_prompts(recipe: Recipe, given: str) -> str:
+    """Those of a pipeline, or of a model of the user's whose function has a parameter `prompts`."""
     if "prompts" not in recipe.options:
         raise SettingError(
             f"recipe {short_name(recipe)} has prompts of its own; --prompts is for pipelines, and for functions of "
             "your own that have a parameter `prompts`."
         )
-    path = Path(given).expanduser()
-    return str(path.resolve()) if path.is_file() else _portable(given)
+    return given
+
+
+def text_options(recipe: Recipe) -> set[str]:
+    return {name for name, default in recipe.options.items() if isinstance(default, str)}
+
+
+def _found(prompts: str) -> str:
+    """A file of prompts by its full path, so that the run can be opened from another folder."""
+    from ..recipes.prompts import check_spelling
+
+    path = os.path.expanduser(prompts)
+    if os.path.isfile(path):
+        return str(Path(path).resolve())
+    check_spelling(prompts)
+    return _portable(prompts)
 
 
 def _typed(name: str, text: str) -> Any:

@@ -7,11 +7,12 @@ The deterministic samplers solve dy/ds = -sigma score in y = x / alpha, s = sigm
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,11 +36,11 @@ def _rows(t: Tensor, x: Tensor) -> Tensor:
     return t.to(x.device).expand(len(x))
 
 
-def _normal(x: Tensor, generator: torch.Generator | Sequence[torch.Generator]) -> Tensor:
-    """Standard normal numbers as x; with a generator for each sample, a sample's do not depend on its neighbours."""
-    if isinstance(generator, torch.Generator):
-        return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-    return torch.stack([torch.randn(x.shape[1:], generator=g, device=x.device, dtype=x.dtype) for g in generator])
+def normal_as(x: Tensor, generator: torch.Generator | Sequence[torch.Generator]) -> Tensor:
+    """Standard normal numbers as x [B, *D]; with a generator for every B / G samples, these do not depend on the others."""
+    some = [generator] if isinstance(generator, torch.Generator) else generator
+    shape = (len(x) // len(some), *x.shape[1:])
+    return torch.cat([torch.randn(shape, generator=g, device=x.device, dtype=x.dtype) for g in some])
 
 
 def _levels(sde: SDE, ts: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,7 +56,7 @@ def by_steps(solver: Solver) -> Sampler:
         xs = [x]
         for t0, t1 in itertools.pairwise(ts):
             transition = solver(sde, score, _rows(t0, x), _rows(t1, x), xs[-1])
-            xs.append(transition.sample(_normal(x, generator)))
+            xs.append(transition.sample(normal_as(x, generator)))
         return torch.stack(xs)
 
     return sample
@@ -105,7 +106,7 @@ def dpm_solver_pp_2m_sde(sde: SDE, score: ScoreFn, ts: Tensor, x: Tensor, genera
         data = sde.x_data_hat(t0, xs[k], score(t0, xs[k]))
         first_order = k == 0 or (k == len(h) - 1 and last_is_first_order)
         target = data if first_order else data + 0.5 * h[k] / h[k - 1] * (data - previous)
-        noise = _normal(x, generator)
+        noise = normal_as(x, generator)
         kept = sigma[k + 1] / sigma[k] * (-eta2[k] * h[k]).exp()
         pulled = -alpha[k + 1] * torch.expm1(-(1 + eta2[k]) * h[k])
         std = sigma[k + 1] * (-torch.expm1(-2 * eta2[k] * h[k])).sqrt()
@@ -220,6 +221,7 @@ SAMPLERS: dict[str, Sampler] = {
     "dpm_solver_pp_2m_sde": dpm_solver_pp_2m_sde,
     "adaptive_ode": adaptive_ode,
 }
+DETERMINISTIC = frozenset({"ode", "heun", "dpm_solver_pp_2m", "adaptive_ode"})  # whatever noise the SDE has
 # take a generator for each sample instead of one, and treat every sample as if it were alone; adaptive steps are shared
 BY_SAMPLE = frozenset(sampler for name, sampler in SAMPLERS.items() if name != "adaptive_ode")
 
@@ -236,6 +238,30 @@ def sampler_by_name(name: str) -> Sampler:
             f"unknown solver '{name}'. Known: {', '.join(sorted(SAMPLERS))}. Or give 'module:name'.{hint}"
         )
     found = load_named(name, "solver")
+    return found if found in SAMPLERS.values() else _looked_at(name, found)
+
+
+def _looked_at(name: str, found: Any) -> Sampler:
+    """The user's own, whose states are looked at. Raises LoadError for what cannot be called as a sampler is."""
+    wanted = "expected a function (sde, score, ts, x, generator) -> states [N + 1, B, *D]"
     if not callable(found):
-        raise LoadError(f"solver '{name}' is {found!r}; expected a function (sde, score, ts, x, generator) -> states.")
-    return cast(Sampler, found)
+        raise LoadError(f"solver '{name}' is {found!r}; {wanted}.")
+    try:
+        inspect.signature(found).bind(*range(5))
+    except TypeError as error:
+        raise LoadError(
+            f"solver '{name}' cannot be called with five arguments ({error}); {wanted}, or wrap it in `foreign`."
+        ) from None
+    except ValueError:  # a builtin shows no signature
+        pass
+
+    def sample(sde: SDE, score: ScoreFn, ts: Tensor, x: Tensor, generator: torch.Generator) -> Tensor:
+        xs = found(sde, score, ts, x, generator)
+        if not isinstance(xs, Tensor) or xs.shape != (len(ts), *x.shape):
+            what = f"shape {tuple(xs.shape)}" if isinstance(xs, Tensor) else type(xs).__name__
+            raise LoadError(
+                f"solver '{name}' returned {what} for {len(ts) - 1} steps of states {tuple(x.shape)}; {wanted}, x first."
+            )
+        return xs
+
+    return sample

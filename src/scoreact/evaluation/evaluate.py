@@ -23,6 +23,7 @@ from ..rewards.base import Reward
 from ..rewards.check import Checked, checked
 from ..rewards.remote.overlap import Scores
 from ..sampling.draw import balanced, draw
+from ..support.seeds import derived
 from ..types import Condition, Metrics, groups
 from .metrics import mean_pairwise_distance
 from .optimum import mean_and_error
@@ -159,7 +160,7 @@ def paired_rewards(
         rewards = []
         for number, start in enumerate(range(0, len(names), SAMPLES_AT_ONCE)):
             part = names[start : start + SAMPLES_AT_ONCE]
-            _, decoded = draw(model, part, sampler_by_name(solver), ts, seed + number, device, noise)
+            _, decoded = draw(model, part, sampler_by_name(solver), ts, derived(seed, number), device, noise)
             rewards.append(reward(decoded, model.condition(part)).cpu())
         found.append(torch.cat(rewards))
     return found[0], found[1]

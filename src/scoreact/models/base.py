@@ -121,6 +121,16 @@ class HasClasses(Protocol):
 
 
 @runtime_checkable
+class TakesPrompts(Protocol):
+    """Says that samples are of whatever a text asks for. Training without a prompt is then refused, as it would be on ""."""
+
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether `condition` accepts any text and `score` reads it."""
+        ...
+
+
+@runtime_checkable
 class ReadsFeatures(Protocol):
     """What the pretrained network makes of a state inside. It buys `value="linear"`: a value solved for in closed form on
     these features, for which far fewer rewards are needed than for a value network of its own."""

@@ -166,7 +166,14 @@ class NetworkModel(nn.Module):
                 f"the network returned {found} for states of shape {tuple(x.shape)}; expected a tensor of that shape. Wrap "
                 "the network in a module that returns only the prediction."
             )
+        if torch.is_grad_enabled() and not output.requires_grad and self._wants_gradient(x):
+            raise ModelError(
+                "the network's output carries no gradient, so it cannot be trained; take out `detach`, `no_grad` or numpy."
+            )
         return output.float()
+
+    def _wants_gradient(self, x: Tensor) -> bool:
+        return x.requires_grad or any(p.requires_grad for p in self.network.parameters())
 
     def _with_features(self, t: Tensor, x: Tensor, *label: Tensor) -> tuple[Tensor, Tensor]:
         assert isinstance(self.network, HasFeatures)  # `keep_features` has looked

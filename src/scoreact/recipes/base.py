@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..models.base import HasClasses, ScoreModel
+from ..models.base import HasClasses, ScoreModel, TakesPrompts
 from ..rewards.base import NO_REWARD, Reward
+from ..support.errors import SettingError
 from ..training.config import Config
 from ..types import Condition, Metrics
 
@@ -50,6 +51,13 @@ class Problem:
                 "prompts",
                 list(self.model.classes) if isinstance(self.model, HasClasses) and self.model.classes else [""],
             )
+
+
+def need_prompts(problem: Problem, remedy: str) -> None:
+    """Raises SettingError where nobody has given a prompt to a model that draws what one says."""
+    model = problem.model
+    if list(problem.prompts) == [""] and isinstance(model, TakesPrompts) and model.takes_prompts:
+        raise SettingError(f"no prompts are given, and this model draws what a prompt says; {remedy}.")
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,8 @@ def build(
         network.inputs = "x_data_hat"  # type: ignore[assignment]  # the latents beside it say little more
         return network
 
-    labels = {"problem": f"{type(model.pipeline).__name__} {path}, {len(names)} prompts"}
+    what = f"the prompt {names[0]!r}" if len(names) == 1 and names[0] else f"{len(names)} prompts"
+    labels = {"problem": f"{type(model.pipeline).__name__} {path}, {what}"}
     if lora is not None:
         labels["lora"] = f"from {lora}; path KL is counted from the pipeline {COUNTED_FROM[lora_reference]}"
     if value_network:

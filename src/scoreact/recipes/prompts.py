@@ -11,13 +11,16 @@ import io
 import json
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
 from ..models.base import HasMetadata
 from ..support.errors import ModelError, SettingError
 from ..support.loading import load_named
+from ..support.text import parsed_json, read_text
 
 Row = tuple[str, dict[str, Any]]  # where it stands, and its values by column
 
@@ -48,22 +51,74 @@ def read_prompts(source: str | Path, column: str = "") -> Prompts:
     Raises:
         SettingError: the file is missing, is no such table, lacks the column, or has a row without a prompt.
     """
-    path, kind = Path(source), Path(source).suffix.lower()
+    path, kind = Path(source).expanduser(), Path(source).suffix.lower()
     if not os.path.isfile(path):  # Path.is_file raises for a prompt longer than a file's name may be
-        if kind in (".txt", *TABLES):
-            raise SettingError(
-                f"prompts {str(source)!r}: there is no such file; give a text file with one prompt a line, or a table."
-            )
-        only = Prompts()
-        only[str(source)] = {}
+        only = _only(source)
+        if column:
+            raise SettingError(f"prompts {str(source)!r} is no file; leave out prompt_column {column!r}.")
         return only
     if kind in TABLES:
         return _collected(TABLES[kind](path), column, str(path))
     if column:
         raise SettingError(f"prompts {str(path)!r} is a text file without columns; leave out prompt_column {column!r}.")
-    lines = enumerate(_text(path).split("\n"), 1)
-    found = [(f"{path}, line {number}", {"prompt": line}) for number, line in lines if line.strip()]
-    return _collected(found, "prompt", str(path))
+    if kind == ".py":
+        raise SettingError(f"prompts {str(path)!r} names no function; give '{path}:function'.")
+    if kind in NO_LIST:
+        raise SettingError(f"prompts {str(path)!r} is no list of lines; give .txt, {', '.join(TABLES)}.")
+    return _lines(path)
+
+
+NO_LIST = (".yaml", ".yml", ".toml", ".xml", ".html", ".ini")  # whose lines are no prompts
+
+
+def _only(source: str | Path) -> Prompts:
+    """The text itself as the only prompt. Raises SettingError for what is more likely the misspelt name of a file."""
+    text = str(source)
+    where = "give the path of a text file with one prompt a line, or of a table (if it is a prompt, write it into such a file)"
+    if isinstance(source, Path) or _names_a_file(text):
+        what = "is a folder" if os.path.isdir(Path(text).expanduser()) else "names a file, and there is no such file"
+        raise SettingError(f"prompts {text!r} {what}; {where}.")
+    only = Prompts()
+    only[text] = {}
+    return only
+
+
+def check_spelling(text: str) -> None:
+    """Raises SettingError for a word given as a prompt that is a folder, or nearly the name of a prompt file in this one."""
+    if os.path.isdir(text):
+        raise SettingError(
+            f"prompts {text!r} is a folder; give a file in it. If it is a prompt, write it into a text file."
+        )
+    if len(text) < 5 or os.path.isfile(text):
+        return
+    for name in (name for name in sorted(os.listdir()) if Path(name).suffix.lower() in (".txt", *TABLES)):
+        if any(SequenceMatcher(None, text, known).ratio() > 0.8 for known in (name, Path(name).stem)):
+            raise SettingError(
+                f"prompts {text!r} names no file; did you mean {name!r}? If it is a prompt, write it into a text file."
+            )
+
+
+def _names_a_file(text: str) -> bool:
+    path = Path(text).expanduser()
+    if path.suffix.lower() in (".txt", *TABLES) or text.startswith(("/", "./", "../", "~/")):
+        return True
+    if len(text.split()) != 1:
+        return False
+    return "/" in text or "\\" in text or ".py:" in text or bool(re.search(r"\w\.[A-Za-z]\w{1,7}$", text))
+
+
+def _lines(path: Path) -> Prompts:
+    """A prompt a line. Raises SettingError where the lines are JSON."""
+    text = read_text(path)
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if lines and all(line.strip().startswith("{") and line.strip().endswith("}") for _, line in lines):
+        raise SettingError(f"prompts {str(path)!r} holds an object a line, as a .jsonl file does; give it that name.")
+    if text.strip().startswith("[") and text.strip().endswith("]") and len(text.strip()) > 2 and len(lines) > 1:
+        raise SettingError(f"prompts {str(path)!r} holds a list, as a .json file does; give it that name.")
+    found = _collected([(f"{path}, line {number}", {"prompt": line}) for number, line in lines], "prompt", str(path))
+    if comments := sum(line.startswith("#") for _, line in lines):
+        found.notes.append(f"{path}: {comments} lines begin with #; they are prompts as the others are.")
+    return found
 
 
 def give_metadata(model: object, prompts: Mapping[str, Mapping[str, Any]]) -> None:
@@ -88,6 +143,8 @@ def _collected(rows: list[Row], column: str, source: str) -> Prompts:
         prompt = row[name]
         if not isinstance(prompt, str) or not prompt.strip():
             raise SettingError(f"{where}: {name} is {prompt!r}; expected a prompt that is not empty.")
+        if "\0" in prompt or not _encodes(prompt):
+            raise SettingError(f"{where}: {name} is {prompt!r}, which holds a character that is no text; take it out.")
         prompt, metadata = prompt.strip(), {key: value for key, value in row.items() if key != name}
         if prompt in found:
             again += 1
@@ -102,6 +159,24 @@ def _collected(rows: list[Row], column: str, source: str) -> Prompts:
     return found
 
 
+def check_texts(prompts: Iterable[str]) -> None:
+    """Raises SettingError for a prompt that is no text."""
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise SettingError(f"prompts[{i}] is {prompt!r} ({type(prompt).__name__}); expected a text.")
+        if "\0" in prompt or not _encodes(prompt):
+            raise SettingError(f"prompts[{i}] is {prompt!r}, which holds a character that is no text; take it out.")
+
+
+def _encodes(text: str) -> bool:
+    """Whether a text can be written down: half a surrogate pair, as JSON may hold, cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _column(row: Mapping[str, Any], column: str, where: str) -> str:
     names = [column] if column else ["prompt", *(name for name in row if name.lower() == "prompt")]
     kept = list(dict.fromkeys(name for name in names if name in row))
@@ -113,40 +188,19 @@ def _column(row: Mapping[str, Any], column: str, where: str) -> str:
     return kept[0]
 
 
-def _text(path: Path) -> str:
-    """Of a file in UTF-8, with or without a byte order mark; lines end with \\n."""
-    content = path.read_bytes()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise SettingError(f"{path}, line {line} is not UTF-8 ({error.reason}); save the file as UTF-8.") from None
-    if "\0" in text:
-        raise SettingError(f"{path} is no text file; give .txt, {', '.join(TABLES)}.")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
 def _jsonl(path: Path) -> list[Row]:
     found = []
-    for number, line in enumerate(_text(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
-            found.append(_object(_parsed(line, f"{path}, line {number}"), f"{path}, line {number}"))
+            found.append(_object(parsed_json(line, f"{path}, line {number}"), f"{path}, line {number}"))
     return found
 
 
 def _json(path: Path) -> list[Row]:
-    content = _parsed(_text(path), str(path))
+    content = parsed_json(read_text(path), str(path))
     if not isinstance(content, list):
         raise SettingError(f"{path} holds {type(content).__name__}; expected a list of objects with a prompt each.")
     return [_object(entry, f"{path}, entry {number}") for number, entry in enumerate(content, 1)]
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
-        raise SettingError(f"{where} is no JSON ({error.msg} at {place}); write one object a line.") from None
 
 
 def _object(entry: Any, where: str) -> Row:
@@ -175,7 +229,7 @@ def _csv(path: Path, delimiter: str = ",", quoted: bool = True) -> list[Row]:
 
 def _fields(path: Path, delimiter: str, quoted: bool) -> Iterator[tuple[str, list[str]]]:
     """Rows that are not empty, and the line on which each begins."""
-    text, line = io.StringIO(_text(path), newline=""), 1
+    text, line = io.StringIO(read_text(path), newline=""), 1
     plain = csv.reader(text, delimiter=delimiter, strict=True, quoting=csv.QUOTE_NONE)
     reader = csv.reader(text, delimiter=delimiter, strict=True) if quoted else plain
     try:

@@ -6,6 +6,8 @@ Knows signatures and types only; the checks that a training run needs are in `ch
 from __future__ import annotations
 
 import functools
+import inspect
+import types
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -87,10 +89,10 @@ def to_tensor(value: object, samples: Tensor, name: str) -> Tensor:
     """A returned value as a float tensor on the samples' device; its shape is not looked at.
 
     Takes a tensor (its gradient is kept), a numpy array, a list or tuple of numbers, and TRL's `(rewards, info)` with
-    info a dict or None. Result: `reward_dtype(samples)`. Raises ReturnedValueError (a ValueError) for
+    info a dict, a list of them, or None. Result: `reward_dtype(samples)`. Raises ReturnedValueError (a ValueError) for
     anything else, naming its type.
     """
-    if isinstance(value, tuple) and len(value) == 2 and (value[1] is None or isinstance(value[1], Mapping)):
+    if isinstance(value, tuple) and len(value) == 2 and _is_info(value[1]):
         value = value[0]
     if isinstance(value, list | tuple) and value and all(isinstance(entry, Tensor) for entry in value):
         tensor = torch.stack(list(value))
@@ -99,9 +101,12 @@ def to_tensor(value: object, samples: Tensor, name: str) -> Tensor:
     elif isinstance(value, list | tuple | np.ndarray | np.generic | float | int):
         tensor = _from_numbers(value, name)
     else:
+        if inspect.iscoroutine(value):
+            value.close()  # or Python complains that nobody awaited it
+        remedy = _REMEDY.get(type(value), _MAKES_ONE if callable(value) else "Convert it at its end.")
         raise ReturnedValueError(
             f"reward {name} returned a value of type {type(value).__name__}; expected one number a sample, as a "
-            f"tensor, a numpy array or a list. {_REMEDY.get(type(value), 'Convert it at its end.')}"
+            f"tensor, a numpy array or a list. {remedy}"
         )
     if tensor.is_complex():
         raise ReturnedValueError(
@@ -114,18 +119,34 @@ _REMEDY: dict[type, str] = {
     type(None): "Add a `return` statement.",
     dict: "Return one of its entries.",
     str: "Parse it with `float`, one a sample.",
+    types.CoroutineType: "Write `def` in the place of `async def`.",
+    types.GeneratorType: "Return a list in the place of `yield`.",
+    map: "Return `list(...)` of it.",
 }
+_MAKES_ONE = (
+    "It makes a reward and is none: give what it needs as options (--reward-option NAME=VALUE), or name what it makes."
+)
+
+
+def _is_info(value: object) -> bool:
+    """What TRL's rewards return beside the numbers."""
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(entry, Mapping) for entry in value)
+    return value is None or isinstance(value, Mapping)
 
 
 def _from_numbers(value: Any, name: str) -> Tensor:
     try:
         array = np.asarray(value)
-    except ValueError as error:  # rows of unequal length
+    except ValueError:
         raise ReturnedValueError(
-            f"reward {name} returned {type(value).__name__} that is no array ({error}). Return one number a sample."
-        ) from error
+            f"reward {name} returned a {type(value).__name__} whose parts have different lengths. Return one number a sample."
+        ) from None
+    if isinstance(value, np.ma.MaskedArray) and bool(np.ma.getmaskarray(value).any()):
+        raise ReturnedValueError(f"reward {name} returned a masked array. Fill what is masked: `.filled(value)`.")
     if array.dtype.kind not in "fiub":
-        found = next((type(entry).__name__ for entry in np.ravel(array).tolist()), "object")
+        other = (type(e).__name__ for e in np.ravel(array).tolist() if not isinstance(e, float | bool))
+        found = next(other, "object")
         raise ReturnedValueError(
             f"reward {name} returned a {type(value).__name__} of {found}; expected numbers. Convert each with `float`."
         )

@@ -68,12 +68,16 @@ def adapt(function: Callable[..., Any], name: str, options: Mapping[str, Any] | 
     `f(samples, condition)`; three: TRL's `f(images, prompts, metadata)`, which may return `(rewards, info)`.
     Further parameters with defaults are settings, given by `options`. A class is built with the options and its
     object called; an `nn.Module` is judged by its `forward`. A two-argument function that carries the attribute
-    `differentiable` is taken to be a Reward already and returned as it is.
+    `differentiable` is taken to be a Reward already and returned as it is. A function that needs none of these, as it is or
+    with the options, makes the reward (TRL's and ddpo's `aesthetic_scorer()`): it is called once, and what it returns is taken.
     Raises ValueError for any other signature, and for options that the function does not have.
     """
     given = dict(options or {})
     if inspect.isclass(function):
         function, given = _built(function, name, given), {}
+    for called in (function, getattr(function, "__call__", None)):  # noqa: B004  the method, to be looked at
+        if inspect.iscoroutinefunction(called) or inspect.isasyncgenfunction(called):
+            raise RewardError(f"reward {name} is an `async def`, which nobody would await. Write `def`.")
     parameters = _parameters(function, name)
     named = {p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY}
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
@@ -86,6 +90,8 @@ def adapt(function: Callable[..., Any], name: str, options: Mapping[str, Any] | 
     missing = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name not in given]
     if missing:
         raise RewardError(f"reward {name} needs a value for {', '.join(missing)}: give it as an option, or a default.")
+    if not leading and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return adapt(_made_by(function, name, given), name)
     shape = _shape(leading, name)
     if shape == "samples, condition" and not given and hasattr(function, "differentiable"):
         return function
@@ -119,6 +125,23 @@ def _parameters(function: Callable[..., Any], name: str) -> list[inspect.Paramet
     except (TypeError, ValueError):
         raise RewardError(f"reward {name} shows no signature. Wrap it in a function {_ACCEPTED}.") from None
     return list(signature.parameters.values())
+
+
+def _made_by(factory: Callable[..., Any], name: str, options: dict[str, Any]) -> Callable[..., Any]:
+    """The reward that a function without samples among its parameters makes."""
+    try:
+        made = factory(**options)
+    except Exception as error:
+        raise RewardError(
+            f"reward {name} takes no samples, so it was called with the options {options} to make a reward, and failed "
+            f"({said_by(error)}). Write it as {_ACCEPTED}, or give what it needs as options."
+        ) from error
+    if not callable(made):
+        raise RewardError(
+            f"reward {name} takes no samples and returned a {type(made).__name__}; write it as {_ACCEPTED}, or return such a "
+            "function."
+        )
+    return made
 
 
 def _built(cls: type, name: str, options: dict[str, Any]) -> Callable[..., Any]:

@@ -25,19 +25,20 @@ ON_A_SHEET = 400  # pictures
 class Drawn:
     """Some samples and what each is.
 
-    samples: [B, ...]; prompts: B of them; seeds: of each, where it has one of its own; rewards: [B], where they were asked for.
+    samples: [B, ...]; prompts: B of them; numbers: of each among the samples of its prompt and seed; rewards: [B], where they
+    were asked for.
     """
 
     samples: Tensor
     prompts: Sequence[str]
-    seeds: Sequence[int] | None = None
+    numbers: Sequence[int] = ()
     rewards: Tensor | None = None
 
     def entries(self, first: int) -> list[dict[str, Any]]:
         """What the index says of each."""
         found: list[dict[str, Any]] = [{"number": first + i, "prompt": prompt} for i, prompt in enumerate(self.prompts)]
-        for entry, seed in zip(found, self.seeds or (), strict=False):
-            entry["seed"] = seed
+        for entry, sample in zip(found, self.numbers, strict=False):
+            entry["sample"] = sample
         for entry, reward in zip(found, [] if self.rewards is None else self.rewards.tolist(), strict=False):
             entry["reward"] = reward if math.isfinite(reward) else None
         return found

@@ -1,7 +1,11 @@
-"""Samples of a model: the same seed gives two models the same noise."""
+"""Samples of a model: the same seed gives two models the same noise.
+
+Sample i of a prompt comes from (seed, prompt, i), whatever else is drawn; two seeds share nothing.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +15,10 @@ from torch import Tensor
 from ..dynamics.samplers import BY_SAMPLE, Sampler
 from ..dynamics.sde import SDE, Noise, noise_level
 from ..models.base import ScoreModel
+from ..support.seeds import checked_seed, derived
+from ..types import Condition
+
+Generators = torch.Generator | Sequence[torch.Generator]  # one for all, or one for each sample, or each so many
 
 
 def balanced(prompts: Sequence[str], count: int, generator: torch.Generator, each: int = 1) -> list[str]:
@@ -25,6 +33,33 @@ def balanced(prompts: Sequence[str], count: int, generator: torch.Generator, eac
     rest = torch.randperm(len(prompts), generator=generator, device=device)[: count % len(prompts)]
     index = torch.cat([whole, rest])
     return [prompts[i] for i in index[torch.randperm(count, generator=generator, device=device)].tolist()]
+
+
+def seeds_of(seed: int, prompts: Sequence[str], first: int = 0, each: int = 1) -> list[int]:
+    """Seeds for samples of prompts, `each` of them a sample: those of (seed, prompt, how often the prompt came before).
+
+    first: the number of a prompt's first sample. No two of a prompt are the same, with torch's 32 bits on the CPU too.
+    """
+    checked_seed(seed)
+    before: Counter[str] = Counter()
+    found: list[int] = []
+    for prompt in prompts:
+        start = derived(seed, prompt) + (first + before[prompt]) * each
+        found += range(start, start + each)
+        before[prompt] += 1
+    return found
+
+
+def seeded(seeds: Sequence[int], device: torch.device) -> list[torch.Generator]:
+    return [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+
+def prior_of(model: ScoreModel, condition: Condition, generator: Generators) -> Tensor:
+    """The model's prior, [B, *D]; with G generators each draws B / G rows."""
+    if isinstance(generator, torch.Generator):
+        return model.prior(condition, generator)
+    rows = torch.arange(len(condition)).reshape(len(generator), -1)
+    return torch.cat([model.prior(condition[own], g) for own, g in zip(rows, generator, strict=True)])
 
 
 @torch.no_grad()
@@ -48,13 +83,10 @@ def draw(
         paths = [draw(model, [p], sampler, ts, s, device, noise) for p, s in zip(prompts, seed, strict=True)]
         return torch.cat([xs for xs, _ in paths], dim=1), torch.cat([decoded for _, decoded in paths])
     place = device or torch.device("cpu")
-    generators = [torch.Generator(place).manual_seed(s) for s in ([seed] if isinstance(seed, int) else seed)]
-    condition = model.condition(prompts)
-    if isinstance(seed, int):
-        x = model.prior(condition, generators[0])
-    else:
-        x = torch.cat([model.prior(condition[torch.tensor([i])], g) for i, g in enumerate(generators)])
-    sde = SDE(model.schedule, noise or noise_level(1.0))
+    generators = seeded([seed] if isinstance(seed, int) else seed, place)
     source: Any = generators[0] if isinstance(seed, int) else generators
+    condition = model.condition(prompts)
+    x = prior_of(model, condition, source)
+    sde = SDE(model.schedule, noise or noise_level(1.0))
     xs = sampler(sde, lambda t, state: model.score(t, state, condition), ts.to(x.device), x, source)
     return xs, model.decode(xs[-1])

@@ -10,18 +10,20 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from ..control.policy import Policy
 from ..dynamics import girsanov
-from ..dynamics.samplers import Sampler
+from ..dynamics.samplers import Sampler, normal_as
 from ..dynamics.sde import SDE
 from ..dynamics.solvers import Solver, step_of
 from ..models.base import ScoreModel
 from ..rewards.base import Reward
 from ..support.errors import SettingError
+from .draw import Generators, prior_of
 from .guided import Calls, Value, value_at
 
 
@@ -64,17 +66,20 @@ def best_of(
     ts: Tensor,
     prompts: Sequence[str],
     count: int,
-    generator: torch.Generator,
+    generator: Generators,
 ) -> Steered:
-    """The sample with the highest reward among `count`, for each prompt. KL to the model: see `best_of_kl`."""
+    """The sample with the highest reward among `count`, for each prompt. KL to the model: see `best_of_kl`.
+
+    generator: one, or, of a sampler in BY_SAMPLE, one for each candidate, those of a prompt one after the other.
+    """
     if count < 1:
         raise SettingError(f"best_of needs one sample or more to choose from, got {count}.")
     calls = Calls()
     index = torch.arange(len(prompts)).repeat_interleave(count)
     condition = model.condition(prompts)[index]
-    x = model.prior(condition, generator)
-    before = _network_calls(model)
-    x = sampler(sde, lambda t, state: model.score(t, state, condition), ts.to(x.device), x, generator)[-1]
+    x = prior_of(model, condition, generator)
+    before, source = _network_calls(model), cast(torch.Generator, generator)
+    x = sampler(sde, lambda t, state: model.score(t, state, condition), ts.to(x.device), x, source)[-1]
     calls.network = _network_calls(model) - before
     decoded = model.decode(x)
     rewards = reward(decoded, condition).to(x.device)
@@ -107,7 +112,7 @@ def smc(
     prompts: Sequence[str],
     particles: int,
     kl_weight: float,
-    generator: torch.Generator,
+    generator: Generators,
     proposal: ScoreModel | None = None,
     threshold: float = 0.5,
     until: float = math.inf,
@@ -123,7 +128,7 @@ def smc(
     between resamplings is an unbiased estimate of E_ref exp(R / beta) for any V; a good V only makes it sharp. After time
     `until`, up to which V was fitted, it is held until the reward comes. One particle a population is drawn by the last
     weights: exact as `particles` grows, biased towards q before. In steps without noise the reference acts, as its path
-    is then the only one.
+    is then the only one. generator: one, or one for each prompt's particles.
     """
     if particles < 1:
         raise SettingError(f"smc needs one particle or more, got {particles}.")
@@ -132,7 +137,8 @@ def smc(
     calls, before, count = Calls(), policy.network_calls, len(prompts)
     index = torch.arange(count).repeat_interleave(particles)
     condition = policy.condition(prompts)[index]
-    x = policy.reference.prior(condition, generator)
+    x = prior_of(policy.reference, condition, generator)
+    populations = [generator] if isinstance(generator, torch.Generator) else generator
     ts = ts.to(x.device)
 
     def rows(t: Tensor) -> Tensor:
@@ -151,13 +157,13 @@ def smc(
             then = value_at(value, begin, x, condition, reference).reshape(count, particles).double()
             log_w, now = log_w + (then - now) / kl_weight, then
         least = torch.minimum(least, _effective(log_w) / particles)
-        chosen, log_w, log_z = _resampled(log_w, log_z, threshold, generator)
+        chosen, log_w, log_z = _resampled(log_w, log_z, threshold, populations)
         x, reference, now = x[chosen], reference[chosen], now.flatten()[chosen].reshape(count, particles)
         base = step_of(sde, solver, reference, begin, end, x)
         step = base
         if proposal is not None and float(base.std.max()) > 0:
             step = step_of(sde, solver, proposal.score(begin, x, condition), begin, end, x)
-        noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        noise = normal_as(x, generator)
         x = step.sample(noise)
         log_w = log_w - girsanov.stochastic_cost(step.shift(base), noise).reshape(count, particles).double()
     decoded = policy.decode(x)
@@ -166,7 +172,10 @@ def smc(
     log_w = log_w + (rewards.reshape(count, particles).double() - now) / kl_weight
     least = torch.minimum(least, _effective(log_w) / particles)
     log_z = log_z + torch.logsumexp(log_w, 1) - math.log(particles)
-    drawn = torch.multinomial(torch.softmax(log_w, 1), 1, generator=generator).flatten()
+    weights = torch.softmax(log_w, 1).chunk(len(populations))
+    drawn = torch.cat(
+        [torch.multinomial(w, 1, generator=g).flatten() for w, g in zip(weights, populations, strict=True)]
+    )
     drawn = drawn + particles * torch.arange(count, device=x.device)
     calls.network = policy.network_calls - before
     return Steered(decoded[drawn], x[drawn], rewards[drawn], calls, log_z, float(least.mean()))
@@ -178,13 +187,14 @@ def _effective(log_w: Tensor) -> Tensor:
 
 
 def _resampled(
-    log_w: Tensor, log_z: Tensor, threshold: float, generator: torch.Generator
+    log_w: Tensor, log_z: Tensor, threshold: float, populations: Sequence[torch.Generator]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rows [B K] to go on with, their log-weights [B, K], log_z [B]; populations with enough effective samples stay."""
     count, particles = log_w.shape
     own = torch.arange(count * particles, device=log_w.device).reshape(count, particles)
     poor = _effective(log_w) < threshold * particles
-    offset = torch.rand(count, 1, generator=generator, device=log_w.device, dtype=log_w.dtype)
+    each = count // len(populations)
+    offset = torch.cat([torch.rand(each, 1, generator=g, device=log_w.device) for g in populations]).to(log_w)
     if not bool(poor.any()):
         return own.flatten(), log_w, log_z
     chosen = systematic(torch.softmax(log_w, 1), offset) + particles * torch.arange(count, device=own.device)[:, None]

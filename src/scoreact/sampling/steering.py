@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from ..dynamics.sde import SDE
 from ..dynamics.solvers import SOLVERS
 from ..rewards.base import Reward
 from ..support.errors import SettingError
+from .draw import Generators, prior_of
 from .guided import Calls, Guided, Interpolated, RewardOfEstimate, Value
 from .particles import Steered, best_of, smc
 
@@ -60,7 +62,7 @@ class Steering:
         if self.method == "value" and self.value is None:
             raise SettingError("steering by value needs a value network; give one, or use best_of or smc.")
 
-    def __call__(self, prompts: Sequence[str], ts: Tensor, generator: torch.Generator) -> Steered:
+    def __call__(self, prompts: Sequence[str], ts: Tensor, generator: Generators) -> Steered:
         own = Interpolated(self.policy, 1.0 if self.base == "policy" else 0.0)
         if self.method == "best_of":
             sampler = sampler_by_name(self.solver)
@@ -81,9 +83,9 @@ class Steering:
         calls, before = Calls(), self.policy.network_calls
         with torch.no_grad():
             condition = model.condition(prompts)
-            x = model.prior(condition, generator)
+            x, source = prior_of(model, condition, generator), cast(torch.Generator, generator)
             sampler = sampler_by_name(self.solver)
-            x = sampler(self.sde, lambda t, x: model.score(t, x, condition), ts.to(x.device), x, generator)[-1]
+            x = sampler(self.sde, lambda t, x: model.score(t, x, condition), ts.to(x.device), x, source)[-1]
             decoded = model.decode(x)
             calls.network = self.policy.network_calls - before
             calls.value = model.calls.value if isinstance(model, Guided) else 0

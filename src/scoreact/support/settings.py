@@ -73,6 +73,13 @@ def unmet(name: str, fields: Mapping[str, dataclasses.Field[Any]], values: Mappi
     return None
 
 
+def range_of(f: dataclasses.Field[Any]) -> list[str]:
+    """The ends of a number's range in words; [] where it has none."""
+    low, high, above = f.metadata["low"], f.metadata["high"], f.metadata["above"]
+    ends = [("above" if above else "at least", low)] * (low > -math.inf) + [("at most", high)] * (high < math.inf)
+    return [f"{word} {end if isinstance(end, int) else f'{end:g}'}" for word, end in ends]
+
+
 def nearest_or_known(word: Any, known: Iterable[str]) -> str:
     close = nearest(word, known := list(known))
     return f"; did you mean {close!r}?" if close else f". Known: {', '.join(known) or 'none'}."
@@ -105,7 +112,6 @@ def checked_setting(f: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
         low, high, above = f.metadata["low"], f.metadata["high"], f.metadata["above"]
         inside = (low < value if above else low <= value) and value <= high  # so written, nan is refused
         if not inside or math.isinf(value):
-            bounds = [f"{'above' if above else 'at least'} {low:g}"] * (low > -math.inf)
-            bounds += [f"at most {high:g}"] * (high < math.inf)
-            raise SettingError(f"{f.name} is {value}; it must be {' and '.join(bounds)} ({f.metadata['help']}).")
+            bounds = " and ".join(range_of(f)) or "finite"
+            raise SettingError(f"{f.name} is {value}; it must be {bounds} ({f.metadata['help']}).")
     return value

@@ -13,19 +13,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import yaml
 
 from ..control.path_settings import PathSettings
 from ..control.surrogate_settings import SurrogateSettings
 from ..control.value_settings import ValueSettings
 from ..support.errors import SettingError
 from ..support.settings import Above, checked_setting, fields_of, nearest_or_known, unmet
+from ..support.text import parsed_json, parsed_yaml, read_text
 from .run_settings import RunSettings, UpdateSettings, WatchSettings
 
 if TYPE_CHECKING:
@@ -343,10 +341,10 @@ def read(path: str | Path) -> dict[str, Any]:
             f"config file {str(path)!r} does not exist. `scoreact train RECIPE --print-config` writes one."
         )
     try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, json.JSONDecodeError) as error:
-        raise SettingError(f"config file {str(path)!r} cannot be read: {' '.join(str(error).split())}") from None
+        text = read_text(path)
+    except OSError as error:
+        raise SettingError(f"config file {str(path)!r} cannot be read ({error.strerror}).") from None
+    content = (parsed_json if path.suffix == ".json" else parsed_yaml)(text, f"config file {str(path)!r}")
     if not isinstance(content, dict):
         raise SettingError(f"config file {str(path)!r} holds {type(content).__name__}; expected `key: value` lines.")
     return content

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from ..support.seeds import LARGEST
 from ..support.settings import Above, setting
 
 
@@ -28,7 +29,7 @@ class RunSettings:
         "ctrl", "Update rule: its name, or a class of your own as file.py:Class", known=_rules, own=True
     )
     rule: dict[str, Any] = field(default_factory=dict)  # the rule's own settings; complete once checked
-    seed: int = setting(0, "Seed of every random number of the run", 0)
+    seed: int = setting(0, "Seed of every random number of the run", 0, LARGEST)
     iterations: int = setting(40, "Number of iterations; each draws one rollout and updates the policy", 1)
     batch_size: int = setting(512, "Number of paths, and so of samples, in a rollout", 2)
     group_size: int = setting(

@@ -27,6 +27,7 @@ from ..sampling.draw import balanced
 from ..support import distributed
 from ..support.devices import choose_device
 from ..support.errors import SettingError
+from ..support.seeds import derived
 from ..types import Condition, Metrics
 from .assembly import (
     build_critic,
@@ -87,6 +88,10 @@ class Trainer:
                 f"scored_samples is {config.scored_samples}, which {distributed.world()} processes cannot share; "
                 "take a multiple."
             )
+        if config.seed in (EVALUATION_SEED, EVALUATION_SEED + 1):
+            raise SettingError(
+                f"seed {config.seed} is that of the noise that evaluations keep for themselves; take another."
+            )
         self.device = choose_device(config.device)
         model.to(self.device).eval()
         self.policy = Policy(model, act_until=config.act_until)
@@ -95,6 +100,11 @@ class Trainer:
             load_parameters(model, start)
         if not self.policy.trainable():
             raise SettingError(f"{type(model).__name__} has no parameter with requires_grad; nothing could be trained.")
+        if half := [p for p in self.policy.trainable() if p.dtype == torch.float16]:
+            raise SettingError(
+                f"{len(half)} of the trained tensors are float16, in which Adam's steps overflow; make them float32 "
+                "(`network.float()`), or train adapters beside them (lora_rank)."
+            )
         distributed.same(self.policy.trainable())
         self.prompts, self.unseen = split(prompts, config.heldout_prompts, config.seed, model, test_prompts)
         self.unseen_rewards: Tensor | None = None  # the reference's, [B]
@@ -172,8 +182,9 @@ class Trainer:
         }
 
     def process_seed(self) -> int:
-        """Of this process' random numbers: no process draws what another does, and one alone draws as ever."""
-        return self.config.seed + 7_919_000 * distributed.rank()
+        """Of this process' random numbers: no process draws what another does, or one alone with another seed."""
+        rank = distributed.rank()
+        return derived(self.config.seed, "process", rank) if rank else self.config.seed
 
     def steer_kl(self, kl: float, iterations: int) -> None:
         """Towards target_kl by another price of a nat in training; J and J* stay those of kl_weight."""

@@ -117,6 +117,11 @@ class PipelineModel(nn.Module):
 
     # beyond them
 
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether the pipeline draws what a text says."""
+        return self.family.takes_prompts
+
     def features(self, t: Tensor, x: Tensor, condition: Condition) -> tuple[Tensor, int]:
         """The denoiser's own at (t [B], x [B, *D]), [B, F] float32, and for how many states a pass had to be made.
 
