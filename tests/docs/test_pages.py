@@ -265,9 +265,9 @@ def small_form(line: str, folder: Path) -> list[str] | None:
 
 
 def replaced(words: list[str], others: list[str]) -> list[str]:
-    """The words with other values of some options, each of one word."""
-    kept, names = [], {word for word in others if word.startswith("--")}
-    for i, word in enumerate(words):
-        if word not in names and (i == 0 or words[i - 1] not in names):
-            kept.append(word)
+    """The words with other values of some options."""
+    kept, names, left_out = [], {word for word in others if word.startswith("--")}, False
+    for word in words:
+        left_out = word in names or (left_out and not word.startswith("--"))
+        kept += [] if left_out else [word]
     return [*kept, *others]
