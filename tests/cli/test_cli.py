@@ -408,7 +408,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
 def test_the_second_interrupt_acts_at_once(say: Callable[..., Said], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INTERRUPT", f"{int(signal.SIGINT)} {int(signal.SIGTERM)}")
     text = sentence(say("train", "gaussian", *TINY, "--reward", "rewards.py:interrupted", "--out", "run"), 130)
-    assert text == "interrupted. Nothing was saved yet, so there is nothing to resume."
+    assert text == "interrupted. The look at the pretrained model is saved; continue with `scoreact resume run`."
 
 
 def test_divergence_is_a_sentence(say: Callable[..., Said]) -> None:

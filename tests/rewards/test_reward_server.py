@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import gc
 import http.client
 import json
@@ -344,6 +345,37 @@ def test_a_connection_that_breaks_is_tried_again(serve: Callable[..., RewardServ
     server.process_request = process_request  # type: ignore[method-assign]
     assert torch.equal(at(server, retries=2)(SAMPLES, CONDITION), mean(SAMPLES, CONDITION))
     assert broken == [2]
+
+
+@pytest.mark.parametrize(
+    ("head", "most", "said"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n", 10**6, r"did not answer in 0\.5 s"),
+        (b"HTTP/1.1 200 OK\r\n\r\n", 10**6, r"did not answer in 0\.5 s"),
+        (b"HTTP/1.1 200 OK\r\nX: ", 10**6, r"did not answer in 0\.5 s"),
+        (b"HTTP/1.1 200 OK\r\n\r\n" + b"1" * 100, 50, "answered with more than 50 bytes"),
+    ],
+    ids=["a body", "a body without end", "a header", "too much"],
+)
+def test_an_answer_in_drops_meets_the_limit(head: bytes, most: int, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte now and then, each well within the time for one: time_out is of the whole answer, and a body has a limit."""
+    monkeypatch.setattr(remote, "MOST", most)
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def drip() -> None:
+        connection, _ = listener.accept()
+        with contextlib.suppress(OSError), connection:
+            connection.sendall(head)
+            while True:
+                time.sleep(0.05)
+                connection.sendall(b"1")
+
+    threading.Thread(target=drip, daemon=True).start()
+    begin = time.monotonic()
+    with pytest.raises(RemoteError, match=said):
+        load(f"http://127.0.0.1:{listener.getsockname()[1]}", time_out=0.5, retries=0)(SAMPLES, CONDITION)
+    assert time.monotonic() - begin < 10
+    listener.close()
 
 
 def test_a_reward_that_takes_too_long(serve: Callable[..., RewardServer]) -> None:

@@ -141,10 +141,10 @@ def test_files_and_result(tmp_path: Path) -> None:
         "report.html",
         "transfer.json",
     } == {p.name for p in (tmp_path / "run").iterdir() if p.suffix != ".png"}
-    assert events[:3] == ["reference", "evaluation", "iteration"]
+    assert events[:4] == ["reference", "evaluation", "checkpoint", "iteration"]
     assert events[-1] == "finished"
     assert events.count("iteration") == 6
-    assert events.count("checkpoint") == 3
+    assert events.count("checkpoint") == 4  # the look at the reference, and three times two iterations
     record = read_run(tmp_path / "run")
     assert record["description"] == {"made_by": "scoreact.finetune", "prompts": [""]}
     assert record["config"]["iterations"] == 6
@@ -272,7 +272,7 @@ def test_a_second_interrupt_acts_at_once(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt) as caught:
         train(tmp_path / "run", on_event=interrupt, checkpoint_every=100)
     assert str(caught.value) == ""
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert load_checkpoint(tmp_path / "run" / "checkpoints")[0] == 0  # that of the look at the reference
 
 
 def test_overoptimisation_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import sys
 
@@ -33,4 +34,5 @@ def sentence_of(error: BaseException) -> str:
 
 
 def warn(sentence: str) -> None:
-    print(f"scoreact: {sentence}", file=sys.stderr)
+    with contextlib.suppress(BrokenPipeError):  # `2>&1 | head`
+        print(f"scoreact: {sentence}", file=sys.stderr)

@@ -17,6 +17,7 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..support.names import known_name
 from . import bench as arena
@@ -136,15 +137,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without ± gets a question mark, not an error
-    in_main = threading.current_thread() is threading.main_thread()
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler) if in_main else None
+    previous = interrupting()
     try:
-        return run(words)
+        status = run(words)
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt as error:
         warn(f"interrupted. {error}".strip())
         return 130
     except BrokenPipeError:  # `scoreact recipes | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
         if show:
@@ -155,8 +156,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         warn(text)
         return 2 if isinstance(error, ValueError | FileExistsError) else 1
     finally:
-        if in_main:
-            signal.signal(signal.SIGTERM, previous)
+        hush()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def interrupting() -> dict[int, Any]:
+    """Let the signals that end a job interrupt as Ctrl-C does, but for those that are silenced; the handlers before."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+    taken = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+    return {number: signal.signal(number, signal.default_int_handler) for number in taken}
+
+
+def hush() -> None:
+    """Where nobody reads what is printed any more, the interpreter must not try to write the rest of it."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 if __name__ == "__main__":

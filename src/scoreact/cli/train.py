@@ -60,6 +60,8 @@ def train_arguments(parser: Parser, config: Config | None = None) -> None:
         "from: that run's own, or its outcome [default first]")  # fmt: skip
     parser.belongs("from_reference", "start")
     add("--tracker", **TRACKER)
+    add("--resume-or-start", action="store_true", help="for jobs that are queued again: go on with the run in --out where it "
+        "has saved something, else start it")  # fmt: skip
     add("--print-config", action="store_true", help="write the settings as YAML and train nothing")
 
     def setting(field: dataclasses.Field[Any], hint: Any, text: str) -> None:
@@ -236,10 +238,17 @@ def train(options: argparse.Namespace) -> int:
     if options.print_config:
         print(config_yaml(source.config, source.recipe.name, source.options, source.reward))
         return 0
+    from ..runs.checkpoint import checkpoints
+
     if options.tracker:
         from ..runs.trackers import make_trackers
 
         make_trackers(options.tracker)  # what is not installed is said now
+    if options.resume_or_start:
+        if not options.out:
+            raise SettingError("--resume-or-start needs --out, the folder that is looked into.")
+        if checkpoints(Path(options.out) / "checkpoints"):
+            return go_on(source, Path(options.out), options)
     if options.out:
         return run_training(
             dataclasses.replace(source, folder=Path(options.out)), options.command, trackers=options.tracker
@@ -254,6 +263,23 @@ def resume_arguments(parser: Parser) -> None:
         "--iterations", metavar="INT", type=whole(1), help="extend the run to so many; rates go on and fall to 0 there"
     )
     parser.add_argument("--tracker", **TRACKER)
+
+
+def go_on(source: Source, out: Path, options: argparse.Namespace) -> int:
+    """Resume the run that the same command has started."""
+    from ..runs.checkpoint import read_run
+    from ..runs.resuming import check_settings
+
+    run = source_of_run(out)
+    theirs, mine = run.description(""), source.description("")
+    changed = [f"{name} {theirs.get(name)!r} -> {mine.get(name)!r}" for name in mine if theirs.get(name) != mine[name]]
+    if changed:
+        raise RunError(
+            f"{out} was started with another command: {'; '.join(changed)}. Give the same, or another --out."
+        )
+    check_settings(out, read_run(out), source.config, extend=False)
+    options.run, options.iterations = out, None
+    return resume(options)
 
 
 def resume(options: argparse.Namespace) -> int:
@@ -338,5 +364,8 @@ def write_report(source: Source) -> int:
 def how_to_resume(out: Path) -> str:
     saved = sorted(p.name for p in (out / "checkpoints").glob("[0-9]*")) if (out / "checkpoints").is_dir() else []
     if not saved:
-        return "Nothing was saved yet, so there is nothing to resume."
-    return f"Iteration {int(saved[-1])} is saved; continue with `scoreact resume {shlex.quote(str(out))}`."
+        return (
+            "Nothing was saved yet, so there is nothing to resume; the folder can be given to `scoreact train` again."
+        )
+    what = f"Iteration {int(saved[-1])}" if int(saved[-1]) else "The look at the pretrained model"
+    return f"{what} is saved; continue with `scoreact resume {shlex.quote(str(out))}`."

@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..models.weights import reference_digest_of
 from ..support import distributed
 from ..support.errors import RunError
-from ..support.files import write_json
+from ..support.files import read_tensors, write_json
 from ..training.config import Config, from_stored
 from ..training.trainer import Trainer
+from .source import REFERENCE
 
 
 def check_settings(out: Path, stored: Mapping[str, Any], config: Config, extend: bool) -> None:
@@ -36,6 +38,28 @@ def check_processes(out: Path, theirs: int | None) -> None:
             f"{out} is a run of {theirs} processes, and {mine} would go on with it; start as many: "
             f"{start if theirs != 1 else f'`scoreact resume {out}` without torchrun'}."
         )
+
+
+def check_reference(out: Path, theirs: str | None, mine: str, trainer: Trainer) -> tuple[str, list[str]]:
+    """The reference is the model that the run started from, also where the user's own was trained by an earlier call.
+
+    theirs, mine: digests of the run's and of the trainer's. Returns the trainer's, into which the run's pretrained weights are
+    put where that is needed, and what there is to say.
+    """
+    if theirs in (None, mine):  # None: made by version 0.1.0, which did not write it
+        return mine, []
+    kept = out / REFERENCE
+    if kept.is_file():
+        trainer.put_reference(read_tensors(kept))
+        mine = reference_digest_of(trainer.policy.reference)
+    if theirs != mine:
+        raise RunError(
+            f"{out} started from another pretrained model (digest {str(theirs)[:12]}, and this one's is {mine[:12]}): "
+            "it was trained by an earlier call, or has other weights. Build it anew, as before the run."
+        )
+    return mine, [
+        f"The model that was given is not the pretrained one that this run began with: its weights were taken from {kept.name}."
+    ]
 
 
 def write_extension(out: Path, stored: Mapping[str, Any], trainer: Trainer) -> str:

@@ -5,6 +5,7 @@ Never prints: `on_event` tells whoever wants to.
 
 from __future__ import annotations
 
+import errno
 import platform
 import re
 import time
@@ -20,7 +21,7 @@ from ..models.base import Exports, HasNotes, HasReference
 from ..models.weights import reference_digest_of
 from ..support import distributed
 from ..support.errors import Diverged, RunError, RunExists, SettingError
-from ..support.files import Line, append_line, read_lines, read_tensors, truncate_lines, write_json, write_tensors
+from ..support.files import Line, append_line, read_lines, truncate_lines, write_json, write_tensors
 from ..support.folders import FolderLock
 from ..training.guard import unmoved
 from ..training.kl_price import has_kl_term, sees_kl
@@ -30,7 +31,7 @@ from ..training.trainer import Trainer
 from ..types import Metrics
 from .checkpoint import clear, load_checkpoint, read_run, save_checkpoint, saved_nothing
 from .record import is_whole
-from .resuming import check_processes, check_settings, write_extension
+from .resuming import check_processes, check_reference, check_settings, write_extension
 from .samples import sheet, thumbnails
 from .source import REFERENCE
 from .stopping import Interrupt
@@ -80,6 +81,7 @@ class Session(Hook):
         self.best_iteration: int | None = None
         self._said: set[str] = set()  # the model's notes
         self._looked_at = 0  # the iteration of the last evaluation
+        self._saved_at = time.monotonic()
         self._interrupt = Interrupt(lambda: self._tell("interrupted", {}))
         self._trackers = make_trackers(trackers) if distributed.rank() == 0 else []  # refused before a folder is made
         if self._trackers and out is None:
@@ -124,8 +126,11 @@ class Session(Hook):
             if not trainer.reference:
                 self._say_notes()
                 self._look_at_reference()
+                self._checkpoint()
+                self._end_if_asked()
             trainer.notes.clear()  # those of the start were said by the process that began the run
-            stop = training_loop(trainer, [self, *self.hooks])
+            stop = self.after(trainer) if self._due and self._looked_at != trainer.iteration else None
+            stop = stop or training_loop(trainer, [self, *self.hooks])
             if stop is not None and self._looked_at != trainer.iteration:  # a hook's own end, between two evaluations
                 self._look()
                 self._checkpoint()
@@ -160,18 +165,28 @@ class Session(Hook):
         self._record("iteration", {"seconds": self.seconds, **metrics})
 
     def after(self, trainer: Trainer) -> Stop | None:
+        self._end_if_asked()
         c, stopped = trainer.config, None
         last = trainer.iteration == c.iterations
-        if last or trainer.iteration % c.evaluate_every == 0:
+        if self._due:
             stop = self._look()
             stopped = (stop or "process 0 ended it") if distributed.first(stop is not None) else None
-        asked = distributed.first(self._interrupt.asked)
-        if last or stopped or trainer.iteration % c.checkpoint_every == 0:
+        late = 0 < 60 * c.checkpoint_minutes <= time.monotonic() - self._saved_at
+        if last or stopped or late or trainer.iteration % c.checkpoint_every == 0:
             self._checkpoint()
-        if asked and not last:
-            self._checkpoint()
-            raise KeyboardInterrupt(f"stopped after iteration {trainer.iteration}")
         return None if stopped is None else Stop(stopped)
+
+    @property
+    def _due(self) -> bool:
+        """Whether an evaluation belongs to this iteration."""
+        c, done = self.trainer.config, self.trainer.iteration
+        return done > 0 and (done == c.iterations or done % c.evaluate_every == 0)
+
+    def _end_if_asked(self) -> None:
+        """Save and leave, before the evaluation that may be due: a resumed run makes it first."""
+        if distributed.first(self._interrupt.asked):
+            self._checkpoint()
+            raise KeyboardInterrupt(f"stopped after iteration {self.trainer.iteration}")
 
     def _look_at_reference(self) -> None:
         """J_ref, J* and the first evaluation, before any update."""
@@ -255,14 +270,11 @@ class Session(Hook):
 
     def _write_result(self, stopped: str | None) -> None:
         if self.out is not None:
-            result: dict[str, Any] = {
-                "final": self.final,
-                "reference": self.trainer.reference,
-                "stopped": stopped,
-                "seconds": self.seconds,
-            }
             said = [{k: v for k, v in line.items() if k != "evaluation"} for line in self.history if "guard" in line]
-            result |= {"iterations": self.trainer.iteration, "best_iteration": self.best_iteration, "guard": said}
+            result = {
+                "final": self.final, "reference": self.trainer.reference, "stopped": stopped, "seconds": self.seconds,
+                "iterations": self.trainer.iteration, "best_iteration": self.best_iteration, "guard": said,
+            }  # fmt: skip
             write_json(self.out / "result.json", result)
 
     # --- files --------------------------------------------------------------------------------------------------
@@ -306,9 +318,10 @@ class Session(Hook):
         check_settings(out, stored, trainer.config, extend)
         trainer.iteration, state = load_checkpoint(out / "checkpoints", trainer.device, problems)
         self._notes += [f"{problem} The run goes on from iteration {trainer.iteration}." for problem in problems]
-        self._looked_at = trainer.iteration
+        self._looked_at = state.get("looked_at", trainer.iteration)
         check_processes(out, state.get("processes"))
-        self._check_reference(out, state.get("digest"))
+        self.digest, notes = check_reference(out, state.get("digest"), self.digest, trainer)
+        self._notes += notes
         try:
             self.final, self.best_iteration, self.seconds = state["final"], state["best_iteration"], state["seconds"]
             restore(trainer, state)
@@ -329,35 +342,15 @@ class Session(Hook):
         if extend and self.out is not None:
             self._notes.append(write_extension(self.out, stored, trainer))
 
-    def _check_reference(self, out: Path, digest: str | None) -> None:
-        """The reference is the model that the run started from, also where the user's own was trained by an earlier call."""
-        if digest is None or digest == self.digest:  # None: made by version 0.1.0, which did not write it
-            return
-        kept = out / REFERENCE
-        if kept.is_file():
-            self.trainer.put_reference(read_tensors(kept))
-            self.digest = reference_digest_of(self.trainer.policy.reference)
-        if digest != self.digest:
-            raise RunError(
-                f"{out} started from another pretrained model (digest {digest[:12]}, and this one's is {self.digest[:12]}): "
-                "it was trained by an earlier call, or has other weights. Build it anew, as before the run."
-            )
-        self._notes.append(
-            f"The model that was given is not the pretrained one that this run began with: its weights were taken from "
-            f"{kept.name}."
-        )
-
     def _checkpoint(self) -> None:
         if self.out is None:
             return
         own = {
-            "final": self.final,
-            "best_iteration": self.best_iteration,
-            "seconds": self.seconds,
-            "digest": self.digest,
-            "processes": distributed.world(),
-        }
+            "final": self.final, "best_iteration": self.best_iteration, "seconds": self.seconds, "digest": self.digest,
+            "processes": distributed.world(), "looked_at": self._looked_at,
+        }  # fmt: skip
         save_checkpoint(self.out / "checkpoints", self.trainer.iteration, {**state_of(self.trainer), **own})
+        self._saved_at = time.monotonic()
         self._tell("checkpoint", {"iteration": self.trainer.iteration})
 
     def _write_weights(self, folder: Path) -> None:
@@ -396,4 +389,10 @@ class Session(Hook):
 
     def _tell(self, kind: str, metrics: Mapping[str, Any]) -> None:
         if self.on_event is not None:
-            self.on_event(kind, dict(metrics))
+            try:
+                self.on_event(kind, dict(metrics))
+            except OSError as error:
+                if error.errno not in (errno.EPIPE, errno.EIO):
+                    raise
+                self.on_event = None  # nobody reads what it prints: end as after a signal
+                self._interrupt.ask()

@@ -103,6 +103,11 @@ class WatchSettings:
     )
     evaluate_every: int = setting(10, "Number of iterations between two evaluations", 1)
     checkpoint_every: int = setting(10, "Number of iterations between two checkpoints", 1)
+    checkpoint_minutes: float = setting(
+        5.0,
+        "Minutes after which the end of an iteration makes a checkpoint, whatever their number; 0: by number alone",
+        0,
+    )
     kl_limit: float = setting(50.0, "Path KL (nats) of a rollout above which the run stops as diverged", 0, above=True)
     patience: int = setting(
         4,

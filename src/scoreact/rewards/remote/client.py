@@ -6,10 +6,12 @@ is pickled. Does not know who asks, nor when (`overlap` does).
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import inspect
 import json
 import re
+import socket
 import subprocess
 import tempfile
 import threading
@@ -31,6 +33,7 @@ from ..base import ReturnedValueError, known, reward_dtype, to_tensor
 
 BACKOFF, LONGEST = 0.5, 8.0  # seconds before the second attempt, doubling from there; the longest of these waits
 OTHER_PYTHON = re.compile(r"(.+?:\w+)@(.+)")  # file.py:name@/path/to/python
+MOST = 64 * 2**20  # bytes of an answer: a number a sample is some twenty
 TAIL = 400  # characters of a child's stderr that an error shows
 
 
@@ -144,9 +147,7 @@ class Http:
                 time.sleep(min(LONGEST, BACKOFF * 2 ** (attempt - 1)))
             connection = self._connection(self._host, self._port, timeout=self._time_out)
             try:
-                connection.request(method, self._path + path, body, {"Content-Type": "application/octet-stream"})
-                response = connection.getresponse()
-                status, text = response.status, response.read()
+                status, text = self._answer(connection, method, path, body)
             except TimeoutError:
                 raise RemoteError(
                     f"reward {self.name} did not answer in {self._time_out:g} s. Raise the reward's option time_out, or "
@@ -157,6 +158,8 @@ class Http:
                 continue
             finally:
                 connection.close()
+            if len(text) > MOST:
+                raise RemoteError(f"reward {self.name} answered with more than {MOST:,} bytes; is it a reward server?")
             content = _json(text)
             said = content.get("error") if isinstance(content, dict) else None
             if status == 503:
@@ -169,6 +172,41 @@ class Http:
             f"no reward server answers at {self.name} ({problem}; attempts: {self._retries + 1}). "
             "Start it there with `scoreact reward-server`, on that port."
         )
+
+    def _answer(
+        self, connection: http.client.HTTPConnection, method: str, path: str, body: bytes | None
+    ) -> tuple[int, bytes]:
+        """Status and body, at most MOST bytes of it and one. Raises TimeoutError where the whole takes longer than time_out.
+
+        The connection's own limit is of each wait for a byte, and a server that sends one now and then never meets it.
+        """
+        ends, late = time.monotonic() + self._time_out, threading.Event()
+        connection.connect()
+        wire = connection.sock  # a response that ends the connection takes it from there
+
+        def give_up() -> None:
+            late.set()
+            with contextlib.suppress(OSError):
+                wire.shutdown(socket.SHUT_RDWR)
+
+        timer = threading.Timer(max(0.0, ends - time.monotonic()), give_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            connection.request(method, self._path + path, body, {"Content-Type": "application/octet-stream"})
+            response = connection.getresponse()
+            text = response.read(MOST + 1)
+            if response.length and len(text) <= MOST:
+                raise http.client.IncompleteRead(text, response.length)
+        except (OSError, http.client.HTTPException):
+            if late.is_set():
+                raise TimeoutError from None
+            raise
+        finally:
+            timer.cancel()
+        if late.is_set():
+            raise TimeoutError
+        return response.status, text
 
 
 def _json(text: bytes) -> Any:
@@ -223,7 +261,7 @@ class Child:
     def _answer(self, message: bytes) -> Any:
         """Send the message, if any, and read one; a child that takes too long is killed, which ends the reading."""
         assert self._process is not None
-        process, late = self._process, threading.Event()
+        process, late, size = self._process, threading.Event(), 0
         assert process.stdin is not None
         assert process.stdout is not None
 
@@ -237,12 +275,16 @@ class Child:
         try:
             process.stdin.write(message)
             process.stdin.flush()
-            size = process.stdout.read(8)
-            content = _json(process.stdout.read(int.from_bytes(size, "little"))) if len(size) == 8 else None
+            head = process.stdout.read(8)
+            size = int.from_bytes(head, "little")
+            content = _json(process.stdout.read(size)) if len(head) == 8 and size <= MOST else None
         except OSError:
             content = None
         finally:
             timer.cancel()
+        if size > MOST:
+            process.kill()
+            raise RemoteError(f"the process of reward {self.name} answered with {size:,} bytes; {MOST:,} are taken.")
         if late.is_set():
             raise RemoteError(
                 f"reward {self.name} did not answer in {self._time_out:g} s and was stopped. Raise the reward's option "
