@@ -59,6 +59,7 @@ def build(
     target_size: Sequence[int] | None = None,
     prompt_memory: int = 1024,
     test_prompts: str = "",
+    variant: str = "",
 ) -> Problem:
     """See `models.pipelines.opening.pipeline_model`; dtype and compute_dtype: float32, float16 or bfloat16.
 
@@ -98,6 +99,7 @@ def build(
         lora_targets=lora_targets, use_dora=use_dora, max_sequence_length=max_sequence_length,
         guidance_rescale=guidance_rescale, clip_skip=clip_skip, original_size=original_size,
         crops_coords_top_left=crops_coords_top_left, target_size=target_size, prompt_memory=prompt_memory,
+        variant=variant,
     )  # fmt: skip
     give_metadata(model, found)
     give_metadata(model, unseen)
@@ -136,7 +138,7 @@ OPTIONS: dict[str, Any] = {
     "prompt_draws": 256, "lora": None, "lora_reference": "lora", "lora_targets": None, "use_dora": False,
     "max_sequence_length": None, "guidance_rescale": 0.0, "clip_skip": None, "original_size": None,
     "crops_coords_top_left": None, "target_size": None, "prompt_memory": 1024,
-    "test_prompts": "",
+    "test_prompts": "", "variant": "",
 }  # fmt: skip
 
 RECIPES = [

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import inspect
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,11 +99,30 @@ def find_recipe(name: str | None) -> Recipe:
     known = recipes()
     if name is None:
         raise SettingError(f"give a recipe; known: {', '.join(known)}. Or a pipeline's folder, or my_model.py:build.")
-    if name in HUB or (Path(name) / "model_index.json").is_file():  # a diffusers pipeline
-        path = name if name in HUB else str(Path(name).resolve())
+    if name in HUB or _is_hub_id(name) or _is_pipeline(Path(name)):
+        path = str(Path(name).resolve()) if Path(name).exists() else name
         recipe = known["pipeline"]
         return dataclasses.replace(recipe, options={**recipe.options, "path": path})
+    if (Path(name) / "config.json").is_file():
+        raise SettingError(
+            f"{name} is the folder of a run; go on with `scoreact resume {name}`, or start another from its weights with "
+            f"--from {name}."
+        )
     return user_recipe(name) if is_spec(name) else known[known_name(name, known, "unknown recipe")]
+
+
+def _is_hub_id(name: str) -> bool:
+    """organisation/model, where nothing of that name, nor its folder, is here."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and not Path(name).parent.exists()
+
+
+def _is_pipeline(path: Path) -> bool:
+    """A diffusers pipeline, or what is taken for one: its opening says what is wrong with a single file of weights."""
+    single = (".safetensors", ".ckpt")
+    if path.is_file():
+        return path.suffix in single
+    holds = path.is_dir() and not (path / "config.json").exists()
+    return holds and ((path / "model_index.json").is_file() or any(file.suffix in single for file in path.iterdir()))
 
 
 def user_recipe(spec: str) -> Recipe:
@@ -212,7 +232,7 @@ def open_source(name: str) -> Source:
     """A run folder, or what `find_recipe` takes."""
     if (Path(name) / "config.json").is_file():
         return source_of_run(Path(name))
-    pipeline = (Path(name) / "model_index.json").is_file()
+    pipeline = _is_pipeline(Path(name)) or _is_hub_id(name)
     if not pipeline and not is_spec(name) and (Path(name).is_dir() or os.sep in name):
         return source_of_run(Path(name))  # says what is missing
     recipe = find_recipe(name)

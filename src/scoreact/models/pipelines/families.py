@@ -20,10 +20,18 @@ from ...support.errors import ModelError
 from ...types import Condition
 from .adapters import Adapters
 from .casting import tensor_cores
+from .formats import dtypes_of
 from .prompt_table import MIB, PromptTable
 from .scheduler import read_scheduler, starting_noise
 
 SIZES = ("original_size", "crops_coords_top_left", "target_size")  # (height, width), of SDXL's micro-conditioning
+INPUTS = {  # fields of a denoiser's configuration that ask for an input which its pipeline's call does not give
+    "class_embed_type": "class labels",
+    "num_class_embeds": "class labels",
+    "time_cond_proj_dim": "the guidance as an input (a latent consistency model)",
+    "encoder_hid_dim_type": "embeddings beside the prompt's (an IP-Adapter's)",
+    "addition_embed_type": "embeddings beside the prompt's",
+}
 TOGETHER = 8  # prompts in a call of the text encoders
 
 
@@ -41,6 +49,8 @@ class Family(Adapters):
     video: ClassVar[bool] = False
     takes_negative_prompt: ClassVar[bool] = True
     takes_prompts: ClassVar[bool] = True
+    needs: ClassVar[Sequence[str]] = ("vae", "text_encoder", "tokenizer")  # components without which nothing is drawn
+    gives: ClassVar[Mapping[str, str]] = {}  # fields of INPUTS, and the values whose inputs are given
     takes: ClassVar[Sequence[str]] = ()  # arguments of the pipeline's own call that can be given here too
     source: str | None = None  # the folder or hub id that it was opened from
     licence: str | None = None  # where that says it
@@ -59,7 +69,8 @@ class Family(Adapters):
         self.pipeline = pipeline
         super().__init__(getattr(pipeline, self.component))
         networks = {name: m for name, m in pipeline.components.items() if isinstance(m, nn.Module)}
-        self.stored = {name: next(m.parameters()).dtype for name, m in networks.items()}  # what they are opened in
+        self.stored = {name: dtypes_of(m) for name, m in networks.items()}  # what they are opened in
+        self._check_parts()
         for module in self.modules():
             module.requires_grad_(False).eval()
         self.dtype: torch.dtype = self.denoiser.dtype  # of the stored weights
@@ -77,16 +88,53 @@ class Family(Adapters):
         self.rows_per_call = rows_per_call
         if size[2] is not None and not self.video:
             raise ModelError(f"frames is {size[2]}, but {type(pipeline).__name__} makes pictures; leave it out.")
+        for name, value in zip(("height", "width", "frames"), size, strict=True):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ModelError(f"{name} is {value!r}; expected a whole number of at least 1.")
         self.height, self.width, self.frames = self.size(*size)
         self.shape = self.latent_shape()
+        self._check_channels()
         self.schedule, self.prediction = read_scheduler(pipeline.scheduler, self.tokens())
         self.starting_noise = starting_noise(pipeline.scheduler)
         self.steps = int(pipeline.scheduler.config.num_train_timesteps)
         self.metadata: Mapping[str, Mapping[str, Any]] = {}  # of prompts that have any, for the reward
-        self.notes: list[str] = []
+        self.notes: list[str] = []  # of the pipeline and its prompts
         self.too_long = 0  # prompts whose ends the text encoders do not see
         self.table = PromptTable(prompt_memory)
         self.negative: dict[str, Tensor] = {}  # [1, ...]
+
+    def _check_parts(self) -> None:
+        """Raises ModelError for a pipeline with which nothing can be drawn as its own call would."""
+        pipeline, network, kind = self.pipeline, self.denoiser, type(self.pipeline).__name__
+        if missing := [name for name in ("scheduler", *self.needs) if getattr(pipeline, name, None) is None]:
+            raise ModelError(
+                f"this {kind} has no {' and no '.join(missing)}, without which it draws nothing from a prompt; open it with "
+                "all of its components."
+            )
+        for field, what in INPUTS.items():
+            value = getattr(network.config, field, None)
+            if value is not None and self.gives.get(field) != value:
+                raise ModelError(
+                    f"this {type(network).__name__} takes {what} ({field} is {value!r}), which no call of a {kind} gives it; "
+                    "wrap the network as a NetworkModel (docs/models.md), which has classes."
+                )
+
+    def _check_channels(self) -> None:
+        """Raises ModelError for a network of another kind than its pipeline: one that also takes a picture, say."""
+        config, vae = self.denoiser.config, getattr(self.pipeline, "vae", None)
+        found = self.shape[0]
+        if vae is not None:
+            own = vae.config.get("latent_channels", vae.config.get("z_dim"))
+            if own not in (None, found):
+                raise ModelError(
+                    f"the {self.component} takes {found} channels and the vae makes {own}: a model that also takes a picture "
+                    "or a mask is not supported; give one that draws from a prompt alone."
+                )
+        out = config.get("out_channels")
+        if out not in (None, config.in_channels, 2 * config.in_channels):  # twice: it also predicts a variance
+            raise ModelError(
+                f"the {self.component} takes {config.in_channels} channels and gives {out}; expected as many."
+            )
 
     def modules(self) -> list[Any]:
         """The pipeline's networks that are used here."""
@@ -134,9 +182,22 @@ class Family(Adapters):
 
     def size(self, height: int | None, width: int | None, frames: int | None) -> tuple[int, int, int]:
         """Pixels and frames, the pipeline's own by default."""
-        own, factor = self.denoiser.config.sample_size, self.pipeline.vae_scale_factor
-        own_height, own_width = (own, own) if isinstance(own, int) else own
+        factor = self.pipeline.vae_scale_factor
+        own_height, own_width = self._own_size(height, width)
         return height or own_height * factor, width or own_width * factor, 1
+
+    def _own_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """The denoiser's sample_size, a number or two; not looked at where height and width are both given."""
+        own = getattr(self.denoiser.config, "sample_size", None)
+        if own is None:
+            own = getattr(self.pipeline, "default_sample_size", None)
+        if own is None and (height is None or width is None):
+            raise ModelError(
+                f"the {self.component}'s configuration says no sample_size; give height and width, in pixels "
+                "(--option height=512 --option width=512)."
+            )
+        own = 0 if own is None else own
+        return (own, own) if isinstance(own, int) else (own[0], own[1])
 
     def latent_shape(self) -> tuple[int, ...]:
         factor = self.pipeline.vae_scale_factor
@@ -418,6 +479,9 @@ class StableDiffusion(Family):
 class StableDiffusionXL(Family):
     """Two text encoders, and the picture's size as a condition: by default that of one never cropped nor scaled."""
 
+    needs = ("vae", "text_encoder_2", "tokenizer_2")
+    gives: ClassVar[Mapping[str, str]] = {"addition_embed_type": "text_time"}
+
     takes = ("guidance_rescale", "clip_skip", *SIZES)
 
     def encode(self, prompts: str | list[str], negative: bool) -> dict[str, Tensor]:
@@ -444,6 +508,7 @@ class StableDiffusionXL(Family):
 class StableDiffusion3(Family):
     """Versions 3 and 3.5: a flow, three text encoders of which the third may be left out."""
 
+    needs = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     component = "transformer"
     takes = ("clip_skip", "max_sequence_length")
     targets = (*Family.targets, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -469,6 +534,7 @@ class Flux(Family):
     """A flow on 2 x 2 patches of latents. guidance_scale is an input of the distilled network; there is no negative prompt."""
 
     takes_negative_prompt = False
+    needs = StableDiffusion3.needs
     takes = ("max_sequence_length",)
 
     component = "transformer"
@@ -556,14 +622,17 @@ class Unconditional(Family):
 
     takes_negative_prompt = False
     takes_prompts = False
+    needs = ()
 
     targets = (*Family.targets, "conv1", "conv2")  # small ones have no attention
     default_guidance = 1.0
 
     def size(self, height: int | None, width: int | None, frames: int | None) -> tuple[int, int, int]:
-        own = self.denoiser.config.sample_size
-        own_height, own_width = (own, own) if isinstance(own, int) else own
-        return height or own_height, width or own_width, 1
+        own_height, own_width = self._own_size(height, width)
+        found = height or own_height, width or own_width
+        if found != (own_height, own_width):  # its own call has no such arguments: it draws what the configuration says
+            self.denoiser.register_to_config(sample_size=list(found))
+        return *found, 1
 
     def latent_shape(self) -> tuple[int, ...]:
         return (self.denoiser.config.in_channels, self.height, self.width)

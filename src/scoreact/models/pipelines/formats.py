@@ -109,6 +109,23 @@ def merge_adapters(network: nn.Module, names: Sequence[str] | None = None) -> No
         network._hf_peft_config_loaded = False  # type: ignore[assignment]
 
 
+def dtypes_of(network: nn.Module) -> dict[str, torch.dtype]:
+    """Of its floating tensors by name, those of adapters left out: some networks keep a part of theirs in float32."""
+    tensors = (*network.named_parameters(), *network.named_buffers())
+    return {
+        name.replace(".base_layer", ""): tensor.dtype
+        for name, tensor in tensors
+        if tensor.is_floating_point() and ".lora_" not in name
+    }
+
+
+def cast(network: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
+    """The network's tensors to these dtypes, in place; those that are not named stay."""
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        if name in dtypes:
+            tensor.data = tensor.data.to(dtypes[name])
+
+
 # --- written ---------------------------------------------------------------------------------------------------------
 
 

@@ -24,6 +24,8 @@ from .features import feature_width, features_at, prediction_and_features
 from .formats import (
     Layers,
     acting_layers,
+    cast,
+    dtypes_of,
     has_adapters,
     merge_adapters,
     rank_of,
@@ -325,7 +327,7 @@ class PipelineModel(nn.Module):
         family, pipeline = self.family, self.family.pipeline
         found: dict[str, Any] = {
             "base_model": family.source, "licence": family.licence, "pipeline": type(pipeline).__name__,
-            "component": family.component, "dtype": str(family.stored[family.component]).removeprefix("torch."),
+            "component": family.component, "dtype": str(family.dtype).removeprefix("torch."),
             "call": family.call_options(), "video": family.video, "takes_prompts": family.takes_prompts,
             "starts_elsewhere": self.starts_elsewhere, "reference": "the base model",
             "without": [
@@ -352,17 +354,18 @@ class PipelineModel(nn.Module):
         }
 
     def _save_pipeline(self, folder: Path) -> None:
-        """All components without peft's layers, each in the dtype that it was opened in."""
-        pipeline, component = self.family.pipeline, self.family.component
+        """All components without peft's layers, each tensor in the dtype that it was opened in."""
+        family, pipeline = self.family, self.family.pipeline
         own = {name: module for name, module in pipeline.components.items() if isinstance(module, nn.Module)}
         try:
             for name, module in own.items():
-                dtype = self.family.stored.get(name)
-                source = self.network if name == component and self.network is not None else module
-                if name == component or has_adapters(module) or module.dtype != dtype:
+                stored = family.stored.get(name, {})
+                source = self._denoiser if name == family.component else module
+                if name == family.component or has_adapters(module) or dtypes_of(module) != stored:
                     plain = copy.deepcopy(source)
-                    merge_adapters(plain, self._adapters() if name == component else None)
-                    setattr(pipeline, name, plain if plain.dtype == dtype else plain.to(dtype))
+                    merge_adapters(plain, self._adapters() if name == family.component else None)
+                    cast(plain, stored)
+                    setattr(pipeline, name, plain)
             pipeline.save_pretrained(str(folder))
         finally:
             for name, module in own.items():

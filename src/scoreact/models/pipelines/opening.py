@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from ...support.errors import ModelError
 from ...support.names import did_you_mean
 from .casting import compute_in_float32
 from .families import FAMILIES
+from .folder import licence_of, open_folder
 from .formats import GIVEN, has_adapters, load_adapter, merge_adapters
 from .model import PipelineModel
 
@@ -51,6 +50,7 @@ def pipeline_model(
     vae_slicing: bool = True,
     twice_differentiable: bool = False,
     prompt_memory: int = 1024,
+    variant: str = "",
 ) -> PipelineModel:
     """A diffusers pipeline with weights to train: a LoRA adapter, or all of the denoiser.
 
@@ -77,6 +77,7 @@ def pipeline_model(
         vae_slicing: decode one picture at a time.
         twice_differentiable: attention with second derivatives, which natural gradients (ctrl_trpo) need.
         prompt_memory: MiB of prompts' embeddings that stay beside the denoiser; the others wait in a temporary file.
+        variant: of the folder's weights files, such as "fp16"; by default those without one, or the only one there is.
 
     Raises:
         ImportError: diffusers or peft are missing.
@@ -92,11 +93,19 @@ def pipeline_model(
         from peft import LoraConfig
     except (ImportError, RuntimeError) as error:  # diffusers' own for a package that breaks when it is imported
         raise ImportError(_why_not(error)) from error
-    pipeline: Any = source if isinstance(source, DiffusionPipeline) else _open(str(source), dtype)
+    pipeline: Any
+    notes: list[str] = []
+    if isinstance(source, DiffusionPipeline):
+        if variant:
+            raise ModelError(f"variant is {variant!r}, but the pipeline is open already; leave it out.")
+        pipeline = source
+    else:
+        pipeline, notes = open_folder(str(source), dtype, variant)
     names = [kind.__name__ for kind in type(pipeline).__mro__]
     family_class = next((FAMILIES[name] for name in names if name in FAMILIES), None)
     if family_class is None:
         raise ModelError(f"{names[0]} is not supported; known: {', '.join(FAMILIES)}.")
+    notes += plain_networks(pipeline)
     if dtype is not None:
         pipeline.to(dtype=dtype)
     if lora is not None:
@@ -119,15 +128,9 @@ def pipeline_model(
         prompt_memory,
     )
     family.source = str(source) if pipeline is not source else pipeline.config.get("_name_or_path") or None
+    family.notes += notes
     family.licence = licence_of(Path(pipeline.config.get("_name_or_path") or family.source or ""))
     family.lora = None if lora is None else str(lora)
-    if getattr(family.denoiser.config, "time_cond_proj_dim", None) is not None:
-        raise ModelError("this UNet takes the guidance as an input (a latent consistency model); not supported yet.")
-    if any(getattr(module, "fused_projections", False) for module in family.denoiser.modules()):
-        raise ModelError(
-            "the denoiser's attention is fused (fuse_qkv_projections), so that it computes with copies of the weights that "
-            "would be trained; call unfuse_qkv_projections() on it first."
-        )
     vae = getattr(pipeline, "vae", None)
     if vae is not None:
         if family.dtype == torch.float16:
@@ -164,6 +167,78 @@ def pipeline_model(
         raise ModelError(f"lora_rank must be at least 1, got {rank!r}; use full=True to train all weights.")
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, use_dora=use_dora)
     return PipelineModel(family, family.add_adapter(config))
+
+
+def plain_networks(pipeline: Any) -> list[str]:
+    """Take off the pipeline's networks, in place, what would hide weights from training or from what is saved.
+
+    Returns:
+        A sentence for each thing that was taken off.
+
+    Raises:
+        ModelError: what cannot be taken off.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    notes = []
+    for name, network in pipeline.components.items():
+        if not isinstance(network, nn.Module):
+            continue
+        plain, off = network, []
+        while isinstance(plain, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(plain, "_orig_mod"):
+            off.append("compiled" if hasattr(plain, "_orig_mod") else "wrapped")
+            plain = getattr(plain, "_orig_mod", None) or plain.module  # type: ignore[assignment]
+        for module in list(plain.modules()):
+            if module._compiled_call_impl is not None:
+                module._compiled_call_impl = None
+                off.append("compiled")
+            for child_name, child in module.named_children():
+                if hasattr(child, "_orig_mod"):
+                    module._modules[child_name] = child._orig_mod  # type: ignore[assignment]
+                    off.append("compiled")
+        if off:
+            setattr(pipeline, name, plain)
+            notes.append(f"The {name} was {' and '.join(dict.fromkeys(off))}; it is used as it was before.")
+        _check_weights(name, plain)
+        fused = [m for m in plain.modules() if getattr(m, "fused_projections", False)]
+        if fused:  # the projections that adapters act on are not called, and the fused ones are in no plain pipeline
+            network = plain
+            network.unfuse_qkv_projections()  # type: ignore[operator]
+            for module in fused:
+                module.fused_projections = False  # type: ignore[assignment]
+                for part in ("to_qkv", "to_kv", "to_added_qkv", "to_added_kv"):
+                    module._modules.pop(part, None)
+            notes.append(
+                f"The {name}'s fused attention projections were taken apart, so that they can be trained and saved."
+            )
+        layers = [m for m in plain.modules() if isinstance(m, BaseTunerLayer)]
+        if any(layer.merged for layer in layers):  # beside a merged adapter no other acts
+            for layer in layers:
+                layer.unmerge()
+            notes.append(f"The {name}'s adapters, fused into its weights, act beside them again.")
+        for layer in layers:
+            if layer.disable_adapters:
+                layer._disable_adapters, layer._active_adapter = False, []
+    return notes
+
+
+def _check_weights(name: str, network: nn.Module) -> None:
+    for module in network.modules():
+        if hasattr(module, "_hf_hook") or getattr(getattr(module, "_diffusers_hook", None), "hooks", None):
+            raise ModelError(
+                f"the pipeline's {name} has hooks (offloading, caching or layerwise casting), which training does not go "
+                "through; open it without them: pipe.remove_all_hooks(), or a fresh from_pretrained."
+            )
+    for key, p in network.named_parameters():
+        if p.is_meta:
+            raise ModelError(
+                f"the {name}'s weight {key} is not in memory (offloaded); open the pipeline without offloading."
+            )
+        if p.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            kind = str(p.dtype).removeprefix("torch.")
+            raise ModelError(
+                f"the {name}'s weight {key} is {kind} (quantised or cast); open the pipeline in float32, float16 or bfloat16."
+            )
 
 
 def known_targets(network: nn.Module, targets: str | Sequence[str]) -> list[str]:
@@ -217,50 +292,3 @@ def _why_not(error: Exception) -> str:
                 "pip uninstall torchvision, which nothing here needs."
             )
     return f"diffusers pipelines need diffusers, transformers and peft ({error}); pip install 'scoreact[diffusers]'."
-
-
-def _open(source: str, dtype: torch.dtype | None) -> Any:
-    """A pipeline from a folder or the hub, in the stored dtype unless another is wanted."""
-    from diffusers import DiffusionPipeline
-
-    try:
-        folder = Path(source) if Path(source).is_dir() else Path(DiffusionPipeline.download(source))
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        # saved without it (Stable Diffusion 3 needs no T5), and opened only when told so
-        without = {name: None for name, kind in index.items() if kind == [None, None]}
-        return DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype or _stored_dtype(folder), **without)
-    except OSError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(
-            f"cannot open pipeline {source!r}: {reason}. Give a folder with a model_index.json, or a hub id."
-        ) from error
-
-
-def licence_of(folder: Path) -> str | None:
-    """What a pipeline's folder says of its licence: in its card's head, its configuration, or the first line of a licence
-    file; None where it says nothing."""
-    card = folder / "README.md"
-    if card.is_file() and (text := card.read_text(encoding="utf-8", errors="replace")).startswith("---"):
-        head = yaml.safe_load(text.split("---")[1])
-        if isinstance(head, dict) and head.get("license"):
-            return str(head.get("license_name") or head["license"])
-    index = folder / "model_index.json"
-    if index.is_file() and (said := json.loads(index.read_text(encoding="utf-8")).get("license")):
-        return str(said)
-    for path in sorted(folder.glob("LICEN[SC]E*")):
-        lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
-        return next((line[:80] for line in lines if line), path.name)
-    return None
-
-
-def _stored_dtype(folder: Path) -> torch.dtype:
-    """Of the denoiser's first tensor: diffusers itself would load everything as float32."""
-    from safetensors import safe_open
-
-    known = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    for component in ("unet", "transformer"):
-        for path in sorted((folder / component).glob("*.safetensors")):
-            with safe_open(str(path), "pt") as file:
-                name = next(iter(file.keys()))
-                return known.get(file.get_slice(name).get_dtype(), torch.float32)
-    return torch.float32
