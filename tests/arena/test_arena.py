@@ -32,6 +32,8 @@ from scoreact.models.value_networks import VectorValue
 from scoreact.rewards import Quadratic, is_differentiable
 from scoreact.sampling.draw import draw
 from scoreact.support.files import resume_lines
+from scoreact.training import reference_look
+from scoreact.training import trainer as trainer_module
 from scoreact.training.trainer import Trainer
 from scoreact.types import Condition
 
@@ -74,6 +76,9 @@ class Counter:
             monkeypatch.setattr(kind, method, self._counted(getattr(kind, method), column))
         for name in ("heldout", "transfer"):
             monkeypatch.setattr(arena_run, name, self._uncounted(getattr(arena_run, name)))
+        # looks for what would keep a run from learning, which are no cost of learning
+        monkeypatch.setattr(trainer_module, "check_weights", self._uncounted(trainer_module.check_weights))
+        monkeypatch.setattr(reference_look, "_is_of_a_sample", self._uncounted(reference_look._is_of_a_sample))
         iterate = Trainer.iterate
 
         def watched(trainer: Trainer) -> Any:

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from scoreact import rewards as rw
-from scoreact.rewards import check
+from scoreact.rewards.examine import _about_tensor
 from scoreact.types import Condition
 
 IMAGES = torch.rand(6, 1, 12, 12, generator=torch.Generator().manual_seed(0))
@@ -709,11 +709,11 @@ def test_explain_is_content_with_good_rewards(spec: str | Callable[..., object])
 
 
 def test_explain_notes_a_slow_reward_and_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check, "SLOW", 1e-3)
+    monkeypatch.setattr("scoreact.rewards.examine.SLOW", 1e-3)
     found = rw.explain(lambda images: (time.sleep(2e-3 * len(images)), mean(images))[1], IMAGES, CONDITION)
     assert re.match(r"note: .*takes 0.00\d+ s a sample; 10,000 take 0.0 hours", found[0]), found
     assert found[-1].startswith("fine: ")
-    assert check._about_tensor("f", torch.zeros(6, device="meta"), IMAGES) == [
+    assert _about_tensor("f", torch.zeros(6, device="meta"), IMAGES) == [
         "note: reward f returned a tensor on meta; it is copied to cpu each call."
     ]
 

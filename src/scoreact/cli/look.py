@@ -317,7 +317,7 @@ def check(options: argparse.Namespace) -> int:
 
 
 def check_reward(options: argparse.Namespace) -> list[str]:
-    from ..rewards.check import explain
+    from ..rewards.examine import explain
 
     recipe = find_recipe(options.recipe)
     problem = Source(recipe, dict(recipe.options), recipe.config).build()
@@ -330,7 +330,7 @@ def check_reward(options: argparse.Namespace) -> list[str]:
 
 def check_recipe(options: argparse.Namespace) -> list[str]:
     from ..report.numbers import rounded
-    from ..rewards.check import explain
+    from ..rewards.examine import explain
 
     problem = _problem(options)
     decoded, condition = _few_samples(problem, options.samples)

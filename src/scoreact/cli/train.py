@@ -337,6 +337,9 @@ def run_training(
             )
         except KeyboardInterrupt:
             raise KeyboardInterrupt(how_to_resume(out)) from None
+        except SystemExit as error:  # code of the user's that the run calls
+            text = f"something that the run calls ended the program: sys.exit({error.code!r})."
+            raise Failed(f"{text} {how_to_resume(out)}") from error
         except EXPECTED as error:
             if not screen.began or isinstance(error, Diverged):
                 raise

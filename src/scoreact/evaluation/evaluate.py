@@ -20,7 +20,7 @@ from ..dynamics.samplers import sampler_by_name
 from ..dynamics.sde import SDE, Noise
 from ..dynamics.solvers import Solver
 from ..rewards.base import Reward
-from ..rewards.check import Checked, checked
+from ..rewards.check import Checked, checked, unchanged
 from ..rewards.remote.overlap import Scores
 from ..sampling.draw import balanced, draw
 from ..support.seeds import derived
@@ -106,7 +106,10 @@ def rewards_of(
 
 def diversity(decoded: Tensor, condition: Condition, features: Features | None = None) -> float:
     """Mean distance of two samples of the same prompt, averaged over prompts with at least two samples."""
-    points = features(decoded) if features is not None else decoded.flatten(1)
+    points = decoded.flatten(1)
+    if features is not None:
+        with unchanged("features", decoded):
+            points = features(decoded)
     distances = [
         float(mean_pairwise_distance(points[rows.to(points.device)]))
         for rows in groups(condition).values()

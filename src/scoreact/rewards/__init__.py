@@ -8,9 +8,10 @@ with respect to the samples may be used. Does not know policies, costs or traini
 from __future__ import annotations
 
 from .base import ClassOf, Measure, Reward, is_differentiable, name_of
-from .check import Checked, checked, explain
+from .check import Checked, checked
 from .closed_form import Linear, Quadratic
 from .combine import RunningNormaliser, WeightedSum, clip, normalise, product, threshold, weighted_sum
+from .examine import explain
 from .image import (
     ClassifierAlignment,
     brightness,

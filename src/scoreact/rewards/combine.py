@@ -18,6 +18,7 @@ from torch import Tensor
 from ..support.errors import RewardError
 from ..types import Condition
 from .base import FunctionReward, Reward, is_differentiable, name_of
+from .check import part_of
 
 
 class WeightedSum:
@@ -37,12 +38,18 @@ class WeightedSum:
         self.differentiable = all(is_differentiable(reward) for _, reward in parts.values())
 
     def parts(self, samples: Tensor, condition: Condition) -> dict[str, Tensor]:
-        """{name: rewards [B]}, each reward called once, unweighted."""
-        return {name: reward(samples, condition) for name, (_, reward) in self._parts.items()}
+        """{name: rewards [B]}, each reward called once, unweighted. Raises RewardError naming the part that is not finite."""
+        return {
+            name: part_of(f"{name} (a part of {self.name})", reward, samples, condition)
+            for name, (_, reward) in self._parts.items()
+        }
+
+    def total(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """The weighted sum [B] of what `parts` gave."""
+        return torch.stack([weight * parts[name] for name, (weight, _) in self._parts.items()]).sum(0)
 
     def __call__(self, samples: Tensor, condition: Condition) -> Tensor:
-        values = self.parts(samples, condition)
-        return torch.stack([weight * values[name] for name, (weight, _) in self._parts.items()]).sum(0)
+        return self.total(self.parts(samples, condition))
 
 
 def weighted_sum(parts: Mapping[str, tuple[float, Reward]]) -> WeightedSum:
@@ -54,9 +61,11 @@ def product(rewards: Sequence[Reward]) -> FunctionReward:
     """R = product of the rewards; meant for rewards >= 0, where one bad part spoils the whole."""
     if not rewards:
         raise RewardError("product got no rewards. Give a list of at least one.")
+    name = " * ".join(name_of(reward) for reward in rewards)
+    parts = [(f"{name_of(reward)} (a part of {name})", reward) for reward in rewards]
     return FunctionReward(
-        lambda x, condition: torch.stack([reward(x, condition) for reward in rewards]).prod(0),
-        " * ".join(name_of(reward) for reward in rewards),
+        lambda x, condition: torch.stack([part_of(part, reward, x, condition) for part, reward in parts]).prod(0),
+        name,
         all(is_differentiable(reward) for reward in rewards),
     )
 
@@ -66,7 +75,7 @@ def threshold(reward: Reward, at: float) -> FunctionReward:
     _check_finite("at", at)
 
     def above(x: Tensor, condition: Condition) -> Tensor:
-        values = reward(x, condition)
+        values = part_of(name_of(reward), reward, x, condition)  # NaN is below nothing
         return (values >= at).to(values.dtype)
 
     return FunctionReward(above, f"{name_of(reward)} >= {at:g}")

@@ -23,7 +23,7 @@ from ..support import distributed
 from ..support.errors import Diverged, RunError, RunExists, SettingError
 from ..support.files import Line, append_line, read_lines, truncate_lines, write_json, write_tensors
 from ..support.folders import FolderLock
-from ..training.guard import unmoved
+from ..training.guard import nothing_steers, rounded_away, unmoved
 from ..training.kl_price import has_kl_term, sees_kl
 from ..training.loop import Hook, Stop, training_loop
 from ..training.state import restore, state_of
@@ -151,6 +151,8 @@ class Session(Hook):
 
     def _say_notes(self) -> None:
         """What the trainer noticed and what the model itself has to say, each sentence once."""
+        if (failed := self.trainer.failures.news()) is not None:
+            self.trainer.notes.append(failed)
         while self.trainer.notes:
             self._record("guard", {"guard": "note", "text": self.trainer.notes.pop(0)})
         for model in (self.trainer.policy.model, self.trainer.policy.reference):
@@ -204,7 +206,7 @@ class Session(Hook):
             self._record("evaluation", {"evaluation": True, **self.final})
         self._say_notes()
         if c.target_kl > 0 and not has_kl_term(trainer.algorithm):
-            self._say_no_kl_term()
+            self._record("guard", {"guard": "target_kl", "text": nothing_steers(c)})
 
     def _look(self) -> str | None:
         """Evaluate, keep the best weights, say what the guard finds; a sentence when the run had better stop."""
@@ -231,23 +233,10 @@ class Session(Hook):
 
     def _look_at_rounding(self) -> Metrics:
         """What rounding alone costs, said where it stops all learning."""
-        found, c = self.trainer.rounding(), self.trainer.config
-        most = c.max_kl
-        if c.uses("max_kl") and found.get("policy/kl_rounding", 0.0) > most:
-            text = (
-                f"rounding alone costs {found['policy/kl_rounding']:.2g} nats of path KL, more than max_kl ({most:g}), so that "
-                "every step of the policy is refused; compute in float32 (of a pipeline --option compute_dtype=float32)."
-            )
+        found = self.trainer.rounding()
+        if (text := rounded_away(found, self.trainer.config)) is not None:
             self._record("guard", {"guard": "rounding", "text": text})
         return found
-
-    def _say_no_kl_term(self) -> None:
-        c = self.trainer.config
-        text = (
-            f"target_kl is {c.target_kl:g}, but {c.algorithm} with these settings has no KL term that kl_weight could weigh, "
-            "so nothing steers its path KL; the guard still watches it."
-        )
-        self._record("guard", {"guard": "target_kl", "text": text})
 
     def _say_unmoved(self) -> None:
         """Once, and in the end again if it is still so."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..evaluation.evaluate import Features, Judge
 from ..evaluation.metrics import feature_statistics, frechet_distance
+from ..rewards.check import unchanged
 from ..types import Condition, Metrics
 from .config import Config
 
@@ -86,7 +87,8 @@ class Guard:
     @torch.no_grad()
     def look_at_samples(self, samples: Tensor, condition: Condition, first: bool) -> Metrics:
         """Drift of an evaluation's samples from the pretrained model's, and the judge's metrics."""
-        metrics = dict(self.judge(samples, condition)) if self.judge is not None else {}
+        with unchanged("the judge", samples):
+            metrics = dict(self.judge(samples, condition)) if self.judge is not None else {}
         points = self._points(samples)
         parts = self._left_out(samples, condition, metrics)
         if first:
@@ -108,7 +110,8 @@ class Guard:
         if len(decoded) < 2:
             return None
         if self.features is not None:
-            return self.features(decoded).detach().cpu().double()
+            with unchanged("features", decoded):
+                return self.features(decoded).detach().cpu().double()
         return decoded.detach().cpu().flatten(1).double() if decoded[0].numel() <= SMALL else None
 
     def _set_reference(self, points: Tensor | None) -> None:
@@ -322,6 +325,24 @@ def unmoved(final: Metrics, reference: Metrics, iterations: Sequence[Mapping[str
         rate = f"learning_rate ({config.learning_rate:g}), tenfold for a start"
         return f"{said} Raise {rate}, or iterations ({config.iterations})."
     return f"{said} Raise max_kl ({config.max_kl:g}) or iterations ({config.iterations})."
+
+
+def rounded_away(found: Metrics, config: Config) -> str | None:
+    """That rounding alone costs more path KL than a step may have; None where it does not."""
+    cost = found.get("policy/kl_rounding", 0.0)
+    if not config.uses("max_kl") or cost <= config.max_kl:
+        return None
+    return (
+        f"rounding alone costs {cost:.2g} nats of path KL, more than max_kl ({config.max_kl:g}), so that every step of the "
+        "policy is refused; compute in float32 (of a pipeline --option compute_dtype=float32)."
+    )
+
+
+def nothing_steers(config: Config) -> str:
+    return (
+        f"target_kl is {config.target_kl:g}, but {config.algorithm} with these settings has no KL term that kl_weight could "
+        "weigh, so nothing steers its path KL; the guard still watches it."
+    )
 
 
 def known_kl(reference: Metrics) -> tuple[float, float]:

@@ -41,6 +41,11 @@ class RunSettings:
     kl_weight: float = setting(
         1.0, "Price of path KL: how much reward one nat costs (beta in the papers)", 0, above=True
     )
+    reward_failures: int = setting(
+        0,
+        "Number of samples for which the reward may fail in a run, asked again; 0: the first failure ends it",
+        0,
+    )
     reward_gradient: Literal["exact", "surrogate"] = setting(
         "exact",
         "Whose gradient the rule follows: the reward's own, or its surrogate's, refitted after every rollout",

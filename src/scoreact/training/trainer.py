@@ -22,6 +22,7 @@ from ..models.base import Rounds, ScoreModel, StartsElsewhere
 from ..models.weights import load_parameters
 from ..rewards.base import Reward
 from ..rewards.check import Checked, checked
+from ..rewards.failures import Failures
 from ..rewards.remote.overlap import Scores, ready
 from ..sampling.draw import balanced
 from ..support import distributed
@@ -108,9 +109,12 @@ class Trainer:
         distributed.same(self.policy.trainable())
         self.prompts, self.unseen = split(prompts, config.heldout_prompts, config.seed, model, test_prompts)
         self.unseen_rewards: Tensor | None = None  # the reference's, [B]
-        self.reward: Checked = checked(reward)
+        self.failures = Failures(config.reward_failures)
+        self.reward: Checked = checked(reward, self.failures)
         ready(self.reward)  # one elsewhere that is not there is said now
-        self.heldout_reward: Checked = checked(reward)  # counted apart: the cost of looking, not of learning
+        self.heldout_reward: Checked = checked(
+            reward, self.failures
+        )  # counted apart: the cost of looking, not of learning
         self.features, self.optimum = features, optimum
         self.guard = Guard(
             config.kl_weight, config.guard, config.target_kl, config.least_diversity, config.patience, features, judge
@@ -142,6 +146,7 @@ class Trainer:
         self.reference: Metrics = {}
         self.start: Metrics = {}  # held-out J before the first update
         self.seen: Tensor | None = None  # some samples of the last evaluation
+        self.parts: Metrics = {}  # means of a summed reward's parts over the last rollout
         self.saved: list[Paths] = []  # the reference's paths that the first iterations learn from
 
     # --- the loop -----------------------------------------------------------------------------------------------
@@ -170,6 +175,8 @@ class Trainer:
             self.steer_kl(drawn["policy/kl"], 1)
         if self.config.target_kl > 0:
             drawn["policy/kl_weight"] = self.algorithm.kl_weight
+        if self.failures.most:
+            drawn["cost/reward_failures"] = self.failures.count
         return {
             **drawn,
             # the same in every process: a limit on one of them ends all or none
@@ -196,6 +203,7 @@ class Trainer:
         """What a rollout says of the policy that drew it."""
         trajectory, rewards = paths.trajectory, paths.rewards
         metrics = {"reward/mean": float(rewards.mean()), "reward/std": float(rewards.std())}
+        metrics |= {f"reward/mean/{name}": value for name, value in self.parts.items()}
         if self.algorithm.reads_reference and bool(trajectory.acts.any()):  # otherwise nobody knows the path KL
             kl = trajectory.path_kl()
             metrics["policy/kl"] = float(kl.mean())
@@ -216,8 +224,11 @@ class Trainer:
 
     def rollout(self) -> Paths:
         """Paths of a batch of prompts, and their rewards."""
+        self.reward.take_parts()  # those of other questions than these
         trajectory, scores = self.draw()
-        return Paths(trajectory, scores.result())
+        rewards = scores.result()
+        self.parts = self.reward.take_parts()
+        return Paths(trajectory, rewards)
 
     def draw(self, reference_only: bool = False) -> tuple[Trajectory, Scores]:
         """Paths of a batch of prompts; a reward elsewhere scores a part of them while the next is drawn."""
@@ -270,10 +281,12 @@ class Trainer:
         c = self.config
         ts = c.times(self.policy.model.schedule, torch.Generator(self.device).manual_seed(EVALUATION_SEED))
         policy = Policy(self.policy.reference, self.policy.reference) if of_reference else self.averaged()
+        self.heldout_reward.take_parts()
         metrics = evaluate(
             policy, self.sde, self.solver, ts, self.heldout_reward, self.prompts, c.kl_weight,
             c.heldout_samples, EVALUATION_SEED, self._look_at_samples, self.features, self.device, self._watch,
         )  # fmt: skip
+        metrics |= {f"reward/heldout/{name}": value for name, value in self.heldout_reward.take_parts().items()}
         start = self.start.setdefault("objective/J", metrics["objective/J"])  # same noise: errors cancel
         metrics["objective/recovered"] = recovered(metrics["objective/J"] - start, self.reference)
         if self.unseen:

@@ -158,7 +158,7 @@ def main(spec: str, options: str) -> None:
         body = requests.read(int.from_bytes(size, "little"))
         try:
             content = {"rewards": score(function, body, tensor)}
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             content = {"error": f"raised {said(error)}"}
         answer(out, content)
 

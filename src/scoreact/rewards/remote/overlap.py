@@ -62,7 +62,7 @@ class Scores:
             if before is not None:
                 before.result()  # one after another, and none after a failure
             # a counter of its own: the main thread may be counting too
-            future.set_result(Checked(self._reward.reward)(x, condition))
+            future.set_result(Checked(self._reward.reward, self._reward.failures)(x, condition))
         except BaseException as error:
             future.set_exception(error)
 
