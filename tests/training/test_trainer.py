@@ -27,7 +27,7 @@ from scoreact.runs import checkpoint
 from scoreact.runs.checkpoint import load_checkpoint, read_run
 from scoreact.support.errors import SettingError
 from scoreact.support.files import read_lines
-from scoreact.training.config import Config, usable
+from scoreact.training.config import Config, updated, usable
 from scoreact.training.optim import Diverged
 from scoreact.training.trainer import Trainer
 from scoreact.types import Condition, Metrics
@@ -117,7 +117,7 @@ def test_an_iteration_of_the_pathwise_rule_costs_what_it_says() -> None:
 
 def test_a_value_network_that_cannot_take_its_inputs_is_told_before_anything_is_spent() -> None:
     with pytest.raises(
-        ValueError, match=r"cannot take value_inputs 'x', here of shape \(2,\).*Use another value_inputs"
+        ValueError, match=r"cannot take value_inputs 'x', here of shape \(2,\).*or another value_inputs"
     ):
         train(value_inputs="x")
 
@@ -320,6 +320,41 @@ def test_what_cannot_be_trained_is_refused() -> None:
         train(learning_rat=1.0)
     with pytest.raises(ValueError, match="device is 'gpu'; known: auto, cpu"):
         train(device="gpu")
+
+
+def test_settings_that_would_do_nothing_with_these_parts() -> None:
+    def made(network: Any = None, **settings: Any) -> Trainer:
+        problem = build(width=8)
+        small = Config(device="cpu", batch_size=8, heldout_samples=8)
+        return Trainer(problem.model, linear_reward(2, 0), [""], network, updated(small, settings))
+
+    with pytest.raises(SettingError, match="exploration is 'gaussian', but draft draws no paths to explore"):
+        made(algorithm="draft", exploration="gaussian")
+    made(algorithm="draft", exploration="gaussian", renoise=2)
+
+    def own() -> VectorValue:
+        network = VectorValue(2, 8)
+        network.inputs = "x"  # type: ignore[assignment]
+        return network
+
+    with pytest.raises(
+        SettingError, match="value_inputs is 'x_data_hat', but the value network sees 'x' by its own word"
+    ):
+        made(own, value_inputs="x_data_hat")
+    made(own, value_inputs="x")
+    notes = made(algorithm="ctrl_pathwise", reuse_reference=5, reference_batches=2).notes
+    assert "reuse_reference is 5, and the 2 of reference_batches are all that is reused." in notes
+
+
+def test_exploring_by_the_reference_asks_it_under_every_rule() -> None:
+    """ddpo does not read the reference; epsilon-greedy acts by it all the same."""
+    problem = build(width=8)
+    config = updated(
+        Config(device="cpu", batch_size=32, heldout_samples=8, steps=3, iterations=1),
+        {"algorithm": "ddpo", "exploration": "epsilon_greedy", "exploration_scale": 0.5},
+    )
+    trainer = Trainer(problem.model, problem.reward, [""], None, config)
+    assert bool(trainer.rollout().trajectory.xs.isfinite().all())
 
 
 def test_a_random_model_is_caught_before_the_first_update() -> None:

@@ -85,8 +85,8 @@ class DDPO(Rule):
             buffer = [*self.buffers.get(prompt, []), *rewards[rows].tolist()][-self.buffer_size :]
             self.buffers[prompt] = buffer
             # float64: the rounding of a mean of equal rewards would count for something beside 1e-6
-            own = torch.tensor(buffer, dtype=torch.float64, device=rewards.device)
-            known = own if len(buffer) >= self.min_count else rewards.double()
+            own = torch.tensor(buffer, dtype=torch.float64)
+            known = own if len(buffer) >= self.min_count else rewards.cpu().double()
             advantages[rows] = ((rewards[rows] - known.mean()) / (known.std(correction=0) + 1e-6)).to(rewards.dtype)
         return advantages
 

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..support.devices import in_double
 from ..types import Metrics
 
 
@@ -70,13 +71,13 @@ def slope(values: Tensor, returns: Tensor, paths: Tensor) -> Metrics:
     policy's, or its fit is shrunk. At the optimum the slope is 1. The error is that of clusters: the states of a path
     share their return. No slope where V is the same everywhere.
     """
-    values, returns = values.double(), returns.double()
+    values, returns = in_double(values), in_double(returns)
     metrics = {"value/explained_variance": explained_variance(values, returns)}
     x, y = values - values.mean(), returns - returns.mean()
     spread = float(x.square().sum())
     if spread > 0:
         found = float((x * y).sum()) / spread
-        _, place = paths.unique(return_inverse=True)
+        _, place = paths.to(x.device).unique(return_inverse=True)
         pulls = torch.zeros_like(x).index_add_(0, place, x * (y - found * x))  # of each path on the slope
         metrics |= {"value/slope": found, "value/slope_error": float(pulls.norm()) / spread}
     return metrics

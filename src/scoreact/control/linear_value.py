@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..dynamics.schedule import Schedule
 from ..models.prompt_words import MANY, bag_of_words
 from ..support import distributed
+from ..support.devices import in_double
 from ..types import Condition, Metrics
 from .value import KNOTS, knots
 from .value_fit import Sample, ValueFit, logit_of
@@ -134,14 +135,14 @@ class RidgeFit(ValueFit):
         sizes = [len(s.t) for s in memory]
         fold = torch.cat([_fold(s).repeat(len(s.t) // s.paths) for s in memory])
         parts = [torch.nonzero(fold == k).flatten() for k in range(FOLDS)]
-        grams = [_summed((weight[rows, None] * phi[rows]).double().T @ phi[rows].double()) for rows in parts]
+        grams = [_summed(in_double(weight[rows, None] * phi[rows]).T @ in_double(phi[rows])) for rows in parts]
         gram_of_all = torch.stack(grams).sum(0)
         per_path = sum(sizes) / paths  # states of a path share its noise, and count as one
         offset = torch.arange(phi.shape[1], device=t.device) >= 2 * len(self.head.mean)
 
         def solved(gram: Tensor, moment: Tensor, ridge: float) -> Tensor:
             penalty = per_path * torch.where(offset, min(ridge, 1.0), ridge)
-            factor = torch.linalg.cholesky(gram + penalty.double().diag())
+            factor = torch.linalg.cholesky(gram + in_double(penalty).diag())
             return torch.cholesky_solve(moment[:, None], factor)[:, 0].to(phi)
 
         def left_out(ridge: float, y: Tensor) -> Tensor:
@@ -191,7 +192,7 @@ class RidgeFit(ValueFit):
     def _spread(self, t: Tensor, weight: Tensor, squares: Tensor) -> Tensor:
         """The standard deviation left at each of `KNOTS` times; where nothing was seen, that of all times."""
         near = weight * knots(t)
-        found = torch.stack([near @ squares, near.sum(1)]).double()
+        found = in_double(torch.stack([near @ squares, near.sum(1)]))
         distributed.average([found])
         total = found.sum(1)
         prior = 1e-3 * total[1]
@@ -216,6 +217,6 @@ def _fold(sample: Sample) -> Tensor:
 
 def _summed(x: Tensor) -> Tensor:
     """Over the processes, in double precision."""
-    found = x.double()
+    found = in_double(x)
     distributed.average([found])
     return found * distributed.world()

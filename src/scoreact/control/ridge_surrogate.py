@@ -245,7 +245,7 @@ class RidgeSurrogate:
 
     def _z(self, features: Tensor) -> Tensor:
         """Standardised, in float64 on the CPU."""
-        mean, std = (self.fitted[name].to(features).double() for name in ("mean", "std"))
+        mean, std = (self.fitted[name].cpu().double() for name in ("mean", "std"))
         return (features.double() - mean) / std
 
     def _told(self, z: Tensor, q: Tensor) -> Tensor:

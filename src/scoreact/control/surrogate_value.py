@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..dynamics.sde import SDE
 from ..support import distributed
+from ..support.devices import in_double
 from ..support.errors import SettingError
 from ..types import Condition, Metrics
 from .policy import Policy
@@ -90,8 +91,8 @@ class SurrogateFit(ValueFit):
         for sample in self.memory:
             s = value.surrogate.of_features(sample.features, sample.condition)
             hats = knots(sample.t).T
-            rows.append(torch.cat([hats * s[:, None], hats], dim=1).double())
-            targets.append((sample.target - s).double())  # what a = 1, b = 0 leaves
+            rows.append(in_double(torch.cat([hats * s[:, None], hats], dim=1)))
+            targets.append(in_double(sample.target - s))  # what a = 1, b = 0 leaves
             # the states of a path share its noise, and count as one
             each.append(torch.full_like(targets[-1], sample.paths / len(sample.t)))
         phi, y, weight = torch.cat(rows), torch.cat(targets), torch.cat(each)

@@ -45,7 +45,7 @@ def normal_as(x: Tensor, generator: torch.Generator | Sequence[torch.Generator])
 
 def _levels(sde: SDE, ts: Tensor) -> tuple[Tensor, Tensor]:
     """alpha and sigma at ts, [N + 1], in float64 on the CPU: as scalars they neither promote nor synchronise x."""
-    ts = ts.double().cpu()
+    ts = ts.cpu().double()
     return sde.schedule.alpha(ts), sde.schedule.sigma(ts)
 
 
@@ -97,7 +97,7 @@ def dpm_solver_pp_2m_sde(sde: SDE, score: ScoreFn, ts: Tensor, x: Tensor, genera
     alpha, sigma = _levels(sde, ts)
     # 1e-30: log 0 would make h infinite and 0 h undefined; at h = 70 the exponentials are 0 in float64 as well
     h = (alpha / sigma.clamp(min=1e-30)).log().diff()
-    eta2 = _eta(sde, ts.double().cpu()) ** 2
+    eta2 = _eta(sde, ts.cpu().double()) ** 2
     last_is_first_order = len(h) < 15 or float(sigma[-1]) == 0
     xs: list[Tensor] = [x]
     previous = x

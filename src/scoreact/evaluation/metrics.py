@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..support.devices import in_double
 from ..support.errors import SettingError
 
 
@@ -48,7 +49,7 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
     those of the symmetric S1^(1/2) S2 S1^(1/2). Between two finite samples of one law it is positive: compare only at
     equal sample sizes, or against that floor. Units: features squared.
     """
-    mean1, cov1, mean2, cov2 = (x.double() for x in (mean1, cov1, mean2, cov2))
+    mean1, cov1, mean2, cov2 = (in_double(x) for x in (mean1, cov1, mean2, cov2))
     if mean1.ndim != 1 or mean1.shape != mean2.shape or not cov1.shape == cov2.shape == mean1.shape * 2:
         shapes = [tuple(x.shape) for x in (mean1, cov1, mean2, cov2)]
         raise SettingError(
@@ -134,10 +135,10 @@ def neighbours(real: Tensor, generated: Tensor, k: int = 5) -> Neighbours:
         inside_generated.append((distance < generated_radius).any(1))
     balls = torch.stack(inside_real).sum(0)  # [M]: real balls around each generated sample
     return Neighbours(
-        precision=float((balls > 0).double().mean()),
-        recall=float(torch.cat(inside_generated).double().mean()),
-        density=float(balls.double().mean() / k),
-        coverage=float(torch.cat(hit).double().mean()),
+        precision=float(in_double(balls > 0).mean()),
+        recall=float(in_double(torch.cat(inside_generated)).mean()),
+        density=float(in_double(balls).mean() / k),
+        coverage=float(in_double(torch.cat(hit)).mean()),
     )
 
 
@@ -226,7 +227,7 @@ def _matrix(x: Tensor, name: str) -> Tensor:
         )
     if not bool(x.isfinite().all()):
         raise SettingError(f"{name} hold NaN or infinity in {int((~x.isfinite().all(1)).sum())} of {len(x)} rows.")
-    return x.double()
+    return in_double(x)
 
 
 def _pair(real: Tensor, generated: Tensor) -> tuple[Tensor, Tensor]:

@@ -42,7 +42,7 @@ def estimate_optimum(rewards: Tensor, condition: Condition, kl_weight: float) ->
     of (sum w)^2 / sum w^2 with w = exp(R / beta); below 20 the estimate is not to be trusted: a few samples carry it. With
     `objective/pooled` 1 it is that of the pooled residuals, times the share of them that is free.
     """
-    rewards = rewards.double().cpu()
+    rewards = rewards.cpu().double()
     j_ref, j_ref_se = mean_and_error(rewards)
     pooled = is_pooled(condition)
     if pooled:
@@ -88,7 +88,7 @@ def optimal_kl(rewards: Tensor, condition: Condition, kl_weight: float) -> Metri
     Z; also KL* = -dJ* / dbeta. Per prompt by the weights exp(R / beta), then averaged, or pooled; the error is the delta
     method's. At most log of the number of samples: trust it where J* is trusted.
     """
-    rewards = rewards.double().cpu()
+    rewards = rewards.cpu().double()
     if is_pooled(condition):
         return _pooled_kl(rewards, condition, kl_weight)
     total, variance = 0.0, 0.0

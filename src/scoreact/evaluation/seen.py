@@ -19,7 +19,7 @@ def seen(guess: Tensor, rewards: Tensor, condition: Condition) -> tuple[float, f
     sample say nothing. The error is that of a correlation of normal numbers, (1 - r^2) / sqrt(n), carried to r^2; at r = 0 r^2
     itself is 1 / n by chance, which the error includes. nan, nan: no two samples of a prompt, or nothing that varies.
     """
-    pairs = torch.stack([guess, rewards]).double().cpu()
+    pairs = torch.stack([guess, rewards]).cpu().double()
     free, centred = 0, torch.zeros_like(pairs)
     for rows in groups(condition).values():
         rows = rows.cpu()

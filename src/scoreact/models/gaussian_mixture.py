@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dynamics.schedule import Schedule
+from ..support.devices import in_double
 from ..support.errors import ModelError
 from ..types import Condition
 
@@ -139,8 +140,8 @@ class GaussianMixture(nn.Module):
         """
         if kl_weight <= 0:
             raise ModelError(f"kl_weight must be positive, got {kl_weight}.")
-        a, q = linear.double() / kl_weight, quadratic.double() / kl_weight
-        means, covariances = self.means.double(), self.covariances.double()
+        a, q = in_double(linear) / kl_weight, in_double(quadratic) / kl_weight
+        means, covariances = in_double(self.means), in_double(self.covariances)
         precision = torch.linalg.inv(covariances)
         new_precision = precision + q
         if not bool((torch.linalg.eigvalsh(new_precision) > 0).all()):
@@ -149,7 +150,7 @@ class GaussianMixture(nn.Module):
         pull = torch.einsum("kde,ke->kd", precision, means) + a
         new_means = torch.einsum("kde,ke->kd", new_covariances, pull)
         log_z = (
-            self.weights.double().log()
+            in_double(self.weights).log()
             + 0.5 * (torch.logdet(new_covariances) - torch.logdet(covariances))
             + 0.5 * torch.einsum("kd,kd->k", pull, new_means)
             - 0.5 * torch.einsum("kd,kde,ke->k", means, precision, means)

@@ -216,7 +216,7 @@ class Trial:
         sde, ts = SDE(s, noise_level(0.0)), uniform(s, STEPS).to(self.x.device)
         xs = self.call("sampling", lambda: ode(sde, self.score, ts, self.x, torch.Generator(self.x.device)))
         self.times = torch.linspace(float(s.t_min), float(s.t_max), PLACES)
-        if float(s.sigma(self.times[-1:].double())) == 0:  # no score exists where the path ends without noise
+        if float(s.sigma(self.times[-1:].cpu().double())) == 0:  # no score exists where the path ends without noise
             self.times[-1] = float(s.t_max) - 1e-3 * (float(s.t_max) - float(s.t_min))
         self.data = xs[-1]
         if not bool(self.data.isfinite().all()):

@@ -128,7 +128,7 @@ class RunningNormaliser:
         """Take in unnormalised rewards [B]. Raises ValueError for NaN or inf."""
         if not len(rewards):
             return
-        values = rewards.detach().double()
+        values = rewards.detach().cpu().double()
         if not values.isfinite().all():
             raise RewardError("rewards given to the normaliser contain NaN or inf; wrap the reward in `checked` first.")
         batch_mean, count = float(values.mean()), self.count + len(values)

@@ -144,39 +144,39 @@ def smc(
     def rows(t: Tensor) -> Tensor:
         return t.expand(len(x))
 
-    # log-weights since the last resampling, [count, particles]; log_z collects the means at resamplings, [count]
-    log_w = torch.zeros(count, particles, dtype=torch.float64, device=x.device)
+    # log-weights since the last resampling, [count, particles]; log_z collects the means at resamplings, [count]; on the
+    # CPU, as not every device has float64
+    log_w = torch.zeros(count, particles, dtype=torch.float64)
     now = torch.zeros_like(log_w)
-    log_z = torch.zeros(count, dtype=torch.float64, device=x.device)
-    least = torch.ones(count, dtype=torch.float64, device=x.device)
+    log_z = torch.zeros(count, dtype=torch.float64)
+    least = torch.ones(count, dtype=torch.float64)
     for k, (t0, t1) in enumerate(itertools.pairwise(ts)):
         begin, end = rows(t0), rows(t1)
         reference = policy.reference_score(begin, x, condition)
         if k == 0 or float(t0) <= until:
             calls.value += len(x)
-            then = value_at(value, begin, x, condition, reference).reshape(count, particles).double()
+            then = value_at(value, begin, x, condition, reference).reshape(count, particles).cpu().double()
             log_w, now = log_w + (then - now) / kl_weight, then
         least = torch.minimum(least, _effective(log_w) / particles)
         chosen, log_w, log_z = _resampled(log_w, log_z, threshold, populations)
-        x, reference, now = x[chosen], reference[chosen], now.flatten()[chosen].reshape(count, particles)
+        rows_on = chosen.to(x.device)
+        x, reference, now = x[rows_on], reference[rows_on], now.flatten()[chosen].reshape(count, particles)
         base = step_of(sde, solver, reference, begin, end, x)
         step = base
         if proposal is not None and float(base.std.max()) > 0:
             step = step_of(sde, solver, proposal.score(begin, x, condition), begin, end, x)
         noise = normal_as(x, generator)
         x = step.sample(noise)
-        log_w = log_w - girsanov.stochastic_cost(step.shift(base), noise).reshape(count, particles).double()
+        log_w = log_w - girsanov.stochastic_cost(step.shift(base), noise).reshape(count, particles).cpu().double()
     decoded = policy.decode(x)
     calls.reward += len(x)
     rewards = reward(decoded, condition).to(x.device)
-    log_w = log_w + (rewards.reshape(count, particles).double() - now) / kl_weight
+    log_w = log_w + (rewards.reshape(count, particles).cpu().double() - now) / kl_weight
     least = torch.minimum(least, _effective(log_w) / particles)
     log_z = log_z + torch.logsumexp(log_w, 1) - math.log(particles)
-    weights = torch.softmax(log_w, 1).chunk(len(populations))
-    drawn = torch.cat(
-        [torch.multinomial(w, 1, generator=g).flatten() for w, g in zip(weights, populations, strict=True)]
-    )
-    drawn = drawn + particles * torch.arange(count, device=x.device)
+    below = torch.softmax(log_w, 1).cumsum(1)
+    drawn = torch.searchsorted(below, _uniform(populations, count), right=True)[:, 0].clamp(max=particles - 1)
+    drawn = (drawn + particles * torch.arange(count)).to(x.device)
     calls.network = policy.network_calls - before
     return Steered(decoded[drawn], x[drawn], rewards[drawn], calls, log_z, float(least.mean()))
 
@@ -186,18 +186,23 @@ def _effective(log_w: Tensor) -> Tensor:
     return (2 * torch.logsumexp(log_w, 1) - torch.logsumexp(2 * log_w, 1)).exp()
 
 
+def _uniform(populations: Sequence[torch.Generator], count: int) -> Tensor:
+    """One number in [0, 1) for each of `count` populations, [count, 1] float64 on the CPU, where weights are kept."""
+    each = count // len(populations)
+    return torch.cat([torch.rand(each, 1, generator=g, device=g.device) for g in populations]).cpu().double()
+
+
 def _resampled(
     log_w: Tensor, log_z: Tensor, threshold: float, populations: Sequence[torch.Generator]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rows [B K] to go on with, their log-weights [B, K], log_z [B]; populations with enough effective samples stay."""
     count, particles = log_w.shape
-    own = torch.arange(count * particles, device=log_w.device).reshape(count, particles)
+    own = torch.arange(count * particles).reshape(count, particles)
     poor = _effective(log_w) < threshold * particles
-    each = count // len(populations)
-    offset = torch.cat([torch.rand(each, 1, generator=g, device=log_w.device) for g in populations]).to(log_w)
+    offset = _uniform(populations, count)
     if not bool(poor.any()):
         return own.flatten(), log_w, log_z
-    chosen = systematic(torch.softmax(log_w, 1), offset) + particles * torch.arange(count, device=own.device)[:, None]
+    chosen = systematic(torch.softmax(log_w, 1), offset) + particles * torch.arange(count)[:, None]
     mean = torch.logsumexp(log_w, 1) - math.log(particles)
     return (
         torch.where(poor[:, None], chosen, own).flatten(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import SettingError
 
@@ -41,6 +41,11 @@ def device_of(model: object) -> torch.device:
         return model.device
     parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
     return next((p.device for p in parameters), torch.device("cpu"))
+
+
+def in_double(x: Tensor) -> Tensor:
+    """x in float64, where it is; on the CPU where its device has none (Apple's)."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 def bfloat16_pays() -> bool:

@@ -97,8 +97,31 @@ def check_value(value: ValueNetwork, model: ScoreModel, prompts: Sequence[str]) 
     except RuntimeError as error:
         raise SettingError(
             f"the value network cannot take value_inputs {value.inputs!r}, here of shape {tuple(seen.shape[1:])} "
-            f"({' '.join(str(error).split())[:160]}). Use another value_inputs, or a network made for this one."
+            f"({' '.join(str(error).split())[:160]}). Use a network made for these, or another value_inputs."
         ) from error
+
+
+def check_used(config: Config, rule: Rule) -> list[str]:
+    """What the settings' records cannot know, as it depends on parts: a setting that does nothing is refused.
+
+    Returns sentences on one that does less than it says.
+    """
+    c = config
+    if c.exploration != "none" and rule.own_rows:
+        raise SettingError(
+            f"exploration is {c.exploration!r}, but {c.algorithm} draws no paths to explore with these settings; leave it out."
+        )
+    inputs = rule.critic.value.inputs if rule.critic is not None else c.value_inputs
+    if c.uses("value_inputs") and c.value_inputs not in ("both", inputs):
+        raise SettingError(
+            f"value_inputs is {c.value_inputs!r}, but the value network sees {inputs!r} by its own word; leave it out."
+        )
+    reused = c.rule.get("reuse_reference", 0)
+    if reused > c.reference_batches:
+        return [
+            f"reuse_reference is {reused}, and the {c.reference_batches} of reference_batches are all that is reused."
+        ]
+    return []
 
 
 def build_critic(config: Config, value: ValueNetwork, policy: Policy, sde: SDE) -> Critic:

@@ -37,6 +37,7 @@ from .assembly import (
     build_surrogate,
     build_value,
     check_ratio,
+    check_used,
     check_value,
     exploration_of,
 )
@@ -132,7 +133,8 @@ class Trainer:
             )
             self.critic = build_critic(config, value.to(self.device), self.policy, self.sde)
             self.algorithm = build_rule(config, self.critic, self.reward, self.prompts, self.surrogate)
-        self.notes = check_groups(self.algorithm, config, self.prompts)  # for the user; taken by whoever says them
+        self.notes = check_used(config, self.algorithm)  # for the user; taken by whoever says them
+        self.notes += check_groups(self.algorithm, config, self.prompts)
         self.notes += check_weights(self.algorithm, config, self.policy, self.sde, self.prompts)
         if self.algorithm.fits_value:
             check_value(value, model, self.prompts)
@@ -241,7 +243,8 @@ class Trainer:
         for part in scores.parts(names):
             trajectory = rollout(
                 behaviour, self.sde, self.solver, ts, self.policy.model.condition(part), self.generator,
-                self.exploration, reference_only, stochastic, self.algorithm.reads_reference,
+                self.exploration, reference_only, stochastic,
+                self.algorithm.reads_reference or self.config.exploration == "epsilon_greedy",
             )  # fmt: skip
             samples = self.policy.model.decode(trajectory.xs[-1])
             asked = self._asked(samples, trajectory.condition, len(names), reference_only)
