@@ -328,8 +328,9 @@ def test_settings_that_would_do_nothing_with_these_parts() -> None:
         small = Config(device="cpu", batch_size=8, heldout_samples=8)
         return Trainer(problem.model, linear_reward(2, 0), [""], network, updated(small, settings))
 
-    with pytest.raises(SettingError, match="exploration is 'gaussian', but draft draws no paths to explore"):
-        made(algorithm="draft", exploration="gaussian")
+    for rule in ("draft", "diffusion_nft"):
+        with pytest.raises(SettingError, match=f"exploration is 'gaussian', but {rule} draws no step from the SDE"):
+            made(algorithm=rule, exploration="gaussian")
     made(algorithm="draft", exploration="gaussian", renoise=2)
 
     def own() -> VectorValue:

@@ -101,16 +101,19 @@ def check_value(value: ValueNetwork, model: ScoreModel, prompts: Sequence[str]) 
         ) from error
 
 
-def check_used(config: Config, rule: Rule) -> list[str]:
+def check_idle(config: Config, rule: Rule) -> list[str]:
     """What the settings' records cannot know, as it depends on parts: a setting that does nothing is refused.
 
     Returns sentences on one that does less than it says.
     """
     c = config
-    if c.exploration != "none" and rule.own_rows:
-        raise SettingError(
-            f"exploration is {c.exploration!r}, but {c.algorithm} draws no paths to explore with these settings; leave it out."
-        )
+    if c.exploration != "none":
+        steps = rule.stochastic_steps(c.steps, torch.Generator(device_of(rule.policy.model)))
+        if rule.own_rows or (steps is not None and not bool(steps.any())):
+            raise SettingError(
+                f"exploration is {c.exploration!r}, but {c.algorithm} draws no step from the SDE with these settings; leave it "
+                "out."
+            )
     inputs = rule.critic.value.inputs if rule.critic is not None else c.value_inputs
     if c.uses("value_inputs") and c.value_inputs not in ("both", inputs):
         raise SettingError(

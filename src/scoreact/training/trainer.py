@@ -36,8 +36,8 @@ from .assembly import (
     build_rule,
     build_surrogate,
     build_value,
+    check_idle,
     check_ratio,
-    check_used,
     check_value,
     exploration_of,
 )
@@ -133,7 +133,7 @@ class Trainer:
             )
             self.critic = build_critic(config, value.to(self.device), self.policy, self.sde)
             self.algorithm = build_rule(config, self.critic, self.reward, self.prompts, self.surrogate)
-        self.notes = check_used(config, self.algorithm)  # for the user; taken by whoever says them
+        self.notes = check_idle(config, self.algorithm)  # for the user; taken by whoever says them
         self.notes += check_groups(self.algorithm, config, self.prompts)
         self.notes += check_weights(self.algorithm, config, self.policy, self.sde, self.prompts)
         if self.algorithm.fits_value:
