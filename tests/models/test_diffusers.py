@@ -264,8 +264,8 @@ def test_a_scale_up_to_one_guides_nothing_as_in_diffusers(
     [
         ("sd", {"guidance_scale": 1.0, "negative_prompt": "ugly"}, "negative_prompt is 'ugly', but StableDiffusionPipeline at"),
         ("sd", {"guidance_scale": 0.0, "negative_prompt": "ugly"}, "at guidance_scale 0 takes none; raise guidance_scale"),
-        ("ddpm", {"negative_prompt": "ugly"}, "negative_prompt is 'ugly', but DDIMPipeline at guidance_scale 1 takes none"),
-        ("flux_guided", {"negative_prompt": "ugly"}, "negative_prompt is 'ugly', but FluxPipeline"),
+        ("ddpm", {"negative_prompt": "ugly"}, "negative_prompt is 'ugly', but a DDIMPipeline takes none; leave it out"),
+        ("flux_guided", {"negative_prompt": "ugly"}, "negative_prompt is 'ugly', but a FluxPipeline takes none"),
         ("ddpm", {"guidance_scale": 5.0}, "guidance_scale is 5, but this DDIMPipeline has nothing that it would guide"),
         ("flux", {"guidance_scale": 4.0}, "guidance_scale is 4, but this FluxPipeline has nothing that it would guide"),
         ("sd", {"guidance_scale": -1.0}, "guidance_scale is -1.0; expected a number of at least 0"),
@@ -778,6 +778,12 @@ def test_a_pipeline_folder_is_trained_from_the_command_line(
     assert cli.main(["resume", "run"]) == 0
     assert cli.main(["sample", "run", "--count", "2", "--steps", "3", "--out", "drawn"]) == 0
     assert list((folder / "drawn").glob("*.png"))
+    steer = ["sample", "run", "--count", "1", "--steps", "3", "--prompts", "a fox", "--out", "steered", "--steer"]
+    capsys.readouterr()
+    assert cli.main([*steer, "value"]) == 2
+    assert "is a value surrogate, made of a fit to the run's rewards that is not kept" in capsys.readouterr().err
+    assert cli.main([*steer, "smc", "--particles", "2"]) == 0
+    assert "steered by the reward of the estimated sample" in capsys.readouterr().out
 
 
 def test_every_parameter_of_the_recipe_is_an_option() -> None:

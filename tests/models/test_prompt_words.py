@@ -49,10 +49,13 @@ def test_an_encoder_of_words_is_of_one_size_and_knows_prompts_it_never_saw() -> 
     assert found[0] != found[1]
 
 
-def test_an_encoder_of_classes_takes_a_prompt_beyond_them_for_none() -> None:
+def test_an_encoder_of_classes_takes_a_prompt_beyond_them_for_their_average() -> None:
     network = Encoder(channels=4, classes=3)
     x, t = torch.randn(1, 4, 8, 8).expand(3, -1, -1, -1), torch.full((3,), 0.5)
     torch.nn.init.normal_(network.offset.weight)
     values = network(x, t, Condition(["a", "b", "c"], torch.tensor([3, 4, 700])))
     assert bool((values == values[0]).all())
-    assert network(x, t, Condition(["a", "b", "c"], torch.tensor([0, 1, 2]))).unique().numel() == 3
+    known = network(x, t, Condition(["a", "b", "c"], torch.tensor([0, 1, 2])))
+    assert known.unique().numel() == 3
+    torch.testing.assert_close(values[0], known.mean())  # a new network's picture says nothing yet
+    assert network.unknown(Condition(["a", "b", "d"], torch.tensor([2, 3, 700]))) == ["b", "d"]

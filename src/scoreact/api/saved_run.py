@@ -280,7 +280,9 @@ class SavedRun(Sampled):
         value, kl_weight = None, c.kl_weight
         if self.source.folder is not None and method in ("value", "smc"):
             path = self.folder / ("best" if self.which(weights) == "best" else "") / "value.safetensors"
-            if method == "value" or path.is_file():
+            if method == "value" or (
+                path.is_file() and c.value != "surrogate"
+            ):  # whose fit is not kept: smc does without
                 value, kl_weight = load_value(path, self.problem.value_network, c, policy, reward, self.problem.prompts)
         return Steering(
             method, policy, reward, SDE(policy.schedule, noise), solver, kl_weight, strength, particles,

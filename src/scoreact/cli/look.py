@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..recipes.base import Problem
     from ..rewards.base import Reward
     from ..runs.samples import Drawn
+    from ..types import Condition
 
 
 # --- looking at runs -------------------------------------------------------------------------------------------------
@@ -133,6 +134,7 @@ def sample(options: argparse.Namespace) -> int:
             options.steer, strength=options.strength, particles=options.particles, reference=options.reference,
             solver=solver, noise_scale=options.noise_level, weights=options.weights,
         )  # fmt: skip
+        _say_unknown(steering.value, run.problem.model.condition(names))
         size = f"{steering.strength:g}" if options.steer in ("value", "interpolate") else f"{steering.particles}"
         kind += f"-{options.steer}-{size}"
     name = f"{kind}-{solver.rpartition(':')[2]}-{steps}-seed{options.seed}"
@@ -190,6 +192,20 @@ def _scored(parts: Iterator[Drawn], policy: Policy, asked: Reward) -> Iterator[D
                 )
                 reward = None
         yield part
+
+
+def _say_unknown(value: Any, condition: Condition) -> None:
+    """Prompts that a value network was not trained with, and what it takes them for."""
+    from ..models.value_networks import Encoder
+
+    network = getattr(value, "network", None)
+    if isinstance(network, Encoder) and (new := network.unknown(condition)):
+        more = f" and {len(new) - 1} more prompts" if len(new) > 1 else ""
+        print(
+            f"note: the value network was not trained with {new[0]!r}{more}, and takes them for the average of the "
+            f"{network.classes} that it knows; --steer best_of asks the reward instead.",
+            file=sys.stderr,
+        )
 
 
 def _say_steered(method: str, found: Any, by_value: bool) -> None:

@@ -81,7 +81,7 @@ class Encoder(nn.Module):
     Args:
         channels: C.
         widths: channels of the feature maps, one number a level, each a multiple of 8.
-        classes: the number of prompts; those whose `condition.rows` are not below it have "no class".
+        classes: the number of prompts; one whose `condition.rows` is not below it is taken for their average.
         words: 0, or the size of the vectors of words (`bag_of_words`) that prompts are told apart by instead.
     """
 
@@ -122,5 +122,12 @@ class Encoder(nn.Module):
         if self.words:
             return bag_of_words(condition.prompts, self.words).to(table.weight) @ table.weight
         assert condition.rows is not None
-        found: Tensor = table(condition.rows.clamp(max=self.classes))
-        return found
+        known = table.weight[: self.classes]
+        return torch.cat([known, known.mean(0, keepdim=True)])[condition.rows.clamp(max=self.classes)]
+
+    def unknown(self, condition: Condition) -> list[str]:
+        """The prompts that have no row of their own."""
+        if self.words or condition.rows is None:
+            return []
+        beyond = (condition.rows >= self.classes).tolist()
+        return list(dict.fromkeys(prompt for prompt, new in zip(condition.prompts, beyond, strict=True) if new))

@@ -335,6 +335,11 @@ def load_value(
             f"{path} does not exist: this run's rule fits no value ({config.algorithm}), or none is saved yet; use another "
             "way of steering, or train with ctrl or ctrl_pathwise."
         )
+    if config.value == "surrogate":
+        raise RunError(
+            f"{path} is a value surrogate, made of a fit to the run's rewards that is not kept beside it; steer by smc or "
+            "best_of, which ask the reward, or train with value network, residual or linear."
+        )
     tensors = read_tensors(path)
     kl_weight = float(tensors.pop("kl_weight", torch.tensor(config.kl_weight)))
     sde = config.sde(policy.schedule)

@@ -164,7 +164,9 @@ class Family(Adapters):
             raise ModelError(
                 f"guidance_scale is {scale:g}, but this {kind} has nothing that it would guide; leave it out."
             )
-        if negative_prompt and not (self.takes_negative_prompt and scale > 1):
+        if negative_prompt and not self.takes_negative_prompt:
+            raise ModelError(f"negative_prompt is {negative_prompt!r}, but a {kind} takes none; leave it out.")
+        if negative_prompt and not scale > 1:
             raise ModelError(
                 f"negative_prompt is {negative_prompt!r}, but {kind} at guidance_scale {scale:g} takes none; raise "
                 "guidance_scale above 1, or leave it out."
