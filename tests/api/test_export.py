@@ -115,6 +115,7 @@ def test_the_card_and_the_header_say_what_it_is(folder: Path) -> None:
     assert out == folder / "run" / "export-diffusers"
     with safe_open(out / "pytorch_lora_weights.safetensors", "pt") as file:
         header = file.metadata()
+    assert len(header.pop("digest")) == 64
     kl = run.final["policy/kl"]
     assert header == {
         "format": "pt", "base_model": str(folder / "base"), "rank": "2", "alpha": "2", "algorithm": "ddpo", "kl_weight": "1.0",

@@ -59,7 +59,7 @@ def interrupted(x):
     global calls
     calls += 1
     for number in filter(None, os.environ.get("INTERRUPT", "").split()):
-        if calls == 3:  # the reference, the first evaluation, then the first iteration
+        if calls == 4:  # what could be learned, the reference, the first evaluation, then the first iteration
             os.kill(os.getpid(), int(number))
     return x[:, 0]
 
@@ -539,8 +539,10 @@ def test_weights_of_another_problem_are_refused(say: Callable[..., Said], a_run:
     content = json.loads((a_run / "config.json").read_text())
     content["description"]["options"]["width"] = 16
     (a_run / "config.json").write_text(json.dumps(content))
-    for command in ("resume", "sample"):
-        assert sentence(say(command, str(a_run)), 2).startswith("the stored weights do not fit this model: ")
+    assert sentence(say("sample", str(a_run)), 2).startswith("the stored weights do not fit this model: ")
+    assert "options of config.json was edited" in sentence(say("resume", str(a_run)), 2)
+    text = sentence(say("resume", str(a_run), "--accept-changes"), 2)
+    assert text.startswith("the stored weights do not fit this model: ")
 
 
 @pytest.mark.parametrize(
@@ -681,7 +683,8 @@ def test_check_recipe_and_run(say: Callable[..., Said], a_run: Path) -> None:
     assert "16 samples of shape (3,)" in out
     assert say("check", "run", str(a_run)) == (
         0,
-        "fine: the checkpoint of iteration 2 of 2 can be read.\nfine: the final weights fit the model.\n",
+        "fine: the checkpoint of iteration 2 of 2 can be read.\nfine: the final weights fit the model.\n"
+        "fine: 5 files of weights are whole and finite.\n",
         "",
     )
 

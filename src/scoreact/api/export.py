@@ -16,7 +16,7 @@ from ..report.card import about, model_card
 from ..runs.record import read_record
 from ..runs.source import Source, weights_file
 from ..support.errors import ModelError, RunExists
-from ..support.files import write_tensors
+from ..support.files import put_in_place, write_tensors
 
 if TYPE_CHECKING:
     from .saved_run import Given
@@ -41,9 +41,12 @@ def export(source: Source | Given, run: Path, form: str | None, out: Path | None
     folder = out or run / f"export-{form}"
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunExists(f"{folder} is not empty, and an export never overwrites; give another folder with out.")
-    made = not folder.exists()
     load_weights(model, path)
     record = read_record(run)
+    made, target = not folder.exists(), folder
+    if made:  # aside, so that a kill leaves no half export in the way of the next
+        folder = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         facts = dict(model.facts()) if isinstance(model, Saves) else {}
@@ -52,12 +55,14 @@ def export(source: Source | Given, run: Path, form: str | None, out: Path | None
             model.save(folder, form, header)
         else:
             write_tensors(folder / "model.safetensors", _network(model).state_dict(), header)
-        (folder / "README.md").write_text(model_card(record, facts, form, which, folder), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(record, facts, form, which, target), encoding="utf-8")
     except Exception:
         if made:
             shutil.rmtree(folder, ignore_errors=True)  # half an export is none
         raise
-    return folder
+    if made:
+        put_in_place(folder, target)
+    return target
 
 
 def _network(model: nn.Module) -> nn.Module:

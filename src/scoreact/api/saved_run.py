@@ -24,7 +24,7 @@ from ..recipes.base import Problem
 from ..report import html
 from ..report.card import evaluation_of
 from ..rewards.check import checked
-from ..runs.checkpoint import load_checkpoint, read_run
+from ..runs.checkpoint import load_checkpoint, look_at_weights, read_run
 from ..runs.record import Record, read_record
 from ..runs.source import (
     REFERENCE,
@@ -335,10 +335,11 @@ class SavedRun(Sampled):
         return html.write(self.folder, self.problem, self.policy())
 
     def check(self) -> list[str]:
-        """Whether the run can be read, continued and sampled from, a sentence each: "fine: ..." or "problem: ..."."""
-        lines = []
+        """Whether the run can be read, continued and sampled from: sentences that begin with fine, note or problem."""
+        lines, damaged = [], list[str]()
         try:
-            iteration, _ = load_checkpoint(self.folder / "checkpoints")
+            iteration, _ = load_checkpoint(self.folder / "checkpoints", problems=damaged)
+            lines += [f"problem: {text}" for text in damaged]
             lines.append(f"fine: the checkpoint of iteration {iteration} of {self.config.iterations} can be read.")
         except ValueError as error:
             lines.append(f"problem: {error}")
@@ -347,7 +348,7 @@ class SavedRun(Sampled):
             lines.append(f"fine: the {weights_file(self.folder)[1]} weights fit the model.")
         except ValueError as error:
             lines.append(f"problem: {error}")
-        return lines
+        return [*lines, *[f"problem: {text}" for text in self.record.problems], *look_at_weights(self.folder)]
 
     def write_back(self, network: nn.Module, weights: str = "final") -> int:
         """Put the tuned weights into a network of your own; see `Result.write_back`."""

@@ -48,6 +48,7 @@ def finetune(
     config: Config | None = None,
     out: str | Path | None = None,
     resume: bool = False,
+    accept_changes: bool = False,
     start_from: str | Path | None = None,
     start_reference: str = "first",
     judge: Judge | None = None,
@@ -77,6 +78,7 @@ def finetune(
         out: The run's folder, new or empty: settings, metrics, checkpoints, weights and report.html, as the command line's.
         resume: Continue the run in `out` from its last checkpoint, with the model as it was before that run, the same reward
             and the same settings (those of the run, where none are given). More `iterations` than planned extend it.
+        accept_changes: Resume although files that the run depends on, or its config.json, were edited since.
         start_from: A run whose tuned weights this one starts from. start_reference: "first", so that path KL is still counted
             from that run's pretrained model, or "tuned", so that its outcome is the new pretrained model.
         judge: (decoded samples [B, ...], condition) -> metrics that the reward does not know.
@@ -109,6 +111,8 @@ def finetune(
         of = f"value {config.value}" if config.uses("value") else config.algorithm
         said = [f"value_network is given, and {of} uses none: it does nothing here."]
     description: dict[str, Any] = {"made_by": "scoreact.finetune", "prompts": list(problem.prompts)}
+    if isinstance(reward, str):
+        description["reward"] = reward
     start = None
     if start_from is not None:
         start = _start(problem.model, Path(start_from), start_reference, resume)
@@ -121,12 +125,13 @@ def finetune(
 
 def train_source(
     source: Source, command: str, *, resume: bool = False, extend: bool = False, on_event: Event | None = None,
-    trackers: Sequence[str | Tracker] = (), problem: Problem | None = None,
+    trackers: Sequence[str | Tracker] = (), problem: Problem | None = None, accept_changes: bool = False,
 ) -> Result:  # fmt: skip
     """Train what a recipe or the user's file describes, in `source.folder`; without a report, which the caller writes."""
     return train_problem(
         problem or source.build(), source.config, source.folder, resume=resume, extend=extend, start=source.start_weights(),
         description=source.description(command), progress=False, on_event=on_event, trackers=trackers, report=False,
+        accept_changes=accept_changes,
     )  # fmt: skip
 
 
@@ -145,6 +150,7 @@ def train_problem(
     trackers: Sequence[str | Tracker] = (),
     report: bool = True,
     said: Sequence[str] = (),
+    accept_changes: bool = False,
 ) -> Result:
     """said: what a user should know of what was given, for the run to show."""
     model = problem.model
@@ -169,8 +175,8 @@ def train_problem(
         problem.optimum, start, problem.test_prompts,
     )  # fmt: skip
     session = Session(
-        trainer, out, resume=resume, extend=extend, description=description, hooks=hooks, trackers=trackers,
-        notes=noticed,
+        trainer, out, resume=resume, extend=extend, accept_changes=accept_changes, description=description, hooks=hooks,
+        trackers=trackers, notes=noticed,
     )  # fmt: skip
     shows = somebody_looks() if progress is None else progress
     if shows and distributed.rank() == 0:

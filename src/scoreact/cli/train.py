@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 TRACKER: dict[str, Any] = {
     "action": "extend", "nargs": "+", "default": [], "metavar": "NAME", "help": "tensorboard, wandb, mlflow or my.py:Class",
 }  # fmt: skip
+ACCEPT: dict[str, Any] = {
+    "action": "store_true", "help": "go on although files that the run depends on, or its config.json, were edited since",
+}  # fmt: skip
 ABOUT = "Fine-tune a recipe's model to its reward, or to yours."
 
 
@@ -62,6 +65,7 @@ def train_arguments(parser: Parser, config: Config | None = None) -> None:
     add("--tracker", **TRACKER)
     add("--resume-or-start", action="store_true", help="for jobs that are queued again: go on with the run in --out where it "
         "has saved something, else start it")  # fmt: skip
+    add("--accept-changes", **ACCEPT)
     add("--print-config", action="store_true", help="write the settings as YAML and train nothing")
 
     def setting(field: dataclasses.Field[Any], hint: Any, text: str) -> None:
@@ -244,6 +248,8 @@ def train(options: argparse.Namespace) -> int:
         from ..runs.trackers import make_trackers
 
         make_trackers(options.tracker)  # what is not installed is said now
+    if options.accept_changes and not options.resume_or_start:
+        raise SettingError("--accept-changes is for runs that go on; leave it out, or add --resume-or-start.")
     if options.resume_or_start:
         if not options.out:
             raise SettingError("--resume-or-start needs --out, the folder that is looked into.")
@@ -263,6 +269,7 @@ def resume_arguments(parser: Parser) -> None:
         "--iterations", metavar="INT", type=whole(1), help="extend the run to so many; rates go on and fall to 0 there"
     )
     parser.add_argument("--tracker", **TRACKER)
+    parser.add_argument("--accept-changes", **ACCEPT)
 
 
 def go_on(source: Source, out: Path, options: argparse.Namespace) -> int:
@@ -302,12 +309,20 @@ def resume(options: argparse.Namespace) -> int:
             )
         print(f"{out} has finished its {planned} iterations; only its summary and report are made anew. "
               "`--iterations` with more of them extends it.")  # fmt: skip
-    return run_training(source, options.command, resuming=True, extend=extend, trackers=options.tracker)
+    return run_training(
+        source,
+        options.command,
+        resuming=True,
+        extend=extend,
+        trackers=options.tracker,
+        accept_changes=options.accept_changes,
+    )
 
 
 def run_training(
-    source: Source, command: str, *, resuming: bool = False, extend: bool = False, trackers: Sequence[str] = ()
-) -> int:
+    source: Source, command: str, *, resuming: bool = False, extend: bool = False, trackers: Sequence[str] = (),
+    accept_changes: bool = False,
+) -> int:  # fmt: skip
     """Train, show, report."""
     from ..api.start import train_source as start
     from ..report.progress import Progress, summary_lines
@@ -334,6 +349,7 @@ def run_training(
                 on_event=screen,
                 trackers=trackers,
                 problem=problem,
+                accept_changes=accept_changes,
             )
         except KeyboardInterrupt:
             raise KeyboardInterrupt(how_to_resume(out)) from None

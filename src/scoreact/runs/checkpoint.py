@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..support.errors import RunError
-from ..support.files import DIGEST, UNREADABLE, put_in_place, read_stored, write_json, write_tensors
+from ..support.errors import RunError, RunExists
+from ..support.files import DIGEST, SUMS, UNREADABLE, check_sums, put_in_place, read_stored, write_json, write_tensors
 from ..support.folders import LOCK
 
 FORMAT = 1  # of the checkpoint folder
@@ -173,6 +173,12 @@ def saved_nothing(folder: Path) -> bool:
         return False
 
 
+def check_free(folder: Path) -> None:
+    """Raises RunExists for a folder in which no run may begin."""
+    if not saved_nothing(folder):
+        raise RunExists(f"{folder} is not empty; give a new folder with out, or continue that run with resume.")
+
+
 def clear(folder: Path) -> None:
     """Remove what a run left that saved nothing."""
     for path in folder.iterdir():
@@ -182,3 +188,30 @@ def clear(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def look_at_weights(folder: Path) -> list[str]:
+    """Damage and NaN in the weight files of a run outside its checkpoints; sentences that begin with fine, note or problem."""
+    files = [path for path in sorted(folder.rglob("*.safetensors")) if folder / "checkpoints" not in path.parents]
+    lines, without = list[str](), list[str]()
+    for path in files:
+        try:
+            tensors, header = read_stored(path)
+        except RunError as error:
+            lines.append(f"problem: {error}")
+            continue
+        bad = [name for name, x in tensors.items() if x.is_floating_point() and not bool(x.isfinite().all())]
+        if bad:
+            lines.append(f"problem: {path} holds NaN or inf in {len(bad)} of its tensors, such as {bad[0]}.")
+        if DIGEST not in header and not any((above / SUMS).is_file() for above in path.parents):
+            without.append(path.relative_to(folder).as_posix())
+    for sums in sorted(folder.rglob(SUMS)):
+        try:
+            check_sums(sums.parent)
+        except RunError as error:
+            lines.append(f"problem: {error}")
+    if without:
+        lines.append(f"note: {', '.join(without)} came without a digest, so damage to it cannot be noticed.")
+    if not any(line.startswith("problem") for line in lines):
+        lines.append(f"fine: {len(files)} files of weights are whole and finite.")
+    return lines

@@ -1,10 +1,13 @@
-"""Whether a run in a folder may go on as it is asked to: the same settings, as many processes; and its plan extended.
+"""Whether a run in a folder may go on: the same settings, files, model and number of processes; and its plan extended.
 
-Knows what a run folder and a checkpoint say; does not train.
+Knows what a run folder and a checkpoint say; does not train. Of the code that a run depends on it sees the files that were
+named, not what these import, and no function that was given from Python.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ from typing import Any
 from ..models.weights import reference_digest_of
 from ..support import distributed
 from ..support.errors import RunError
-from ..support.files import read_tensors, write_json
+from ..support.files import digest_of_file, read_tensors, write_json
 from ..training.config import Config, from_stored
 from ..training.trainer import Trainer
 from .source import REFERENCE
@@ -27,6 +30,62 @@ def check_settings(out: Path, stored: Mapping[str, Any], config: Config, extend:
         raise RunError(
             f"{out} was started with other settings: {'; '.join(changed)}. Resume with the same, or start a new run."
         )
+
+
+ACCEPT = "Undo that, or go on all the same with --accept-changes (accept_changes=True)."
+ASIDE = ("command", "made_by", "prompts")  # of a description: what decides nothing, and texts that may look like paths
+
+
+def named_files(described: Mapping[str, Any]) -> dict[str, str]:
+    """Path -> digest of every file that a description or settings name: of a reward, a rule, a model, prompts, weights."""
+    found: dict[str, str] = {}
+
+    def look(value: Any) -> None:
+        if isinstance(value, Mapping):
+            for entry in value.values():
+                look(entry)
+        elif isinstance(value, list | tuple):
+            for entry in value:
+                look(entry)
+        elif isinstance(value, str):
+            place = value.rpartition("@")[0] if value.rpartition("@")[0].count(":") else value  # file.py:name@/a/python
+            module = getattr(sys.modules.get(place.rpartition(":")[0]), "__file__", None)
+            for path in (place, place.removeprefix("onnx:"), place.rpartition(":")[0], module or ""):
+                if os.path.isfile(path):
+                    found[str(Path(path).resolve())] = digest_of_file(Path(path))
+
+    look({name: value for name, value in described.items() if name not in ASIDE})
+    return found
+
+
+def check_files(out: Path, theirs: Mapping[str, str], accept: bool) -> tuple[dict[str, str], list[str]]:
+    """The files that the run depends on, path -> digest, are as they were; their digests now, and what there is to say.
+
+    Raises RunError where they are not, unless that is accepted.
+    """
+    now = {path: digest_of_file(Path(path)) if os.path.isfile(path) else "" for path in theirs}
+    changed = [f"{path} {'was edited' if now[path] else 'is gone'}" for path in theirs if now[path] != theirs[path]]
+    return now, _accepted(out, changed, accept)
+
+
+def check_record(out: Path, stored: Mapping[str, Any], state: Mapping[str, Any], accept: bool) -> list[str]:
+    """config.json says what it said when the checkpoint was made; what there is to say. stored: its content."""
+    if "settings" not in state:  # made by an earlier version
+        return []
+    theirs = {**state["description"], **from_stored(state["settings"]).to_dict()}
+    mine = {**(stored.get("description") or {}), **from_stored(stored["config"]).to_dict()}
+    aside = {*ASIDE, *(["iterations"] if stored.get("extended") else [])}
+    changed = [
+        f"{name} of config.json was edited ({theirs.get(name)!r} -> {mine.get(name)!r})"
+        for name in {**theirs, **mine} if name not in aside and theirs.get(name) != mine.get(name)
+    ]  # fmt: skip
+    return _accepted(out, changed, accept)
+
+
+def _accepted(out: Path, changed: list[str], accept: bool) -> list[str]:
+    if changed and not accept:
+        raise RunError(f"since the last checkpoint of {out} was made, {'; '.join(changed)}. {ACCEPT}")
+    return [f"{text}, and the run goes on with it." for text in changed]
 
 
 def check_processes(out: Path, theirs: int | None) -> None:

@@ -20,7 +20,7 @@ from .. import __version__
 from ..models.base import Exports, HasNotes, HasReference
 from ..models.weights import reference_digest_of
 from ..support import distributed
-from ..support.errors import Diverged, RunError, RunExists, SettingError
+from ..support.errors import Diverged, RunError, SettingError
 from ..support.files import Line, append_line, read_lines, truncate_lines, write_json, write_tensors
 from ..support.folders import FolderLock
 from ..training.guard import nothing_steers, rounded_away, unmoved
@@ -29,9 +29,17 @@ from ..training.loop import Hook, Stop, training_loop
 from ..training.state import restore, state_of
 from ..training.trainer import Trainer
 from ..types import Metrics
-from .checkpoint import clear, load_checkpoint, read_run, save_checkpoint, saved_nothing
+from .checkpoint import check_free, clear, load_checkpoint, read_run, save_checkpoint
 from .record import is_whole
-from .resuming import check_processes, check_reference, check_settings, write_extension
+from .resuming import (
+    check_files,
+    check_processes,
+    check_record,
+    check_reference,
+    check_settings,
+    named_files,
+    write_extension,
+)
 from .samples import sheet, thumbnails
 from .source import REFERENCE
 from .stopping import Interrupt
@@ -56,8 +64,8 @@ class Session(Hook):
     """A trainer at work, in a folder or without one: the hook that evaluates, records and saves.
 
     out: the run's folder, new or empty; with `resume` that of a run to be continued, and with `extend` it may be one that was
-    planned for fewer iterations. description: what the folder's config.json says of where the model came from. notes: sentences
-    for the user, recorded first.
+    planned for fewer iterations. accept_changes: go on although files or config.json were edited. description: what the
+    folder's config.json says of where the model came from. notes: sentences for the user, recorded first.
     """
 
     def __init__(
@@ -67,6 +75,7 @@ class Session(Hook):
         *,
         resume: bool = False,
         extend: bool = False,
+        accept_changes: bool = False,
         description: Mapping[str, Any] | None = None,
         on_event: Event | None = None,
         hooks: Sequence[Hook] = (),
@@ -89,11 +98,13 @@ class Session(Hook):
         self._notes = list(notes)  # said before anything else
         self.digest = reference_digest_of(trainer.policy.reference)
         self._lock: FolderLock | None = None
+        self.description = dict(description or {})
+        self.files = named_files({**self.description, **trainer.config.to_dict()})  # that the run depends on
         try:
             if out is not None and resume:
-                self._restore(out, extend)
+                self._restore(out, extend, accept_changes)
             elif self.out is not None:
-                self._begin(self.out, dict(description or {}))
+                self._begin(self.out)
             for tracker in self._trackers:
                 assert out is not None
                 about = {
@@ -193,7 +204,9 @@ class Session(Hook):
     def _look_at_reference(self) -> None:
         """J_ref, J* and the first evaluation, before any update."""
         trainer, c = self.trainer, self.trainer.config
-        trainer.reference = trainer.look_at_reference() | self._look_at_rounding()
+        trainer.reference = trainer.look_at_reference() | (rounding := trainer.rounding())
+        if (text := rounded_away(rounding, c)) is not None:
+            self._record("guard", {"guard": "rounding", "text": text})
         self._record("reference", {"reference": True, **trainer.reference})
         self.final = trainer.evaluate(of_reference=trainer.starts_elsewhere)
         trainer.guard.start = dict(self.final)
@@ -231,13 +244,6 @@ class Session(Hook):
             trainer.steer_kl(self.final["policy/kl"], trainer.config.evaluate_every)
         return stop
 
-    def _look_at_rounding(self) -> Metrics:
-        """What rounding alone costs, said where it stops all learning."""
-        found = self.trainer.rounding()
-        if (text := rounded_away(found, self.trainer.config)) is not None:
-            self._record("guard", {"guard": "rounding", "text": text})
-        return found
-
     def _say_unmoved(self) -> None:
         """Once, and in the end again if it is still so."""
         made = [line for line in self.history if "learning_rate" in line]
@@ -268,12 +274,12 @@ class Session(Hook):
 
     # --- files --------------------------------------------------------------------------------------------------
 
-    def _begin(self, out: Path, description: dict[str, Any]) -> None:
+    def _begin(self, out: Path) -> None:
         """A new folder with config.json, and the pretrained weights where training overwrites the only copy of them."""
-        self._check_free(out)
+        check_free(out)
         out.mkdir(parents=True, exist_ok=True)
         self._take(out)
-        self._check_free(out)  # still
+        check_free(out)  # still
         clear(out)
         versions = {
             "scoreact": __version__, "torch": torch.__version__, "python": platform.python_version(),
@@ -281,12 +287,8 @@ class Session(Hook):
         }  # fmt: skip
         if not isinstance(self.trainer.policy.model, HasReference):
             write_tensors(out / REFERENCE, self.trainer.pretrained())
-        content = {"description": description, "config": self.trainer.config.to_dict(), "versions": versions}
+        content = {"description": self.description, "config": self.trainer.config.to_dict(), "versions": versions}
         write_json(out / "config.json", {**content, "reference_digest": self.digest})
-
-    def _check_free(self, out: Path) -> None:
-        if not saved_nothing(out):
-            raise RunExists(f"{out} is not empty; give a new folder with out, or continue that run with resume.")
 
     def _take(self, out: Path) -> None:
         """Keep other processes from the folder until the run ends."""
@@ -300,7 +302,7 @@ class Session(Hook):
         if self._lock is not None:
             self._lock.release()
 
-    def _restore(self, out: Path, extend: bool) -> None:
+    def _restore(self, out: Path, extend: bool, accept: bool) -> None:
         trainer, stored, problems = self.trainer, read_run(out), list[str]()
         if self.out is not None:
             self._take(out)
@@ -309,6 +311,7 @@ class Session(Hook):
         self._notes += [f"{problem} The run goes on from iteration {trainer.iteration}." for problem in problems]
         self._looked_at = state.get("looked_at", trainer.iteration)
         check_processes(out, state.get("processes"))
+        self._notes += check_record(out, stored, state, accept)
         self.digest, notes = check_reference(out, state.get("digest"), self.digest, trainer)
         self._notes += notes
         try:
@@ -319,6 +322,9 @@ class Session(Hook):
                 f"the checkpoint of iteration {trainer.iteration} in {out} is incomplete ({type(error).__name__}: {error}): "
                 "it was changed, or is another version's. Start the run anew."
             ) from error
+        self.files, notes = check_files(out, state.get("files", {}), accept)
+        self._notes += notes
+        self.description = stored.get("description") or {}
         if distributed.rank() > 0:  # the checkpoint's is process 0's
             trainer.generator.manual_seed(trainer.process_seed() + trainer.iteration)
         if self.out is not None:
@@ -336,7 +342,8 @@ class Session(Hook):
             return
         own = {
             "final": self.final, "best_iteration": self.best_iteration, "seconds": self.seconds, "digest": self.digest,
-            "processes": distributed.world(), "looked_at": self._looked_at,
+            "processes": distributed.world(), "looked_at": self._looked_at, "files": self.files,
+            "settings": self.trainer.config.to_dict(), "description": self.description,
         }  # fmt: skip
         save_checkpoint(self.out / "checkpoints", self.trainer.iteration, {**state_of(self.trainer), **own})
         self._saved_at = time.monotonic()

@@ -24,7 +24,7 @@ from .errors import RunError
 
 Line = dict[str, Any]  # of a file of JSON lines
 DIGEST = "digest"  # in a safetensors file's header: sha256 of its tensors and of the rest of that header
-SUMS = "SHA256SUMS"  # beside files that other libraries wrote, as `sha256sum -c` reads it
+SUMS = "scoreact.sha256"  # beside files that other libraries wrote, as `sha256sum -c` reads it
 UNREADABLE = (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError)  # what damage looks like
 
 
@@ -144,13 +144,13 @@ def digest_of_file(path: Path) -> str:
 
 
 def write_sums(folder: Path) -> None:
-    """SHA256SUMS of all safetensors files below a folder."""
+    """The digests of all safetensors files below a folder."""
     files = sorted(folder.rglob("*.safetensors"))
     write_text(folder / SUMS, "".join(f"{digest_of_file(p)}  {p.relative_to(folder).as_posix()}\n" for p in files))
 
 
 def check_sums(folder: Path) -> None:
-    """Raises RunError for a file that is not as the folder's SHA256SUMS has it; nothing where there is none."""
+    """Raises RunError for a file that is not as the folder's digests have it; nothing where there is none."""
     sums = folder / SUMS
     if not sums.is_file():
         return
@@ -158,7 +158,9 @@ def check_sums(folder: Path) -> None:
         digest, _, name = line.partition("  ")
         path = folder / name
         if not path.is_file() or digest_of_file(path) != digest:
-            raise RunError(f"{path} is damaged or missing: {sums} has another digest of it. Export the weights anew.")
+            raise RunError(
+                f"{path} is damaged or missing: {sums} has another digest of it. Export the weights anew, or delete that list."
+            )
 
 
 # --- files of JSON lines ---------------------------------------------------------------------------------------------

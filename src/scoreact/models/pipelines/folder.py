@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import yaml
 
-from ...support.errors import ModelError
+from ...support.errors import ModelError, RunError
+from ...support.files import check_sums
 
 # diffusion_pytorch_model.fp16-00001-of-00002.safetensors, model.safetensors, and where older versions wrote the variant
 WEIGHTS = re.compile(
@@ -49,6 +50,7 @@ def open_folder(source: str, dtype: torch.dtype | None, variant: str) -> tuple[A
             files := [f for f in folder.iterdir() if f.suffix in SINGLE]
         ):
             raise _single_file(sorted(files)[0])
+        check_sums(folder)
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         if isinstance(index.get("_class_name"), list):
             raise ModelError(f"pipeline {source!r} brings code of its own ({index['_class_name'][0]}.py), which is not run; "
@@ -69,7 +71,7 @@ def open_folder(source: str, dtype: torch.dtype | None, variant: str) -> tuple[A
         pipeline = DiffusionPipeline.from_pretrained(
             folder, torch_dtype=types, variant=chosen or None, use_safetensors=True, **without
         )
-    except ModelError:
+    except (ModelError, RunError):
         raise
     except Exception as error:  # whatever diffusers, transformers and their readers make of a damaged or foreign folder
         reason = " ".join(str(error).split())[:200]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ...dynamics import prediction as kinds
 from ...dynamics.schedule import Schedule, ShiftedFlow
 from ...support.errors import ModelError
+from ...support.files import write_sums
 from ...types import Condition
 from ..feature_memory import FeatureMemory
 from ..value_networks import FeatureValue
@@ -367,6 +368,7 @@ class PipelineModel(nn.Module):
                     cast(plain, stored)
                     setattr(pipeline, name, plain)
             pipeline.save_pretrained(str(folder))
+            write_sums(folder)
         finally:
             for name, module in own.items():
                 setattr(pipeline, name, module)
