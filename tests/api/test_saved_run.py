@@ -149,6 +149,7 @@ def test_an_opened_run_says_what_it_is(run: Path) -> None:
     assert steered.calls.reward == 12
     assert opened.check() == [
         "fine: the checkpoint of iteration 2 of 2 can be read.", "fine: the final weights fit the model.",
+        "fine: 5 files of weights are whole and finite.",
     ]  # fmt: skip
     assert opened.report().is_file()
 
