@@ -171,6 +171,21 @@ def test_fused_projections_are_refused(name: str) -> None:
         pipeline_model(pipeline, **SIZES.get(name, {}))
 
 
+def test_training_the_same_model_again_starts_where_it_is() -> None:
+    """Its path KL is counted from the pretrained model, at the start too: the first run's is not forgotten."""
+    model = tiny("sd", guidance_scale=1.0)
+    assert not model.starts_elsewhere
+    assert not tiny("sd", use_dora=True).starts_elsewhere
+    move(model)
+    assert model.starts_elsewhere
+    settings = updated(SHORT, {"algorithm": "ddpo", "learning_rate": 1e-4, "iterations": 1, "epochs": 1})
+    result = sa.finetune(model, light, PROMPTS[:2], config=settings)
+    looks = [line for line in result.history if line.get("evaluation")]
+    assert [line["iteration"] for line in looks] == [0, 0, 1]
+    assert looks[0]["policy/kl"] == 0
+    assert looks[1]["policy/kl"] > 0.1
+
+
 # --- a value on the denoiser's own features ---------------------------------------------------------------------------------
 
 

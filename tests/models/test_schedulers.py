@@ -116,6 +116,23 @@ def test_the_pictures_of_a_pixel_ddpm(config: dict[str, Any]) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["UniPCMultistep", "DPMSolverMultistep", "FlowMatchHeunDiscrete"])
+def test_the_clock_of_a_flow(name: str) -> None:
+    """Wan's own scheduler is a UniPC on flow's sigmas: the same sigmas at the same times of the network."""
+    shift = {"shift": 3.0} if name.startswith("Flow") else {"flow_shift": 3.0}
+    flow = {} if name.startswith("Flow") else {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    pipeline = make("wan", spelling_tokenizer())
+    pipeline.scheduler = scheduler(name, **shift, **flow)
+    model = pipeline_model(pipeline, lora_rank=2, height=32, width=32, frames=5)
+    theirs = scheduler(name, **shift, **flow)
+    theirs.set_timesteps(STEPS)
+    ts = model.scheduler_times(STEPS)
+    assert len(ts) == STEPS + 1
+    sigmas, times = theirs.sigmas.unique().flip(0), theirs.timesteps.float().unique().flip(0)
+    assert float((model.schedule.sigma(ts)[1:] - sigmas[1:]).abs().max()) < 1e-5
+    assert float((model.family.timestep(ts[:-1]) - times).abs().max()) < 1.01  # steps of a table are whole numbers
+
+
 def test_where_the_estimate_is_clipped_it_has_no_gradient() -> None:
     _, kind = read_scheduler(scheduler("DDPM"))
     schedule = read_scheduler(scheduler("DDPM", clip_sample=False))[0]

@@ -54,7 +54,7 @@ class PipelineModel(nn.Module):
         self.family = family
         self.adapter_name = adapter
         self.network = network
-        self.starts_elsewhere = starts_elsewhere  # than at its reference: trains an adapter of the user's on
+        self.trains_on = starts_elsewhere  # an adapter of the user's
         self.adapter = _tree({} if adapter is None else family.adapter(adapter))
         self.memory: FeatureMemory | None = None  # of a reference
         self._end = weakref.finalize(self, _forget, family, adapter)
@@ -158,6 +158,11 @@ class PipelineModel(nn.Module):
         """Whether a part of the pipeline is less than float32, or may be on its device (TF32): see `rounding`."""
         family = self.family
         return family.dtype != torch.float32 or family.device.type == "cuda"
+
+    @property
+    def starts_elsewhere(self) -> bool:
+        """Whether it is another model than its reference already: an adapter of the user's, or one that was trained before."""
+        return self.trains_on or any(bool(p.any()) for name, p in self.adapter.named_parameters() if "lora_B" in name)
 
     @property
     def rows_per_call(self) -> int | None:
@@ -330,7 +335,7 @@ class PipelineModel(nn.Module):
             "base_model": family.source, "licence": family.licence, "pipeline": type(pipeline).__name__,
             "component": family.component, "dtype": str(family.dtype).removeprefix("torch."),
             "call": family.call_options(), "video": family.video, "takes_prompts": family.takes_prompts,
-            "starts_elsewhere": self.starts_elsewhere, "reference": "the base model",
+            "starts_elsewhere": self.trains_on, "reference": "the base model",
             "without": [
                 name for name, part in pipeline.components.items() if part is None and name.startswith(("text_e", "tokenizer"))
             ],
@@ -339,7 +344,7 @@ class PipelineModel(nn.Module):
             found["rank"] = rank_of(self._acting_layers()[family.component])
         if family.lora is not None:
             found["lora"] = family.lora
-            found["reference"] += ", without the LoRA" if self.starts_elsewhere else " with the LoRA that was given"
+            found["reference"] += ", without the LoRA" if self.trains_on else " with the LoRA that was given"
         elif family.base_adapters:
             found["reference"] += " with the adapter that it came with"
         return found
