@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import subprocess
@@ -28,11 +29,11 @@ peft = pytest.importorskip("peft")
 from tiny_pipelines import make, move, ours, spelling_tokenizer  # noqa: E402
 
 STEPS = 3
-# as docs/howto/pipelines.md says: an adapter by load_lora_weights, else the folder `pipeline`
+# as docs/howto/pipelines.md and export.md say: an adapter by load_lora_weights or by peft, else the folder `pipeline`
 PLAIN = """
 import json, sys
 from pathlib import Path
-import diffusers, torch
+import diffusers, peft, torch
 from safetensors.torch import load_file, save_file
 
 torch.set_num_threads(1)
@@ -41,6 +42,9 @@ for kind, base in json.loads(Path("runs.json").read_text()).items():
     run = Path("runs") / kind
     if (run / "pipeline").is_dir():
         pipe = diffusers.DiffusionPipeline.from_pretrained(run / "pipeline")
+    elif (run / "adapter_config.json").is_file():
+        pipe = diffusers.DiffusionPipeline.from_pretrained(base)
+        pipe.unet = peft.PeftModel.from_pretrained(pipe.unet, run).base_model.model
     else:
         pipe = diffusers.DiffusionPipeline.from_pretrained(base)
         pipe.load_lora_weights(run)
@@ -109,6 +113,8 @@ def pixels(pipeline: Any) -> Any:
 
 KINDS: dict[str, tuple[str, Callable[[Any], Any], dict[str, Any]]] = {
     "plain": ("sd", lambda pipeline: pipeline, {}),
+    "kohya": ("sd", lambda pipeline: pipeline, {}),  # forms of `scoreact export --format`
+    "peft": ("sd", lambda pipeline: pipeline, {}),
     "compiled": ("sd", compiled, {}),
     "compiled_full": ("sd", compiled, {"full": True}),
     "compiled_inside": ("sd", compiled_inside, {}),
@@ -123,16 +129,30 @@ KINDS: dict[str, tuple[str, Callable[[Any], Any], dict[str, Any]]] = {
 }
 
 
+QUICK = ("plain", "compiled", "with_adapter", "fused_projections", "ddpm")
+Drawn = dict[str, tuple[Tensor, Tensor, list[str]]]
+
+
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tensor, Tensor, list[str]]]:
-    """By kind: the policy's pictures, plain diffusers' by what was left, and what was said."""
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Drawn]:
+    """Quick kinds or the others -> by kind: the policy's pictures, plain diffusers' by what was left, and what was said."""
+
+    @functools.cache
+    def drawn(quick: bool) -> Drawn:
+        return drawn_by(tmp_path_factory, [kind for kind in KINDS if (kind in QUICK) is quick])
+
+    return drawn
+
+
+def drawn_by(tmp_path_factory: pytest.TempPathFactory, kinds: list[str]) -> Drawn:
     place = tmp_path_factory.mktemp("exports")
     noise = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(2))
     write_tensors(place / "noise.safetensors", {"noise": noise})
     bases = {name: place / name for name in ("sd", "ddpm")}
     make("sd", spelling_tokenizer()).save_pretrained(bases["sd"])
     expected, said = {}, {}
-    for kind, (name, change, options) in KINDS.items():
+    for kind in kinds:
+        name, change, options = KINDS[kind]
         guidance = {"guidance_scale": 2.0} if name == "sd" else {}
         pipeline = change(make(name, spelling_tokenizer()))
         with torch.random.fork_rng(devices=[]):
@@ -150,25 +170,29 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tensor, T
                 path = SAMPLERS["ddim"](sde, score, model.scheduler_times(STEPS), x, generator)
                 expected[kind] = model.decode(path[-1])
         said[kind] = model.notes()
-        copy.deepcopy(model).export(place / "runs" / kind)  # as a run does with its averaged weights
-    (place / "runs.json").write_text(json.dumps({kind: str(bases[name]) for kind, (name, _, _) in KINDS.items()}))
+        averaged = copy.deepcopy(model)  # that a run exports
+        if kind in ("kohya", "peft"):
+            averaged.save(place / "runs" / kind, kind)
+        else:
+            averaged.export(place / "runs" / kind)
+    (place / "runs.json").write_text(json.dumps({kind: str(bases[KINDS[kind][0]]) for kind in kinds}))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", PLAIN], cwd=place, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "were not used" not in done.stderr
     assert "newly initialized" not in done.stderr
     found = read_tensors(place / "pictures.safetensors")
-    return {kind: (expected[kind], found[kind], said[kind]) for kind in KINDS}
+    return {kind: (expected[kind], found[kind], said[kind]) for kind in kinds}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_fresh_process_draws_the_policys_pictures(
-    kind: str, drawn: dict[str, tuple[Tensor, Tensor, list[str]]]
-) -> None:
-    expected, found, said = drawn[kind]
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind in QUICK else [pytest.mark.slow]) for kind in KINDS]
+)
+def test_a_fresh_process_draws_the_policys_pictures(kind: str, drawn: Callable[[bool], Drawn]) -> None:
+    expected, found, said = drawn(kind in QUICK)[kind]
     assert float((found - expected).abs().max()) < 1e-4
-    if not kind.startswith("ddpm"):
-        same = float((drawn["plain"][0] - expected).abs().max()) < 1e-4
+    if KINDS[kind][0] == "sd":
+        same = float((drawn(True)["plain"][0] - expected).abs().max()) < 1e-4
         assert same is (kind not in ("with_adapter", "fused_adapter", "compiled_full", "fused_projections_full"))
     words = {
         "compiled": "compiled",
