@@ -5,7 +5,8 @@
 On paths of the pretrained model (guidance 2, ten steps of DDIM with noise): a surrogate is fitted to the first pictures and
 their rewards, and asked on 720 others. The figure is the share of the reward's variance among pictures of one prompt that it
 explains linearly, at the picture itself and, further down, at the picture that the path is heading for at time t. The last
-row of that table is the reward itself there, which the paper's value is made of.
+row of that table is the reward itself there, which the paper's value is made of. "ridge decoder": small pictures
+of the latents by a regression (`--surrogate-decoder ridge`) in place of the VAE's.
 """
 
 from __future__ import annotations
@@ -22,14 +23,16 @@ from text_to_image import captions_of, reward
 from torch import Tensor, nn
 
 from scoreact.control.policy import Policy
+from scoreact.control.ridge_decoder import RidgeDecoder
 from scoreact.control.ridge_surrogate import RidgeSurrogate, features_by_name
 from scoreact.control.rollout import rollout
 from scoreact.dynamics.solvers import SOLVERS
-from scoreact.evaluation.seen import seen
+from scoreact.evaluation.seen import SEEN_AT, seen
 from scoreact.models.pipelines.opening import pipeline_model
 from scoreact.training.config import Config
 from scoreact.types import Condition
 
+PREVIEW = "convolution and prompts, ridge decoder"
 FRESH, SHOWN, ASKED = 720, 720, (48, 96, 240, 720)
 
 
@@ -59,15 +62,23 @@ def main() -> None:
     sde, ts = config.sde(model.schedule), config.times(model.schedule)
     prompts = [captions[i % len(captions)] for i in range(SHOWN + FRESH)]
     estimates: list[list[Tensor]] = [[] for _ in range(len(ts))]
+    latents: list[list[Tensor]] = [[] for _ in range(len(ts))]
     for start in range(0, len(prompts), 120):
         part = model.condition(prompts[start : start + 120])
         generator = torch.Generator().manual_seed(start)
         path = rollout(policy, sde, SOLVERS["ddim"], ts, part, generator, reference_only=True)
         for k in range(len(ts) - 1):
-            t = ts[k].expand(len(part))
-            estimates[k].append(model.decode(sde.x_data_hat(t, path.xs[k], path.references[k])))
-        estimates[-1].append(model.decode(path.xs[-1]))
+            latents[k].append(sde.x_data_hat(ts[k].expand(len(part)), path.xs[k], path.references[k]))
+        latents[-1].append(path.xs[-1])
+        for found, here in zip(estimates, latents, strict=True):
+            found.append(model.decode(here[-1]))
     pictures = [torch.cat(parts) for parts in estimates]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        decoder = RidgeDecoder(latents[-1][0], pictures[-1])
+    few = [k for k, t in enumerate(ts.tolist()) if any(abs(t - at) < 0.05 for at in (*SEEN_AT, 1.0))]
+    decoder.fit(*(torch.cat([parts[k][0] for k in few]) for parts in (latents, estimates)))
+    previews = [decoder(torch.cat(parts)) for parts in latents]
     rewards = reward(pictures[-1], prompts, folder)
     fresh = torch.arange(SHOWN, SHOWN + FRESH)
     condition, true = Condition(prompts), rewards[fresh]
@@ -78,16 +89,20 @@ def main() -> None:
             if name.startswith("trained")
             else features_by_name(name.split()[0], pictures[-1][:2])
         )
-        surrogate = RidgeSurrogate(features, captions, likelihood="prompts" in name)
+        surrogate, shown = RidgeSurrogate(features, captions, likelihood="prompts" in name), looked_at(name)[-1]
         rows, others = torch.arange(asked), torch.arange(asked, SHOWN)
-        surrogate.add(pictures[-1][rows], condition[rows], rewards[rows])
+        surrogate.add(shown[rows], condition[rows], rewards[rows])
         if len(others):
-            surrogate.look(pictures[-1][others], condition[others])
+            surrogate.look(shown[others], condition[others])
         surrogate.fit()
         return surrogate
 
-    def sees(surrogate: RidgeSurrogate, k: int) -> str:
-        guess = torch.cat([surrogate(pictures[k][i], condition[i]) for i in fresh.split(240)])
+    def looked_at(name: str) -> list[Tensor]:
+        return previews if name == PREVIEW else pictures
+
+    def sees(name: str, asked: int, k: int) -> str:
+        surrogate, shown = made[name, asked], looked_at(name)[k]
+        guess = torch.cat([surrogate(shown[i], condition[i]) for i in fresh.split(240)])
         return f"{seen(guess, true, condition[fresh])[0]:.2f}"
 
     names = (
@@ -97,22 +112,27 @@ def main() -> None:
         "pixels and prompts",
         "convolution and prompts",
         "trained and prompts",
+        PREVIEW,
     )
     made = {(name, asked): fitted(name, asked) for name in names for asked in ASKED}
     print(f"| rewards asked | {' | '.join(map(str, ASKED))} |\n| --- | {' | '.join(['---:'] * len(ASKED))} |")
     for name in names:
-        print(f"| {name} | {' | '.join(sees(made[name, asked], -1) for asked in ASKED)} |")
+        print(f"| {name} | {' | '.join(sees(name, asked, -1) for asked in ASKED)} |")
     times = range(1, 9)
     print(
         f"\n| at t | {' | '.join(f'{float(ts[k]):.1f}' for k in times)} |\n| --- | {' | '.join(['---:'] * len(times))} |"
     )
-    for name, asked in (("convolution and prompts", 48), ("convolution and prompts", 720), ("convolution", 720)):
-        print(f"| {name}, {asked} rewards | {' | '.join(sees(made[name, asked], k) for k in times)} |")
+    for name, asked in (
+        *((name, asked) for name in ("convolution and prompts", PREVIEW) for asked in (48, 720)),
+        ("convolution", 720),
+    ):
+        print(f"| {name}, {asked} rewards | {' | '.join(sees(name, asked, k) for k in times)} |")
     cells = [
         f"{seen(reward(pictures[k][fresh], condition[fresh].prompts, folder), true, condition[fresh])[0]:.2f}"
         for k in times
     ]
     print(f"| the reward itself | {' | '.join(cells)} |")
+    print(f"\nthe ridge decoder gives {float(decoder.share):.3f} of the variance of the VAE's pictures")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from scoreact.arena import run as arena_run
 from scoreact.arena import tables as arena_tables
 from scoreact.arena.bench import bench
 from scoreact.arena.budget import check_budget, spent
-from scoreact.arena.problems import HELDOUT, PROBLEMS, TUNING_SEEDS, ArenaProblem, Job, check_used, skips
+from scoreact.arena.problems import HELDOUT, PROBLEMS, TUNING_SEEDS, ArenaProblem, Job, check_used, own_problem, skips
 from scoreact.arena.referee import measure, transfer
 from scoreact.arena.run import run_one
 from scoreact.arena.tuning import search_space, tune
@@ -454,6 +454,14 @@ def test_the_files_and_pictures(results: Path) -> None:
         (["--rules", "ctrl", "--set", "ctl.trace=3"], r"unknown rule 'ctl'; known: ctrl\. Did you mean 'ctrl'\?"),
         (["--rules", "ctrl", "--set", "trase=3"], r"unknown key 'trase'; did you mean 'trace'\?"),
         (["--rules", "ctrl", "--tuned", "nowhere"], r"the folder 'nowhere' of tuned settings does not exist"),
+        (
+            ["--problems", "gaussian-2d", "--prompts", "p.txt"],
+            r"--prompts says something of a problem of your own, and gauss",
+        ),
+        (
+            ["--problems", "plain", "--reward", "brightness"],
+            r"unknown problem 'plain'|says something of a problem of your own",
+        ),
         (["--table"], r"holds no results\.jsonl; run `scoreact bench"),
     ],
 )
@@ -495,6 +503,64 @@ def test_bench_by_words_and_its_table_again(jobs: int, tmp_path: Path, capsys: p
     table = capsys.readouterr().out
     assert table.startswith("### gaussian-2d, kl_weight 0.5")
     assert table.strip() in said
+
+
+MINE = """
+import torch
+from scoreact.models.mlp import ResidualModel
+from scoreact.recipes.gaussian import mixture
+
+def build(width: int = 8):
+    return ResidualModel(mixture(2, 3, 0), 2, width=width)
+
+def right(samples, prompts):
+    return torch.tensor(samples[:, 0].tolist())
+"""
+
+
+def test_a_model_of_ones_own_meets_the_rules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(MINE)
+    small = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
+    words = ["bench", "--rules", "ctrl", "draft", "--problems", f"{file}:build", "--option", "width=4", "--seeds", "1",
+             "--network-calls", "3000", "--reward-calls", "100", "--transfer-samples", "0", "--reference-samples", "64",
+             "--out", str(tmp_path / "out"), *small]  # fmt: skip
+    with pytest.raises(ValueError, match=r"mine has no reward of its own; give one"):
+        cli.run(words)
+    assert cli.run([*words, "--reward", f"{file}:right"]) == 0
+    assert "skipped: draft follows the reward's gradient, and the reward of mine has none." in capsys.readouterr().out
+    (line,) = resume_lines(tmp_path / "out" / "results.jsonl")
+    assert (line["rule"], line["problem"]) == ("ctrl", "mine")
+    measured = json.loads((tmp_path / "out" / "yardsticks" / "mine.json").read_text())
+    assert len(measured["rewards"]) == 64
+    assert measured["problem"]["options"]["width"] == 4
+    # the reward is the reference's first coordinate
+    rewards = torch.tensor(measured["rewards"])
+    expected = (
+        own_problem(f"{file}:build", f"{file}:right")
+        .build(0)
+        .model.base.sample(20_000, torch.Generator().manual_seed(0))
+    )
+    assert abs(float(rewards.mean() - expected[:, 0].mean())) < 4 * float(rewards.std()) / 8
+
+
+def test_a_pipeline_meets_the_rules(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    from tiny_pipelines import make, spelling_tokenizer
+
+    make("sd", spelling_tokenizer()).save_pretrained(tmp_path / "tiny")
+    (tmp_path / "prompts.txt").write_text("a cat\ntwo dogs\n")
+    small = [word for name, value in {**SMALL, "batch_size": 4, "heldout_samples": 4}.items() if not name.startswith("value")
+             for word in ("--set", f"{name}={value}")]  # fmt: skip
+    words = ["bench", "--rules", "ctrl_pathwise", "ddpo", "--problems", str(tmp_path / "tiny"), "--reward", "brightness",
+             "--prompts", str(tmp_path / "prompts.txt"), "--option", "lora_rank=2", "--seeds", "1", "--network-calls", "700",
+             "--reward-calls", "30", "--transfer-samples", "0", "--reference-samples", "8", "--out", str(tmp_path / "out"),
+             *small]  # fmt: skip
+    assert cli.run(words) == 0
+    lines = resume_lines(tmp_path / "out" / "results.jsonl")
+    assert [(line["rule"], line["problem"]) for line in lines] == [("ctrl_pathwise", "tiny"), ("ddpo", "tiny")]
+    assert all(0 < line["network_calls"] <= 700 and 0 < line["reward_calls"] <= 30 for line in lines)
+    assert lines[0]["config"]["value"] == "surrogate"
 
 
 def test_rules_that_need_a_gradient_are_skipped_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

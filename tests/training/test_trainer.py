@@ -115,6 +115,20 @@ def test_an_iteration_of_the_pathwise_rule_costs_what_it_says() -> None:
     assert spent == [{"cost/network_calls": network, "cost/value_calls": value}] * 5
 
 
+def test_reused_paths_cost_a_look_at_the_shift_only_where_others_drew_them() -> None:
+    settings = {"algorithm": "ctrl_pathwise", "value_loss": "soft", "epochs": 1, "kl_states": 0, "gradient_at": "next"}
+
+    def spent(reused: int) -> list[float]:
+        history = [line for line in train(**settings, reuse_reference=reused).history if "cost/network_calls" in line]
+        return [b["cost/network_calls"] - a["cost/network_calls"] for a, b in itertools.pairwise(history)]
+
+    own, reusing = spent(0), spent(2)
+    paths, few = 32 * SMALL["steps"], 4
+    # the second iteration learns from the reference's paths, which the policy did not draw; the others from its own
+    assert reusing[0] - (own[0] - 2 * paths) == paths + few
+    assert [b - a for a, b in zip(own[1:], reusing[1:], strict=True)] == [few] * 4
+
+
 def test_a_value_network_that_cannot_take_its_inputs_is_told_before_anything_is_spent() -> None:
     with pytest.raises(
         ValueError, match=r"cannot take value_inputs 'x', here of shape \(2,\).*or another value_inputs"

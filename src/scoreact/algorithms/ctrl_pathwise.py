@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..control.advantage import believed, returns_to_go
-from ..control.transitions import Batch, Paths
+from ..control.transitions import Batch, Paths, has_moved
 from ..dynamics import girsanov
 from ..dynamics.solvers import step_of
 from ..support.settings import setting
@@ -70,7 +70,9 @@ class CTRLPathwise(ControlRule):
         chosen = order[: self.transitions or len(order)]
         batch = paths.batch[chosen]
         if self.gradient_at == "next":
-            shift = self.shift_in_parts(batch) if self.reuse_reference else None
+            # only on paths that others drew: the reference's, after the first step
+            others = self.reuse_reference and has_moved(self.shift, batch)
+            shift = self.shift_in_parts(batch) if others else None
             force = critic.force_after(batch, batch.noise, shift)
         else:
             force = critic.force_at(batch, paths.rows(paths.trajectory.references)[chosen])

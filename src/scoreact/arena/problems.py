@@ -6,13 +6,17 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..algorithms.registry import find_rule
-from ..recipes.base import Problem, recipes
+from ..recipes.base import Problem
+from ..rewards.base import NO_REWARD, is_differentiable
 from ..rewards.registry import load
+from ..runs.source import find_recipe, recipe_options, short_name
+from ..support.errors import RewardError
 from ..support.names import known_name
 from ..training.config import Config, updated, usable
 
@@ -22,7 +26,10 @@ HELDOUT = {"bench": 20_000_003, "tune": 20_000_033}  # seeds of the referee's no
 
 @dataclass(frozen=True)
 class ArenaProblem:
-    """A recipe with options, a reward and settings, all plain data, and its budget where none is given."""
+    """A recipe with options, a reward and settings, all plain data, and its budget where none is given.
+
+    recipe: a name of `scoreact recipes`, a pipeline's folder, or file.py:function, as `scoreact train` takes it.
+    """
 
     name: str
     recipe: str
@@ -39,7 +46,8 @@ class ArenaProblem:
         """Freshly built; networks draw their first weights from `seed`."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            problem = recipes()[self.recipe].build(**self.options)
+            recipe = find_recipe(self.recipe)
+            problem = recipe.build(**recipe_options(recipe, self.options))
         if self.reward is None:
             return problem
         reward = load(self.reward, **self.reward_options)
@@ -47,7 +55,9 @@ class ArenaProblem:
 
     def base(self) -> Config:
         """The recipe's settings with the problem's."""
-        return updated(recipes()[self.recipe].config_for(self.settings), {"device": "cpu", **self.settings}, self.name)
+        return updated(
+            find_recipe(self.recipe).config_for(self.settings), {"device": "cpu", **self.settings}, self.name
+        )
 
     def config(self, settings: Mapping[str, Any]) -> Config:
         """The referee's settings: the recipe's, the problem's, and what of `settings` is no rule's own."""
@@ -58,6 +68,7 @@ class ArenaProblem:
         return updated(base, usable(base, changes), self.name)
 
 
+PICTURE_CALLS = 30_000, 1_536
 # on pictures: half a minute of one core; the settings of all three are those of one rule, `plain` has others of its own
 PICTURES = {"algorithm": "ctrl_pathwise", "batch_size": 128, "reference_batches": 5, "value": "linear"}
 # on points: 60 iterations of `ctrl`
@@ -66,20 +77,52 @@ PROBLEMS = {
     for problem in (
         ArenaProblem("gaussian-2d", "gaussian", 3_000_000, 30_720, True),
         ArenaProblem("gaussian-16d", "gaussian", 3_000_000, 30_720, True, {"dim": 16}),
-        ArenaProblem("fashion-plain", "plain", 30_000, 1_536, settings=PICTURES, reference_samples=5_120),
+        ArenaProblem("fashion-plain", "plain", *PICTURE_CALLS, settings=PICTURES, reference_samples=5_120),
         ArenaProblem(
-            "fashion-classifier", "classifier", 30_000, 1_536, True, reference_samples=5_120,
+            "fashion-classifier", "classifier", *PICTURE_CALLS, True, reference_samples=5_120,
             # at a price of 1 a nat there is next to nothing to gain: most pictures are of their class already
             settings={**PICTURES, "kl_weight": 0.1},
         ),
         ArenaProblem(
-            "fashion-jpeg", "plain", 30_000, 1_536, reward="jpeg_compressibility", reference_samples=5_120,
+            "fashion-jpeg", "plain", *PICTURE_CALLS, reward="jpeg_compressibility", reference_samples=5_120,
             # beta: 80 % of the spread of the size within a class, in kB; the size is no log-probability
             settings={**PICTURES, "kl_weight": 0.04, "value_loss": "soft"},
         ),
         ArenaProblem("series", "series", 3_000_000, 30_720, True),
     )
 }  # fmt: skip
+
+
+def own_problem(
+    recipe: str,
+    reward: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    reward_options: Mapping[str, Any] | None = None,
+    reference_samples: int = 960,
+) -> ArenaProblem:
+    """A user's model and reward as a problem; its budget is that of the arena's pictures.
+
+    Args:
+        recipe: a pipeline's folder, file.py:function, or a name of `scoreact recipes`.
+        reward: as for `rewards.load`; None where the recipe has one.
+        options: of the recipe, such as `prompts` of a pipeline.
+        reward_options: of the reward.
+        reference_samples: of the pretrained model, for J_ref and J*; each costs a path and a reward call, once.
+    Raises SettingError, RewardError or LoadError for what is not there.
+    """
+    found = find_recipe(recipe)
+    used = recipe_options(found, options or {})
+    if reward is None and found.needs_reward:
+        raise RewardError(f"{short_name(found)} has no reward of its own; give one: file.py:function or a known name.")
+    path = str(used.get("path", ""))  # of a pipeline
+    name = Path(path).name if path else short_name(found)
+    judged = load(reward, **(reward_options or {})) if reward is not None else found.build(**used).reward
+    if judged is NO_REWARD:
+        raise RewardError(f"{short_name(found)} has no reward of its own; give one: file.py:function or a known name.")
+    return ArenaProblem(
+        name, found.name, PICTURE_CALLS[0], PICTURE_CALLS[1], is_differentiable(judged), used, reward,
+        dict(reward_options or {}), reference_samples=reference_samples,
+    )  # fmt: skip
 
 
 def known_problem(problem: str | ArenaProblem) -> ArenaProblem:

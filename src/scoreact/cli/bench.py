@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ..support.errors import SettingError
 from .parser import Parser, assignments, positive, whole
+
+if TYPE_CHECKING:
+    from ..arena.problems import ArenaProblem
 
 
 def bench_arguments(parser: Parser) -> None:
     add = parser.add_argument
     add("--rules", nargs="+", metavar="RULE", help="update rules [all of them]")
-    add("--problems", nargs="+", metavar="NAME", help="problems [gaussian-2d]; an unknown name lists them")
+    add(
+        "--problems",
+        nargs="+",
+        metavar="NAME",
+        help="problems [gaussian-2d]; or a pipeline's folder, or my_model.py:build",
+    )
     add("--seeds", type=whole(1), default=5, metavar="INT", help="runs of each, seeds 0, 1, ... [5]")
     add(
         "--out",
@@ -36,7 +46,13 @@ def bench_arguments(parser: Parser) -> None:
 def tune_arguments(parser: Parser) -> None:
     add = parser.add_argument
     add("--rule", nargs="+", required=True, metavar="RULE", help="update rules, one search each")
-    add("--problem", nargs="+", required=True, metavar="NAME", help="problems, one search each")
+    add(
+        "--problem",
+        nargs="+",
+        required=True,
+        metavar="NAME",
+        help="problems, one search each; or a pipeline's folder, or my_model.py:build",
+    )
     add("--trials", type=whole(1), default=20, metavar="INT", help="settings to try, the defaults first [20]")
     add("--seeds", type=whole(1), default=2, metavar="INT", help="runs of each, on seeds that bench never uses [2]")
     add("--out", type=Path, default=Path("tuned"), metavar="DIR", help="RULE.PROBLEM.json goes there [tuned]")
@@ -66,22 +82,55 @@ def _shared(parser: Parser) -> None:
         metavar="NAME=VALUE",
         help="a setting of all runs, or RULE.NAME of one rule's",
     )
+    add = parser.add_argument_group("of a problem of your own").add_argument
+    add("--reward", metavar="SPEC", help="my.py:function, module:function, or a known name")
+    add("--reward-option", action="append", default=[], metavar="NAME=VALUE", help="an option of that reward")
+    add("--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the pipeline or of build")
+    add("--prompts", metavar="FILE", help="of a pipeline: a file of prompts, or one prompt")
+    add("--reference-samples", type=whole(2), default=None, metavar="INT",
+        help="of the pretrained model, for J_ref and J* [960]")  # fmt: skip
+
+
+def _problems(options: argparse.Namespace, names: Sequence[str]) -> list[ArenaProblem]:
+    """The arena's own by name; anything else as `scoreact train` takes it, with what the command line says of it."""
+    from ..arena.problems import PROBLEMS, known_problem, own_problem
+
+    given = {
+        "--reward": options.reward, "--reward-option": options.reward_option, "--option": options.option,
+        "--prompts": options.prompts, "--reference-samples": options.reference_samples,
+    }  # fmt: skip
+    own = [name for name in names if name not in PROBLEMS and (Path(name).is_dir() or ":" in name)]
+    if not own and (unused := [flag for flag, value in given.items() if value]):
+        raise SettingError(
+            f"{unused[0]} says something of a problem of your own, and {', '.join(names)} are the arena's; leave it out, or "
+            "name a pipeline's folder or my_model.py:build."
+        )
+    build = assignments(options.option, "--option")
+    if options.prompts is not None:
+        build["prompts"] = options.prompts
+    more = {} if options.reference_samples is None else {"reference_samples": options.reference_samples}
+    return [
+        own_problem(name, options.reward, build, assignments(options.reward_option, "--reward-option"), **more)
+        if name in own
+        else known_problem(name)
+        for name in names
+    ]
 
 
 def bench(options: argparse.Namespace) -> int:
     from ..algorithms.registry import rules
     from ..arena import bench as arena
-    from ..arena.problems import known_problem, skips
+    from ..arena.problems import skips
     from ..arena.tables import report
     from ..support.files import read_lines
 
     if options.table:
         print(report(options.out))
         return 0
-    names, problems = options.rules or list(rules()), options.problems or ["gaussian-2d"]
+    names, problems = options.rules or list(rules()), _problems(options, options.problems or ["gaussian-2d"])
     for problem in problems:
         for rule in names:
-            if reason := skips(rule, known_problem(problem)):
+            if reason := skips(rule, problem):
                 print(f"skipped: {reason}", flush=True)
     try:
         lines = arena.bench(
@@ -113,14 +162,14 @@ def _say_run(line: dict[str, Any], finished: int, wanted: int) -> None:
 
 def tune(options: argparse.Namespace) -> int:
     from ..arena import tuning
-    from ..arena.problems import known_problem, skips
+    from ..arena.problems import skips
 
-    for problem in [known_problem(name).name for name in options.problem]:
+    for problem in _problems(options, options.problem):
         for rule in options.rule:
-            if reason := skips(rule, known_problem(problem)):
+            if reason := skips(rule, problem):
                 print(f"skipped: {reason}", flush=True)
                 continue
-            print(f"{rule} on {problem}", flush=True)
+            print(f"{rule} on {problem.name}", flush=True)
             try:
                 found = tuning.tune(
                     rule, problem, options.trials, options.seeds, options.network_calls, options.reward_calls, options.out,
@@ -132,7 +181,7 @@ def tune(options: argparse.Namespace) -> int:
                 ) from None
             gain = "" if found["defaults"]["J"] is None else f", the defaults {found['defaults']['J']:.4g}"
             print(f"  best J {found['J']:.4g}{gain}: {_words(found['settings'])}")
-            print(f"  {options.out / tuning.tuned_name(rule, problem)}")
+            print(f"  {options.out / tuning.tuned_name(rule, problem.name)}")
     return 0
 
 

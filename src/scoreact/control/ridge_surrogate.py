@@ -17,7 +17,7 @@ Source of the features: Rahimi & Recht 2007, in their convolutional form.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from ..support.loading import load_named
 from ..types import Condition, Metrics
 from .advantage import explained_variance
 from .prompt_likelihood import PromptLikelihood
+from .ridge_decoder import SIDE, RidgeDecoder
 from .value_fit import logit_of
 
 BIAS = 3.0  # prior standard deviation of a prompt's offset, that of the features together being 1
@@ -39,7 +40,6 @@ RIDGES = tuple(
 )  # variance of what phi cannot say over the prior variance of w . phi
 LIMIT = 8.0  # of the logit of a log-probability: beyond it the reward changes by less than 4e-4
 WORDS = 512  # words that are told apart; of more of them the hashes are (`bag_of_words`)
-SIDE = 64  # pixels: larger pictures are averaged down to about this
 
 
 class RandomConvolution(nn.Module):
@@ -167,6 +167,7 @@ class RidgeSurrogate:
         log_probability: float | None = None,
         most: int = 3072,
         likelihood: bool = False,
+        decoder: RidgeDecoder | None = None,
     ) -> None:
         """Not fitted yet.
 
@@ -176,8 +177,10 @@ class RidgeSurrogate:
             log_probability: kl_weight where the reward / kl_weight is a log-probability; None: the link is the identity.
             most: how many samples it remembers, the newest.
             likelihood: whether how well a sample tells its prompt is a feature.
+            decoder: its own, of latents; "samples" are then latents everywhere here, and `sees` says which it wants.
         """
         self.network, self.most, self.reads_prompts = network, most, likelihood
+        self.decoder = decoder
         self.words = words_of(prompts)
         self.hashes_words = len(self.words) > WORDS
         self.log_probability = log_probability
@@ -188,6 +191,15 @@ class RidgeSurrogate:
         self.likelihood: PromptLikelihood | None = None
         self.ridge = math.nan
         self.explained = math.nan  # share of the newest rewards' variance, by the fit that had not seen them
+
+    def sees(self, x_data: Tensor, decode: Callable[[Tensor], Tensor]) -> Tensor:
+        """Of final states [B, *D] or estimates of them what is a sample here: decoded by `decode`, or as they are."""
+        return decode(x_data) if self.decoder is None else x_data
+
+    def features(self, samples: Tensor) -> Tensor:
+        """[B, F] of samples."""
+        found: Tensor = self.network(samples if self.decoder is None else self.decoder(samples))
+        return found
 
     @torch.no_grad()
     def look(self, samples: Tensor, condition: Condition) -> None:
@@ -206,7 +218,7 @@ class RidgeSurrogate:
     def _described(self, samples: Tensor, condition: Condition) -> dict[str, Tensor]:
         """Features and words of samples, of all processes, on the CPU."""
         return {
-            "features": distributed.gathered(self.network(samples)).cpu(),
+            "features": distributed.gathered(self.features(samples)).cpu(),
             "words": distributed.gathered(self.bag(condition)),
         }
 
@@ -231,7 +243,8 @@ class RidgeSurrogate:
             "told": dual @ told,
         }  # fmt: skip
         self.fitted = {name: tensor.to(self._device, torch.float32) for name, tensor in self.fitted.items()}
-        return {"surrogate/explained_variance": self.explained, "surrogate/samples": float(len(y))}
+        decoded = {} if self.decoder is None else {"surrogate/decoder": float(self.decoder.share)}
+        return {"surrogate/explained_variance": self.explained, "surrogate/samples": float(len(y)), **decoded}
 
     def _begin(self) -> None:
         """The features' scale and the prompts' likelihood, from every sample that was shown before the first fit."""
@@ -257,7 +270,7 @@ class RidgeSurrogate:
         return torch.device("cpu") if found is None else found.device
 
     def __call__(self, samples: Tensor, condition: Condition) -> Tensor:
-        return self.of_features(self.network(samples), condition)
+        return self.of_features(self.features(samples), condition)
 
     def of_features(self, features: Tensor, condition: Condition) -> Tensor:
         """The stand-in at features [B, F] of `network`: [B]."""
@@ -277,7 +290,7 @@ class RidgeSurrogate:
         One after another the sample at which the posterior variance is largest, given those seen and those chosen: greedy
         D-optimal design. Knows no reward.
         """
-        new = {"features": self.network(samples).cpu(), "words": self.bag(condition)}
+        new = {"features": self.features(samples).cpu(), "words": self.bag(condition)}
         # before the first fit nothing gives the features a scale but themselves
         seen = self.seen if self.fitted else {}
         words = torch.cat([seen.get("words", new["words"][:0]), new["words"]]).double()
@@ -320,7 +333,14 @@ class RidgeSurrogate:
     def state_dict(self) -> dict[str, Any]:
         told = None if self.likelihood is None else self.likelihood.tensors
         own = {"ridge": self.ridge, "explained": self.explained, "likelihood": told}
-        return {"seen": self.seen, "fitted": self.fitted, "network": self.network.state_dict(), **own}
+        decoder = None if self.decoder is None else self.decoder.state_dict()
+        return {
+            "seen": self.seen,
+            "fitted": self.fitted,
+            "network": self.network.state_dict(),
+            "decoder": decoder,
+            **own,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.seen, self.fitted = dict(state["seen"]), dict(state["fitted"])
@@ -328,6 +348,8 @@ class RidgeSurrogate:
         told = state.get("likelihood")  # runs of 0.2 have none
         self.likelihood = None if told is None else PromptLikelihood.of(told)
         self.network.load_state_dict(state["network"])
+        if self.decoder is not None:
+            self.decoder.load_state_dict(state["decoder"])
 
 
 def prompt_kernel(z: Tensor, q: Tensor, told: Tensor) -> Tensor:

@@ -9,10 +9,11 @@ from typing import ClassVar, Literal
 from ..support.settings import setting
 
 STANDS_IN = {"surrogate": (True,)}  # used where a surrogate stands in for the reward
+OWN_FEATURES = ("convolution", "pixels")  # that need no network of the user's
 
 
 def _features() -> Iterable[str]:
-    return ("convolution", "pixels")
+    return OWN_FEATURES
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class SurrogateSettings:
         known=_features,
         own=True,
         needs=STANDS_IN,
+    )
+    surrogate_decoder: Literal["auto", "full", "ridge"] = setting(
+        "auto",
+        "How a value decodes states: as samples are; to small pictures by a ridge regression; auto: that of large pictures",
+        needs={"fits_value": (True,), "value": ("surrogate",)},
     )
     surrogate_prompts: bool = setting(
         True,

@@ -56,8 +56,8 @@ class SurrogateValue(ValueNetwork):
         policy = self._policy[0]
         if reference is None:
             reference = policy.reference_score(t, x, condition)
-        found: Tensor = self.surrogate.network(policy.model.decode(self.sde.x_data_hat(t, x, reference)))
-        return found
+        surrogate = self.surrogate
+        return surrogate.features(surrogate.sees(self.sde.x_data_hat(t, x, reference), policy.model.decode))
 
     def of_inputs(self, t: Tensor, features: Tensor, condition: Condition) -> Tensor:
         weight = knots(t)

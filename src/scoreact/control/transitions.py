@@ -144,3 +144,10 @@ def shift_of(policy: Policy, sde: SDE, solver: Solver, batch: Batch) -> Tensor:
     score = policy.score(batch.t0, batch.x, batch.condition)
     mean = step_of(sde, solver, score, batch.t0, batch.t1, batch.x).mean
     return (mean - batch.mean) / expand(batch.std, mean)
+
+
+def has_moved(shift: Callable[[Batch], Tensor], batch: Batch) -> bool:
+    """Whether a policy is no longer the behaviour: on fresh paths `shift` is 0 everywhere, and a few rows tell."""
+    few = torch.linspace(0, len(batch) - 1, min(4, len(batch)), device=batch.t0.device).long()
+    with torch.no_grad():
+        return bool((shift(batch[few]).abs() > 1e-4).any())

@@ -61,6 +61,10 @@ class NetworkModel(nn.Module):
         rows_per_call: int | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(prediction, Prediction):
+            raise ModelError(
+                f"prediction is {prediction!r}; give one of dynamics.prediction, such as prediction.epsilon."
+            )
         if (low is None) != (high is None):
             raise ModelError(f"low is {low} and high is {high}; give both ends of the data's range, or neither.")
         if low is not None and high is not None and not low < high:

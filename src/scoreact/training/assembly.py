@@ -16,8 +16,10 @@ from ..algorithms.registry import find_rule
 from ..control.critic import Critic
 from ..control.linear_value import LinearHead, RidgeFit
 from ..control.policy import Policy
+from ..control.ridge_decoder import SIDE, RidgeDecoder
 from ..control.ridge_surrogate import RidgeSurrogate, features_by_name
 from ..control.rollout import Exploration, epsilon_greedy, gaussian_actions
+from ..control.surrogate_settings import OWN_FEATURES
 from ..control.surrogate_value import SurrogateFit, SurrogateValue
 from ..control.transitions import Batch, Rows
 from ..control.value import ResidualValue, ValueNetwork
@@ -148,10 +150,28 @@ def build_surrogate(config: Config, model: ScoreModel, prompts: Sequence[str]) -
         return None
     generator = torch.Generator(device_of(model)).manual_seed(0)
     with torch.no_grad():
-        samples = model.decode(model.prior(model.condition(prompts[:1]), generator))
+        states = model.prior(model.condition(prompts[:1]), generator)
+        samples = model.decode(states)
+        decoder = ridge_decoder(config, states, samples)
+        network = features_by_name(config.surrogate_features, samples if decoder is None else decoder(states))
     link = config.kl_weight if config.surrogate_target == "logit" else None
-    network = features_by_name(config.surrogate_features, samples)
-    return RidgeSurrogate(network, prompts, link, likelihood=config.surrogate_prompts)
+    return RidgeSurrogate(network, prompts, link, likelihood=config.surrogate_prompts, decoder=decoder)
+
+
+def ridge_decoder(config: Config, states: Tensor, samples: Tensor) -> RidgeDecoder | None:
+    """What decodes states for a surrogate in the model's place; None: the model does. Pictures are `samples` of `states`."""
+    if not config.uses("surrogate_decoder") or config.surrogate_decoder == "full":
+        return None
+    own = config.surrogate_features in OWN_FEATURES
+    if config.surrogate_decoder == "ridge":
+        if not own:
+            raise SettingError(
+                f"surrogate_decoder ridge gives small pictures, and surrogate_features {config.surrogate_features!r} is a "
+                "network of yours that expects the samples themselves; set surrogate_decoder to full."
+            )
+        return RidgeDecoder(states, samples)
+    large = states.ndim == samples.ndim == 4 and min(samples.shape[2:]) >= 2 * SIDE
+    return RidgeDecoder(states, samples) if own and large and samples.shape[2] % states.shape[2] == 0 else None
 
 
 def build_rule(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..algorithms.base import Rule
-from ..control.transitions import Batch, Rows
+from ..control.transitions import Batch, Rows, has_moved
 from ..support import distributed
 from ..support.errors import Diverged, SettingError
 from ..types import Metrics
@@ -30,10 +30,7 @@ class StepKL:
         index = torch.linspace(0, len(batch) - 1, min(size, len(batch)), device=batch.t0.device).long()
         self.shift, self.batch = shift, batch[index]
         with torch.no_grad():
-            # a few rows tell whether the policy still is the behaviour, as on fresh paths: its shift is then 0 everywhere
-            few = self.batch[torch.linspace(0, len(index) - 1, min(4, len(index)), device=index.device).long()]
-            moved = bool((shift(few).abs() > 1e-4).any())
-            self.start: Tensor | float = shift(self.batch) if moved else 0.0
+            self.start: Tensor | float = shift(self.batch) if has_moved(shift, self.batch) else 0.0
 
     def __call__(self) -> float:
         with torch.no_grad():

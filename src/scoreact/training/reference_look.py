@@ -17,7 +17,7 @@ from ..rewards.remote.overlap import one_ahead
 from ..support import distributed
 from ..support.errors import SettingError
 from ..types import Condition, Metrics
-from .stand_in import filled, show
+from .stand_in import filled, learn_to_decode, show
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -50,6 +50,8 @@ def look_at_reference(trainer: Trainer) -> Metrics:
         trainer.guard.remember(trainer.policy.model.decode, trajectory.xs[-1], trainer.config.heldout_samples)
         paths = Paths(trajectory, r)
         if surrogate is not None:
+            if surrogate.decoder is not None and len(rewards) == 1:
+                learn_to_decode(surrogate.decoder, trajectory, trainer.sde, trainer.policy.model.decode)
             show(surrogate, paths, trainer.policy.model.decode)
         if surrogate is not None and (critic is not None or len(waiting) < reused):
             waiting.append(paths)

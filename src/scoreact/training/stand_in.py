@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..control.critic import Critic
 from ..control.policy import Policy
+from ..control.ridge_decoder import RidgeDecoder
 from ..control.ridge_surrogate import RidgeSurrogate
 from ..control.trajectory import Trajectory
 from ..control.transitions import Paths
@@ -22,12 +23,26 @@ from ..evaluation.seen import SEEN_AT, seen
 from ..support import distributed
 from ..types import Metrics
 
+CELLS = 2**15  # of latents, at each time, that a decoder is solved for on; each is an equation
+
 Decode = Callable[[Tensor], Tensor]
+
+
+@torch.no_grad()
+def learn_to_decode(decoder: RidgeDecoder, path: Trajectory, sde: SDE, decode: Decode) -> None:
+    """Fit a decoder to what `decode` makes of the ends of the reference's paths, and of what they were heading for."""
+    enough = -(-CELLS // path.xs[0, 0, 0].numel())
+    few = torch.arange(min(enough, path.xs.shape[1]), device=path.xs.device)
+    states = [path.xs[-1][few]]
+    for at in SEEN_AT:
+        k = int((path.ts[:-1] - at).abs().argmin())
+        states.append(sde.x_data_hat(path.ts[k].expand(len(few)), path.xs[k][few], path.references[k][few]))
+    decoder.fit(torch.cat(states), torch.cat([decode(x) for x in states]))
 
 
 def show(surrogate: RidgeSurrogate, paths: Paths, decode: Decode) -> None:
     """Let the surrogate see the finished samples of these paths, and the rewards that were asked."""
-    samples, condition = decode(paths.trajectory.xs[-1]), paths.trajectory.condition
+    samples, condition = surrogate.sees(paths.trajectory.xs[-1], decode), paths.trajectory.condition
     asked, others = (torch.nonzero(rows).flatten() for rows in (~paths.rewards.isnan(), paths.rewards.isnan()))
     surrogate.add(samples[asked], condition[asked], paths.rewards[asked])
     if len(others) and not surrogate.fitted:
@@ -40,7 +55,7 @@ def filled(surrogate: RidgeSurrogate, paths: Paths, decode: Decode) -> Paths:
     asked = ~paths.rewards.isnan()
     if bool(asked.all()):
         return paths
-    guess = surrogate(decode(paths.trajectory.xs[-1]), paths.trajectory.condition)
+    guess = surrogate(surrogate.sees(paths.trajectory.xs[-1], decode), paths.trajectory.condition)
     return replace(paths, rewards=torch.where(asked, paths.rewards, guess))
 
 
@@ -48,7 +63,9 @@ def refit(surrogate: RidgeSurrogate, paths: Paths, decode: Decode) -> tuple[Path
     """The surrogate sees a rollout and is fitted anew; the rollout with a reward for every path, and how far it was off."""
     asked = ~paths.rewards.isnan()
     with torch.no_grad():
-        guess = surrogate(decode(paths.trajectory.xs[-1]), paths.trajectory.condition)  # before it has seen them
+        guess = surrogate(
+            surrogate.sees(paths.trajectory.xs[-1], decode), paths.trajectory.condition
+        )  # before it has seen them
     metrics = {
         "reward/asked_mean": distributed.mean(float(paths.rewards[asked].mean())),
         "surrogate/reward": distributed.mean(float(guess[asked].mean())),
@@ -82,7 +99,7 @@ def foreseen(
     metrics: Metrics = {}
     condition = path.condition
     if surrogate is not None and surrogate.fitted:
-        guess = surrogate(samples, condition)
+        guess = surrogate(surrogate.sees(path.xs[-1], lambda x: samples), condition)
         metrics["surrogate/heldout"] = float(guess.mean())
         metrics["surrogate/bias"], metrics["surrogate/bias_se"] = mean_and_error(guess - rewards)
         metrics["surrogate/seen"], metrics["surrogate/seen_se"] = seen(guess, rewards, condition)
@@ -97,7 +114,7 @@ def foreseen(
             guess = value.of_inputs(t, value.inputs_at(t, x, condition, reference), condition)
         else:
             assert surrogate is not None
-            guess = surrogate(policy.model.decode(sde.x_data_hat(t, x, reference)), condition)
+            guess = surrogate(surrogate.sees(sde.x_data_hat(t, x, reference), policy.model.decode), condition)
         metrics[f"value/seen_{at:g}"] = seen(guess, rewards, condition)[0]
     policy.network_calls = calls[0]
     if value is not None:

@@ -246,9 +246,7 @@ class Trainer:
                 self.exploration, reference_only, stochastic,
                 self.algorithm.reads_reference or self.config.exploration == "epsilon_greedy",
             )  # fmt: skip
-            samples = self.policy.model.decode(trajectory.xs[-1])
-            asked = self._asked(samples, trajectory.condition, len(names), reference_only)
-            scores.add(samples, trajectory.condition, asked)
+            self._score(scores, trajectory, len(names), reference_only)
             paths.append(trajectory)
         if behaviour is not self.policy:  # one place counts the calls
             self.policy.network_calls += behaviour.network_calls
@@ -256,18 +254,23 @@ class Trainer:
         whole = paths[0] if len(paths) == 1 else Trajectory.join(paths, self.policy.model.condition(names))
         return whole, scores
 
-    def _asked(self, samples: Tensor, condition: Condition, whole: int, reference_only: bool) -> Tensor | None:
-        """Which of these samples, part of a batch of `whole`, are shown to the reward; None: all of them.
+    def _score(self, scores: Scores, path: Trajectory, whole: int, reference_only: bool) -> None:
+        """Show the reward the ends of these paths, part of a batch of `whole`: all of them, or scored_samples of the whole.
 
         Of the reference's the first ones, whatever they look like: J_ref and J* are made of their rewards.
         """
+        x_data, condition, decode, surrogate = path.xs[-1], path.condition, self.policy.model.decode, self.surrogate
         count = self.config.scored_samples // distributed.world()
-        if self.surrogate is None or count == 0 or count >= whole:
-            return None
-        share = max(1, round(count * len(samples) / whole))
-        if reference_only:
-            return torch.arange(share, device=samples.device)
-        return self.surrogate.choose(samples, condition, share).to(samples.device)
+        if surrogate is None or count == 0 or count >= whole:
+            scores.add(decode(x_data), condition)
+            return
+        share = max(1, round(count * len(x_data) / whole))
+        seen = x_data if reference_only else surrogate.sees(x_data, decode)
+        asked = torch.arange(share) if reference_only else surrogate.choose(seen, condition, share)
+        asked = asked.to(x_data.device)
+        decoded = seen is not x_data
+        shown = seen[asked] if decoded else decode(x_data[asked])
+        scores.add(shown, condition[asked], (len(x_data), asked))
 
     def rate(self) -> float:
         """The learning rates' factor: a linear warm-up, a plateau, a linear fall to the run's end."""

@@ -36,18 +36,16 @@ class Scores:
         self._size = elsewhere.batch_size if elsewhere is not None else 0
         self.overlap = elsewhere is not None and elsewhere.overlap
         self._parts: list[Future[Tensor]] = []
-        self._rows: list[tuple[int, Tensor | None]] = []  # of each part, its size and which of its samples are scored
+        self._rows: list[tuple[int, Tensor | None]] = []  # of each part, its size and which rows of it are scored
 
     def parts(self, prompts: Sequence[str]) -> Iterator[Sequence[str]]:
         """The prompts in the parts in which to draw their samples: all of them unless the reward has a batch_size."""
         size = self._size or len(prompts)
         return (prompts[i : i + size] for i in range(0, len(prompts), size))
 
-    def add(self, samples: Tensor, condition: Condition, asked: Tensor | None = None) -> None:
-        """The next part's samples [b, ...]; asked: row numbers of those to score, None for all. The others' rewards are nan."""
-        self._rows.append((len(samples), asked))
-        if asked is not None:
-            samples, condition = samples[asked], condition[asked]
+    def add(self, samples: Tensor, condition: Condition, among: tuple[int, Tensor] | None = None) -> None:
+        """Score the next part's samples [b, ...]; among: (B, rows [b]) where they are these of B, whose others get nan."""
+        self._rows.append((len(samples), None) if among is None else among)
         future: Future[Tensor] = Future()
         if self.overlap:
             before = self._parts[-1] if self._parts else None
