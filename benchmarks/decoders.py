@@ -47,9 +47,9 @@ def main() -> None:
         value = build_value(config, policy, sde, None, brightness, PROMPTS, surrogate)
         with torch.no_grad():
             if surrogate.decoder is not None:
-                found["fitting the ridge decoder, but for decoding"] = seconds(
-                    lambda: surrogate.decoder.fit(x, model.decode(x)), device, 1  # noqa: B023
-                ) - found["decoding by the VAE"]  # fmt: skip
+                pictures = model.decode(x)
+                fit = surrogate.decoder.fit
+                found["fitting the ridge decoder to a picture"] = seconds(lambda: fit(x, pictures), device, 1)  # noqa: B023
             samples = torch.cat([surrogate.sees(x * scale, model.decode) for scale in (1.0, 0.5)])
             two = model.condition(PROMPTS[:1] * 2)
             surrogate.add(samples, two, brightness(samples, two))
