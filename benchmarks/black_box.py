@@ -31,17 +31,14 @@ SURROGATE: Run = {
     "algorithm": "ctrl_pathwise", "value": "surrogate", "kl_weight": 0.1, "act_until": 0.7, "kl_states": 64,
     "reference_batches": 3, "minibatch_size": 48,
 }  # fmt: skip
-FEW: Run = {
-    **SURROGATE, "scored_samples": 16, "iterations": 4, "evaluate_every": 1, "batch_size": 48, "reuse_reference": 1,
-    "surrogate_decoder": "ridge",
-}  # fmt: skip
+FEW: Run = {**SURROGATE, "scored_samples": 16, "iterations": 4, "evaluate_every": 1}
 EQUAL: Run = {**SURROGATE, "iterations": 20, "evaluate_every": 4, "average": 0.5, "reference_batches": 6}
 TRIALS: dict[str, list[Run]] = {
     "trl": [{"learning_rate": rate} for rate in (1e-3, 3e-3, 1e-2, 3e-2)],
     "few": [
-        {**FEW, "reference_batches": first, "learning_rate": rate, "max_kl": most}
-        for first in (2, 3)
-        for rate, most in ((4e-3, 0.5), (1e-2, 2.0))
+        {**FEW, "learning_rate": rate, "batch_size": 48, **more}
+        for more in ({}, {"reuse_reference": 1})
+        for rate in (2e-3, 4e-3)
     ],
     "equal": [{**EQUAL, "learning_rate": rate, "batch_size": 48} for rate in (2e-3, 4e-3)],
     "ddpo": [{"algorithm": "ddpo", "minibatch_size": 32, "learning_rate": rate} for rate in (1e-3, 2e-3, 4e-3, 8e-3)],

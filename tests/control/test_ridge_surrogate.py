@@ -333,8 +333,7 @@ def test_a_reward_that_a_surrogate_cannot_see_is_said_before_training() -> None:
             said.append(metrics["text"])
 
     result = train(reward=noise, iterations=2, heldout_samples=256, on_event=note)
-    assert len(said) == 1
-    assert "of the reward's variance among samples of a prompt" in said[0]
+    assert sum("of the reward's variance among samples of a prompt" in text for text in said) == 1
     first = next(line for line in result.history if "evaluation" in line)
     assert first["surrogate/seen"] < 0.05
     assert "value/seen_0.4" in first
