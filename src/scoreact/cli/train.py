@@ -7,7 +7,7 @@ import dataclasses
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,16 +124,16 @@ def train_source(options: argparse.Namespace) -> Source:
     recipe = base.recipe
     content, config = read(options.config) if options.config else {}, base.config
     if isinstance(content.get("config"), dict):  # a run's config.json: repeat that run
-        described = content.get("description") or {}
+        described = _lines(content, "description", options.config)
         own = described.get("recipe", recipe.name) == recipe.name
         config = from_stored(content["config"], f"config file {options.config!r}")
         content = {k: described.get(k) for k in ("reward", "reward_options", "options")} if own else {}
-    in_file = content.pop("options", None) or {}
+    in_file = _lines(content, "options", options.config)
     reward = options.reward or content.get("reward") or base.reward
-    reward_options = {} if options.reward else dict(content.get("reward_options") or base.reward_options)
-    content = {key: value for key, value in content.items() if key not in ("reward", "reward_options")}
-    if not isinstance(in_file, dict):
-        raise SettingError(f"config file {options.config!r}: options is {in_file!r}; expected `name: value` lines.")
+    if reward is not None and not isinstance(reward, str):
+        raise SettingError(f"config file {options.config!r}: reward is {reward!r}; expected its name, as --reward takes it.")
+    reward_options = {} if options.reward else _lines(content, "reward_options", options.config) or dict(base.reward_options)
+    content = {key: value for key, value in content.items() if key not in ("options", "reward", "reward_options")}
     build_options = recipe_options(
         recipe, {**base.options, **in_file, **assignments(options.option, "--option", text_options(recipe))}
     )
@@ -176,6 +176,14 @@ def train_source(options: argparse.Namespace) -> Source:
         if config.surrogate_target == "logit" and "surrogate_target" not in given:
             config = updated(config, {"surrogate_target": "reward"})
     return Source(recipe, build_options, config, reward, reward_options, None, base.start)
+
+
+def _lines(content: Mapping[str, Any], key: str, file: str | None) -> dict[str, Any]:
+    """The mapping at a key of a file, empty where there is none."""
+    found = content.get(key) or {}
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+        raise SettingError(f"config file {file!r}: {key} is {found!r}; expected `name: value` lines.")
+    return dict(found)
 
 
 def _base(options: argparse.Namespace) -> Source:
