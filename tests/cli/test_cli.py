@@ -239,6 +239,15 @@ def test_a_mistake_in_the_program_is_named_as_such(say: Callable[..., Said], mon
         ("steps: many\n", "steps is 'many' (str); expected int (Number of steps of a path in training)."),
         ("steps: [1\n", "config file 'a.yaml' cannot be read as YAML: "),
         ("options: 3\n", "config file 'a.yaml': options is 3; expected `name: value` lines."),
+        ("reward: {a: b}\n", "config file 'a.yaml': reward is {'a': 'b'}; expected its name, as --reward takes it."),
+        (
+            "reward_options: [a]\nreward: linear\n",
+            "config file 'a.yaml': reward_options is ['a']; expected `name: value` lines.",
+        ),
+        (
+            "config: {}\ndescription: word\n",
+            "config file 'a.yaml': description is 'word'; expected `name: value` lines.",
+        ),
         ("options: {dmi: 3}\n", "recipe gaussian has no option 'dmi'"),
     ],
 )

@@ -80,6 +80,19 @@ def test_the_rewards_of_a_user_who_wants_two(capsys: pytest.CaptureFixture[str])
             ["train", "gaussian", "--seed", str(2**32)],
             "seed is 4294967296; it must be at least 0 and at most 4294967295",
         ),
+        (
+            ["train", "gaussian", "--option", "dim=0"],
+            "option dim of recipe gaussian is 0; expected a whole number from 1",
+        ),
+        (
+            ["train", "gaussian", "--option", "mixture_seed=-1"],
+            "option mixture_seed of recipe gaussian is -1; expected a whole",
+        ),
+        (
+            ["check", "recipe", "gaussian", "--option", f"mixture_seed={2**64}"],
+            "expected a whole number from 0 to 4294967295",
+        ),
+        (["train", "series", "--option", "pin=nan"], "option pin of recipe series is nan; expected a finite number"),
         (["train", "gaussian", "--seed", "1000003"], "seed 1000003 is that of the noise that evaluations keep"),
     ],
 )

@@ -131,8 +131,12 @@ def train_source(options: argparse.Namespace) -> Source:
     in_file = _lines(content, "options", options.config)
     reward = options.reward or content.get("reward") or base.reward
     if reward is not None and not isinstance(reward, str):
-        raise SettingError(f"config file {options.config!r}: reward is {reward!r}; expected its name, as --reward takes it.")
-    reward_options = {} if options.reward else _lines(content, "reward_options", options.config) or dict(base.reward_options)
+        raise SettingError(
+            f"config file {options.config!r}: reward is {reward!r}; expected its name, as --reward takes it."
+        )
+    reward_options = (
+        {} if options.reward else _lines(content, "reward_options", options.config) or dict(base.reward_options)
+    )
     content = {key: value for key, value in content.items() if key not in ("options", "reward", "reward_options")}
     build_options = recipe_options(
         recipe, {**base.options, **in_file, **assignments(options.option, "--option", text_options(recipe))}

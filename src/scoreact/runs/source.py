@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from ..support.errors import ModelError, RewardError, RunError, SettingError
 from ..support.folders import made_folder
 from ..support.loading import is_spec, load_named
 from ..support.names import known_name
+from ..support.seeds import LARGEST
 from ..training.config import Config, from_stored
 
 if TYPE_CHECKING:
@@ -195,8 +197,20 @@ def recipe_options(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
                 f"option {name} of recipe {short_name(recipe)} is {value!r} ({type(value).__name__}); "
                 f"expected {type(default).__name__}, such as {default!r}."
             )
+        if ":" not in recipe.name:  # of the user's own function only the type is known
+            _check_number(f"option {name} of recipe {short_name(recipe)}", value, default)
         options[name] = value
     return options
+
+
+def _check_number(what: str, value: Any, default: Any) -> None:
+    """Numbers are finite; counts, whose defaults are above 0, are too; seeds begin at 0."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise SettingError(f"{what} is {value}; expected a finite number.")
+    if isinstance(default, int) and not isinstance(default, bool):
+        low = min(default, 1)
+        if not low <= value <= LARGEST:
+            raise SettingError(f"{what} is {value}; expected a whole number from {low} to {LARGEST}.")
 
 
 def source_of_run(folder: Path) -> Source:
