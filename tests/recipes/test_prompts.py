@@ -256,3 +256,48 @@ def test_a_tab_separated_file_without_quoting_keeps_its_quotation_marks(tmp_path
     path.write_text('prompt\ttag\n"no" on a sign\tc\td\n')
     with pytest.raises(sa.SettingError, match=r"line 2 has 3 fields, and the header has 2 \(prompt, tag\)\."):
         read_prompts(path)
+
+
+def test_a_text_to_image_pipeline_is_not_trained_without_a_prompt() -> None:
+    """It would be on "", in silence. One that reads no prompts is."""
+    pytest.importorskip("diffusers")
+    from tiny_pipelines import make, spelling_tokenizer
+
+    from scoreact.models.pipelines.opening import pipeline_model
+
+    quick = {"iterations": 1, "batch_size": 2, "reference_batches": 1, "steps": 2, "heldout_samples": 2, "algorithm": "ddpo",
+             "device": "cpu"}  # fmt: skip
+
+    def bright(images: Tensor) -> Tensor:
+        return 100 * images.mean((1, 2, 3))
+
+    model = pipeline_model(make("sd", spelling_tokenizer()), lora_rank=2, guidance_scale=1.0)
+    for prompts in ([], [""]):
+        with pytest.raises(
+            sa.SettingError, match=r"no prompts are given, .* give --prompts FILE, or finetune\(model, rew"
+        ):
+            sa.finetune(model, bright, prompts, **quick)
+    with pytest.raises(sa.SettingError, match=r"prompts\[1\] is 3 \(int\); expected a text"):
+        sa.finetune(model, bright, ["a cat", 3], **quick)  # type: ignore[list-item]
+    result = sa.finetune(model, bright, ["a cat", "a cat", "a dog"], **quick)
+    assert result.problem.prompts == ["a cat", "a dog"], "one that repeats counts once"
+    unconditional = pipeline_model(make("ddpm"), lora_rank=2)
+    assert sa.finetune(unconditional, bright, **quick).problem.prompts == [""]
+
+
+def test_prompts_that_repeat_and_a_network_that_nobody_asks_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    from scoreact.recipes.gaussian import build
+
+    problem = build(width=8)
+    quick = {
+        "iterations": 1,
+        "batch_size": 4,
+        "reference_batches": 1,
+        "steps": 2,
+        "heldout_samples": 4,
+        "device": "cpu",
+    }
+    sa.finetune(problem, None, ["", ""], value_network=problem.value_network, algorithm="ddpo", progress=True, **quick)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 of 2 prompts repeat another; each counts once." in said
+    assert "value_network is given, and ddpo uses none: it does nothing here." in said
