@@ -236,3 +236,23 @@ def test_a_queued_job_goes_on_or_starts(
         assert cli.main([*words, "--out", "run", *changed]) == 2
         assert said in capsys.readouterr().err
     assert json.loads(Path("run/result.json").read_text())["iterations"] == 3
+
+
+def test_what_was_said_after_the_last_checkpoint_is_not_said_twice(tmp_path: Path) -> None:
+    """A sentence of the very end, in a process that was killed before it wrote anything else."""
+    still: dict[str, Any] = {"learning_rate": 1e-9}  # hardly moved, which is said in the end
+    train(tmp_path / "whole", **still)
+    last = read_lines(tmp_path / "whole" / "metrics.jsonl")[-1]
+    assert (last["guard"], last["iteration"]) == ("unmoved", 4)
+
+    def die(kind: str, line: dict[str, Any]) -> None:
+        if kind == "guard" and line["iteration"] == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if child == 0:
+        train(tmp_path / "cut", die, **still)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    train(tmp_path / "cut", resume=True, **still)
+    assert_equal(tmp_path / "cut", tmp_path / "whole")

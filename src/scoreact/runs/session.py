@@ -328,7 +328,7 @@ class Session(Hook):
         if distributed.rank() > 0:  # the checkpoint's is process 0's
             trainer.generator.manual_seed(trainer.process_seed() + trainer.iteration)
         if self.out is not None:
-            damaged, copy = truncate_lines(out / "metrics.jsonl", trainer.iteration, is_whole)
+            damaged, copy = truncate_lines(out / "metrics.jsonl", trainer.iteration, is_whole, state.get("lines"))
             self._notes += [
                 f"Line {number} of metrics.jsonl is damaged and left out; {copy.name} keeps the file as it was."
                 for number in damaged
@@ -342,8 +342,8 @@ class Session(Hook):
             return
         own = {
             "final": self.final, "best_iteration": self.best_iteration, "seconds": self.seconds, "digest": self.digest,
-            "processes": distributed.world(), "looked_at": self._looked_at, "files": self.files,
-            "settings": self.trainer.config.to_dict(), "description": self.description,
+            "processes": distributed.world(), "looked_at": self._looked_at, "lines": len(self.history),
+            "files": self.files, "settings": self.trainer.config.to_dict(), "description": self.description,
         }  # fmt: skip
         save_checkpoint(self.out / "checkpoints", self.trainer.iteration, {**state_of(self.trainer), **own})
         self._saved_at = time.monotonic()

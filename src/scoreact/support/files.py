@@ -232,12 +232,16 @@ def resume_lines(path: Path) -> list[Line]:
     return lines
 
 
-def truncate_lines(path: Path, iteration: int, is_whole: Callable[[Line], bool] = _any) -> tuple[list[int], Path]:
+def truncate_lines(
+    path: Path, iteration: int, is_whole: Callable[[Line], bool] = _any, most: int | None = None
+) -> tuple[list[int], Path]:
     """Drop the lines after `iteration`, which a run wrote that was killed after its last checkpoint.
 
-    Damaged lines are dropped too, once the whole file is kept under another name: their numbers and that name.
+    most: how many lines there were when that was made, where it is known: what was said after it at the same iteration goes
+    too. Damaged lines are dropped too, once the whole file is kept under another name: their numbers and that name.
     """
     lines, damaged = sort_lines(path, is_whole)
+    kept = lines if most is None else lines[: max(0, most - sum(number <= most for number in damaged))]
     copy = path.with_name(f"{path.name}.damaged")
     number = 1
     while copy.exists():
@@ -245,7 +249,7 @@ def truncate_lines(path: Path, iteration: int, is_whole: Callable[[Line], bool] 
         copy = path.with_name(f"{path.name}.damaged-{number}")
     if damaged:
         shutil.copyfile(path, copy)
-    _write_lines(path, [line for line in lines if line["iteration"] <= iteration])
+    _write_lines(path, [line for line in kept if line["iteration"] <= iteration])
     return damaged, copy
 
 
