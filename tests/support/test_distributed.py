@@ -127,7 +127,11 @@ def test_a_run_of_two_processes_from_the_command_line(tmp_path: Path) -> None:
     assert done.stdout.count("weights    run/model.safetensors") == 1
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines if "seconds" in line] == [1, 2]
-    assert lines[-1].get("cost/reward_calls", lines[-2].get("cost/reward_calls")) == (4 + 2) * 16
+    assert [line["cost/reward_calls"] for line in lines if "seconds" in line][-1] == (4 + 2) * 16
+    alone = [sys.executable, "-m", "scoreact", "resume", "run"]
+    done = subprocess.run(alone, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "run is a run of 2 processes, and 1 would go on with it; start as many: `torchrun --nproc" in done.stderr
     done = launch(tmp_path, "-m", "scoreact", "train", "gaussian", "--batch-size", "15", "--out", "odd")
     assert "batch_size is 15, which 2 processes cannot share; take a multiple" in done.stderr
 
