@@ -178,9 +178,11 @@ def test_a_reward_that_fails_at_its_first_call_leaves_the_folder_free(whole: Pat
     with pytest.raises(RunError, match=r"holds no checkpoint; start the run anew"):
         train(run, resume=True)
     (run / "reference.safetensors.tmp").write_bytes(b"a kill in the middle of it")
+    (run / ".tmpXb3k9Q").write_bytes(b"a kill in the middle of safetensors' own writing")
     train(run)
     assert same_weights(run, whole)
     assert [line["iteration"] for line in read_lines(run / "metrics.jsonl") if line.get("reference")] == [0]
+    assert not list(run.glob(".*")), "what was left is gone"
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "model.safetensors", "best/model.safetensors", "checkpoints/00000002/x"])

@@ -164,7 +164,8 @@ def saved_nothing(folder: Path) -> bool:
     """Whether a run may begin in a folder: it does not exist, is empty, or holds a run that saved nothing and no other file."""
     if not folder.exists():
         return True
-    names = {path.name.removesuffix(".tmp") for path in folder.iterdir()}
+    found = [path.name for path in folder.iterdir() if not path.name.startswith(".tmp")]  # safetensors' own, cut short
+    names = {name.removesuffix(".tmp") for name in found}
     if not names <= BEGUN or checkpoints(folder / "checkpoints"):
         return False
     try:
