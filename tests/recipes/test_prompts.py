@@ -281,7 +281,7 @@ def test_a_text_to_image_pipeline_is_not_trained_without_a_prompt() -> None:
         sa.finetune(model, bright, ["a cat", 3], **quick)  # type: ignore[list-item]
     result = sa.finetune(model, bright, ["a cat", "a cat", "a dog"], **quick)
     assert result.problem.prompts == ["a cat", "a dog"], "one that repeats counts once"
-    unconditional = pipeline_model(make("ddpm"), lora_rank=2)
+    unconditional = pipeline_model(make("ddpm", spelling_tokenizer()), lora_rank=2)
     assert sa.finetune(unconditional, bright, **quick).problem.prompts == [""]
 
 
