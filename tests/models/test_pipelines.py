@@ -28,7 +28,6 @@ from scoreact.models.pipelines.opening import pipeline_model
 from scoreact.models.weights import digest_of
 from scoreact.recipes.pipeline import SETTINGS, build
 from scoreact.support import files as checkpoint
-from scoreact.support.errors import ModelError
 from scoreact.training.config import Config, updated, usable
 from scoreact.training.trainer import Trainer
 
@@ -163,14 +162,6 @@ def test_targets_of_the_adapter_and_slicing_of_the_decoder() -> None:
     assert torch.allclose(model.decode(x), whole.decode(x), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["sd", "flux_guided"])
-def test_fused_projections_are_refused(name: str) -> None:
-    pipeline = make(name, spelling_tokenizer())
-    (pipeline if name == "sd" else pipeline.transformer).fuse_qkv_projections()
-    with pytest.raises(ModelError, match=r"attention is fused.*call unfuse_qkv_projections"):
-        pipeline_model(pipeline, **SIZES.get(name, {}))
-
-
 def test_training_the_same_model_again_starts_where_it_is() -> None:
     """Its path KL is counted from the pretrained model, at the start too: the first run's is not forgotten."""
     model = tiny("sd", guidance_scale=1.0)
@@ -284,7 +275,7 @@ def test_the_features_carry_a_value(rule: str, tmp_path: Path) -> None:
     calls, explained = {}, {}
     for kind in ("encoder", "features", "linear"):
         network = "features" if kind == "features" else "encoder"
-        problem = build(str(tmp_path / "tiny"), "cat", 2, guidance_scale=1.0, value_network=network)
+        problem = build(str(tmp_path / "tiny"), "cat", lora_rank=2, guidance_scale=1.0, value_network=network)
         changes = dict(
             algorithm=rule, batch_size=32, steps=3, reference_batches=2, kl_weight=0.1, value_batch_size=64,
             value_first_steps=150 if kind == "features" else 1, value_learning_rate=5e-3, minibatch_size=32,
@@ -342,7 +333,7 @@ def test_a_value_network_that_nothing_reads_is_refused(tmp_path: Path) -> None:
 def test_a_black_box_moves_a_pipeline_by_default(tmp_path: Path) -> None:
     """The recipe's own settings but small; the reward's gradient is never there."""
     make("sd", spelling_tokenizer()).save_pretrained(tmp_path / "tiny")
-    problem = replace(build(str(tmp_path / "tiny"), "cat", 2), reward=lambda s, c: 200 * light(s.detach(), c))
+    problem = replace(build(str(tmp_path / "tiny"), "cat", lora_rank=2), reward=lambda s, c: 200 * light(s.detach(), c))
     small = {
         "iterations": 4, "batch_size": 16, "steps": 4, "reference_batches": 2, "heldout_samples": 32, "evaluate_every": 4,
         "learning_rate": 1e-3, "kl_weight": 0.1, "scored_samples": 8, "accumulate": 1,

@@ -62,7 +62,7 @@ def test_it_is_what_half_precision_adds_to_the_path_kl(dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux_guided", "wan", "ddpm"])
 def test_weights_in_bfloat16_have_none_where_they_are_computed_with_in_float32(name: str) -> None:
-    options = {"guidance_scale": 5.0, **SIZES.get(name, {})}
+    options = {"guidance_scale": 1.0 if name == "ddpm" else 5.0, **SIZES.get(name, {})}
     found = rounding(model_in(torch.bfloat16, name, **{**options, "compute_dtype": None}), 1e-4)
     half = rounding(model_in(torch.bfloat16, name, **options), 1e-4)
     assert half > 1e-6

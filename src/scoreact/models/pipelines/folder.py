@@ -45,7 +45,7 @@ def open_folder(source: str, dtype: torch.dtype | None, variant: str) -> tuple[A
     if path.is_file() or (path.suffix in SINGLE and not path.is_dir()):
         raise _single_file(path)
     try:
-        folder = path if path.is_dir() else Path(DiffusionPipeline.download(source, variant=variant or None))
+        folder = path if path.is_dir() else _downloaded(source, variant)
         if not (folder / "model_index.json").is_file() and (
             files := [f for f in folder.iterdir() if f.suffix in SINGLE]
         ):
@@ -80,6 +80,19 @@ def open_folder(source: str, dtype: torch.dtype | None, variant: str) -> tuple[A
             "hub id."
         ) from error
     return pipeline, notes
+
+
+def _downloaded(source: str, variant: str) -> Path:
+    """Of a hub id: the folder in the cache, quietly where the hub cannot be reached."""
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        return Path(DiffusionPipeline.download(source, variant=variant or None))
+    finally:
+        logging.set_verbosity(before)
 
 
 def _single_file(path: Path) -> ModelError:
