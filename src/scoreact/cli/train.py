@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import shlex
@@ -267,11 +268,7 @@ def train(options: argparse.Namespace) -> int:
             raise SettingError("--resume-or-start needs --out, the folder that is looked into.")
         if checkpoints(Path(options.out) / "checkpoints"):
             return go_on(source, Path(options.out), options)
-    if options.out:
-        return run_training(
-            dataclasses.replace(source, folder=Path(options.out)), options.command, trackers=options.tracker
-        )
-    with new_folder(source.recipe) as out:
+    with contextlib.nullcontext(Path(options.out)) if options.out else new_folder(source.recipe) as out:
         return run_training(dataclasses.replace(source, folder=out), options.command, trackers=options.tracker)
 
 
