@@ -36,7 +36,7 @@ class SurrogateSettings:
     )
     surrogate_decoder: Literal["auto", "full", "ridge"] = setting(
         "auto",
-        "How a value decodes states: as samples are; to small pictures by a ridge regression; auto: that of large pictures",
+        "How a value decodes states: as samples are; to small pictures by a ridge regression; auto: that of large ones",
         needs={"fits_value": (True,), "value": ("surrogate",)},
     )
     surrogate_prompts: bool = setting(
