@@ -108,7 +108,7 @@ def load_checkpoint(
     found = [] if problems is None else problems
     for path in checkpoints(folder):
         try:
-            return _read(path, device)
+            return read_checkpoint(path, device)
         except (*UNREADABLE, AttributeError, RecursionError) as error:
             found.append(f"{path} cannot be read: {' '.join(str(error).split())}")
     if found:
@@ -119,7 +119,7 @@ def load_checkpoint(
     )
 
 
-def _read(path: Path, device: str | torch.device) -> tuple[int, dict[str, Any]]:
+def read_checkpoint(path: Path, device: str | torch.device) -> tuple[int, dict[str, Any]]:
     """(iteration, state) of one checkpoint; raises whatever its damage makes of it."""
     record = json.loads((path / "state.json").read_text(encoding="utf-8"))
     if not isinstance(record, dict) or record.get("format") != FORMAT:

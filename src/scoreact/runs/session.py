@@ -25,7 +25,7 @@ from ..support.files import Line, append_line, read_lines, truncate_lines, write
 from ..support.folders import FolderLock
 from ..training.guard import nothing_steers, rounded_away, unmoved
 from ..training.kl_price import has_kl_term, sees_kl
-from ..training.loop import Hook, Stop, training_loop
+from ..training.loop import Hook, Stop, check_finite, training_loop
 from ..training.state import restore, state_of
 from ..training.trainer import Trainer
 from ..types import Metrics
@@ -40,6 +40,7 @@ from .resuming import (
     named_files,
     write_extension,
 )
+from .rollback import LastGood
 from .samples import sheet, thumbnails
 from .source import REFERENCE
 from .stopping import Interrupt
@@ -91,6 +92,7 @@ class Session(Hook):
         self._said: set[str] = set()  # the model's notes
         self._looked_at = 0  # the iteration of the last evaluation
         self._saved_at = time.monotonic()
+        self._last_good = LastGood(self.out)
         self._interrupt = Interrupt(lambda: self._tell("interrupted", {}))
         self._trackers = make_trackers(trackers) if distributed.rank() == 0 else []  # refused before a folder is made
         if self._trackers and out is None:
@@ -107,11 +109,8 @@ class Session(Hook):
                 self._begin(self.out)
             for tracker in self._trackers:
                 assert out is not None
-                about = {
-                    k: v
-                    for k, v in (description or {}).items()
-                    if isinstance(v, str) and k not in ("command", "made_by")
-                }
+                told = {k: v for k, v in (description or {}).items() if isinstance(v, str)}
+                about = {k: v for k, v in told.items() if k not in ("command", "made_by")}
                 tracker.start(out, {**about, **flat(trainer.config.to_dict())}, resume)
         except BaseException:
             self._release()
@@ -177,6 +176,17 @@ class Session(Hook):
         self.seconds = time.perf_counter() - self._started
         self._record("iteration", {"seconds": self.seconds, **metrics})
 
+    def mended(self, trainer: Trainer, error: Exception) -> bool:
+        if (found := self._last_good.go_back(trainer, error)) is None:
+            return False
+        state, text = found
+        self.final, self._looked_at = state["final"], state["looked_at"]
+        self.history = [line for line in self.history if line["iteration"] <= trainer.iteration]
+        if self.out is not None:
+            truncate_lines(self.out / "metrics.jsonl", trainer.iteration, is_whole)
+        self._record("guard", {"guard": "rollback", "text": text})
+        return True
+
     def after(self, trainer: Trainer) -> Stop | None:
         self._end_if_asked()
         c, stopped = trainer.config, None
@@ -224,7 +234,7 @@ class Session(Hook):
     def _look(self) -> str | None:
         """Evaluate, keep the best weights, say what the guard finds; a sentence when the run had better stop."""
         trainer = self.trainer
-        before, self.final = self.final, trainer.evaluate()
+        before, self.final = self.final, check_finite(trainer.evaluate(), trainer.iteration)
         self._looked_at = trainer.iteration
         self._record("evaluation", {"evaluation": True, **self.final})
         rewards = [line["reward/mean"] for line in self.history if "reward/mean" in line]
@@ -338,14 +348,16 @@ class Session(Hook):
             self._notes.append(write_extension(self.out, stored, trainer))
 
     def _checkpoint(self) -> None:
-        if self.out is None:
-            return
         own = {
             "final": self.final, "best_iteration": self.best_iteration, "seconds": self.seconds, "digest": self.digest,
             "processes": distributed.world(), "looked_at": self._looked_at, "lines": len(self.history),
             "files": self.files, "settings": self.trainer.config.to_dict(), "description": self.description,
         }  # fmt: skip
-        save_checkpoint(self.out / "checkpoints", self.trainer.iteration, {**state_of(self.trainer), **own})
+        state = {**state_of(self.trainer), **own}
+        self._last_good.keep(self.trainer.iteration, state)
+        if self.out is None:
+            return
+        save_checkpoint(self.out / "checkpoints", self.trainer.iteration, state)
         self._saved_at = time.monotonic()
         self._tell("checkpoint", {"iteration": self.trainer.iteration})
 

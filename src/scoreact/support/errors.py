@@ -36,7 +36,12 @@ class RunExists(ScoreactError, FileExistsError):
 
 
 class Diverged(ScoreactError, RuntimeError):
-    """Training cannot go on; the message says what to lower. The best weights so far are kept."""
+    """Training cannot go on; the message says what to lower. The best weights so far are kept.
+
+    hopeless: no smaller step would help.
+    """
+
+    hopeless = False
 
 
 class ProcessLost(ScoreactError, RuntimeError):

@@ -236,8 +236,10 @@ def check_ratio(rule: Rule, rows: Rows) -> None:
     limit = 1e-5 * max(1.0, part.x[0].numel() ** 0.5)
     model = rule.policy.model
     if not worst <= limit and not (isinstance(model, BatchDependent) and model.batch_dependent):
-        raise Diverged(
+        error = Diverged(
             f"before the first update log-ratios reach {worst:.2g} instead of 0: the model's score depends on the batch "
             "or is random. Put the model in eval mode and remove dropout, compute it in float32, or give the network always "
             "as many states at once (rows_per_call)."
         )
+        error.hopeless = True
+        raise error

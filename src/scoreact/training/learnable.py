@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..algorithms.base import Rule, steps_that_act
 from ..control.policy import Policy
 from ..dynamics.sde import SDE
+from ..dynamics.solvers import step_of
 from ..sampling.draw import balanced
 from ..support import distributed
 from ..support.devices import device_of
@@ -58,6 +59,37 @@ def check_groups(rule: Rule, config: Config, prompts: Sequence[str]) -> list[str
             f"and teach it nothing. {remedy}"
         ]
     return []
+
+
+def check_steps(rule: Rule, config: Config, sde: SDE) -> None:
+    """Solver, schedule and noise make steps that are finite, and none that ends where a score is asked for and none exists.
+
+    Raises SettingError.
+    """
+    ts, schedule = config.times(sde.schedule), sde.schedule
+    name, pair, t0, t1 = (
+        type(schedule).__name__,
+        f"solver {config.solver} with {type(schedule).__name__}",
+        ts[:-1],
+        ts[1:],
+    )
+    x = torch.ones_like(t0).unsqueeze(1)
+    step = step_of(sde, rule.solver, x, t0, t1, x)
+    bad = torch.nonzero(~(step.mean.flatten(1).isfinite().all(1) & step.std.isfinite())).flatten()
+    if len(bad):
+        begin, end = float(t0[bad[0]]), float(t1[bad[0]])
+        alpha, sigma = float(schedule.alpha(t0[bad[:1]])), float(schedule.sigma(t0[bad[:1]]))
+        raise SettingError(
+            f"{pair} has no finite step from t = {begin:.3g} to {end:.3g}, where alpha is {alpha:.3g} and sigma {sigma:.3g} at "
+            "first; take a schedule that begins and ends inside (t_min 0.001, t_max 0.999), or another solver or noise."
+        )
+    noisy = float(step.std[-1]) > 0 and float(t0[-1]) < config.act_until
+    if noisy and float(schedule.sigma(t1[-1:])) == 0 and getattr(rule, "gradient_at", "") == "next":
+        raise SettingError(
+            f"{pair}: the last step, from t = {float(t0[-1]):.3g}, has noise ({float(step.std[-1]):.2g}) and ends where sigma "
+            f"is 0. There is no score there, and {config.algorithm} asks for one (gradient_at next). Take "
+            f"solver ddim, whose last step has no noise; {name}(t_max=0.999); or gradient_at state."
+        )
 
 
 def check_weights(rule: Rule, config: Config, policy: Policy, sde: SDE, prompts: Sequence[str]) -> list[str]:

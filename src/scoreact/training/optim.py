@@ -105,6 +105,11 @@ class AdamSteps:
                 if (number + 1) % self.accumulate == 0 or number + 1 == len(parts):
                     distributed.average(p.grad for p in self.parameters)
                     norm = nn.utils.clip_grad_norm_(self.parameters, self.max_gradient_norm)
+                    if not bool(torch.isfinite(norm)):
+                        raise Diverged(
+                            f"the policy's gradient is not finite (loss {loss.item():.4g}); lower the learning rate "
+                            f"({self.learning_rate}) or max_kl ({self.max_kl}), or clip the reward."
+                        )
                     self.optimizer.step()
                     self.optimizer.zero_grad()
         metrics["policy/gradient_norm"] = float(norm)

@@ -52,6 +52,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "network_calls": trainer.policy.network_calls,
         "value_calls": trainer.critic.value.calls,
         "reward_calls": trainer.reward.calls,
+        "slowed": trainer.slowed,
         "reward_failures": [trainer.failures.count, trainer.failures.told],
         "reference": trainer.reference,
         "start": trainer.start,
@@ -99,6 +100,7 @@ def restore(trainer: Trainer, state: Mapping[str, Any]) -> None:
     trainer.generator.set_state(state["generator"].cpu())
     trainer.policy.network_calls, trainer.reward.calls = state["network_calls"], state["reward_calls"]
     trainer.failures.count, trainer.failures.told = state.get("reward_failures", [0, 0])  # earlier versions had none
+    trainer.slowed = state.get("slowed", 1.0)
     critic.value.calls = state["value_calls"]
     trainer.reference, trainer.start = state["reference"], state["start"]
     trainer.guard.load_state_dict(state["guard"])

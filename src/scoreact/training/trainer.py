@@ -44,7 +44,7 @@ from .assembly import (
 from .config import Config
 from .guard import Guard
 from .kl_price import KLPrice, reprice, sees_kl
-from .learnable import check_groups, check_weights
+from .learnable import check_groups, check_steps, check_weights
 from .optim import AdamSteps, Average
 from .reference_look import look_at_reference
 from .rounding import rounding_kl
@@ -133,8 +133,13 @@ class Trainer:
             )
             self.critic = build_critic(config, value.to(self.device), self.policy, self.sde)
             self.algorithm = build_rule(config, self.critic, self.reward, self.prompts, self.surrogate)
+<<<<<<< HEAD
         self.notes = check_idle(config, self.algorithm)  # for the user; taken by whoever says them
         self.notes += check_groups(self.algorithm, config, self.prompts)
+=======
+        self.notes = check_groups(self.algorithm, config, self.prompts)  # for the user; taken by whoever says them
+        check_steps(self.algorithm, config, self.sde)
+>>>>>>> 1eae2b3 (Numbers that fail send a run back to its last good state once; pairs that can give none are refused)
         self.notes += check_weights(self.algorithm, config, self.policy, self.sde, self.prompts)
         if self.algorithm.fits_value:
             check_value(value, model, self.prompts)
@@ -145,6 +150,7 @@ class Trainer:
                 f"{config.algorithm} takes natural gradients, which one process makes alone; start one only."
             )
         self.iteration = 0
+        self.slowed = 1.0  # factor of every step, below 1 once numbers have failed
         self.reference: Metrics = {}
         self.start: Metrics = {}  # held-out J before the first update
         self.seen: Tensor | None = None  # some samples of the last evaluation
@@ -276,7 +282,7 @@ class Trainer:
         """The learning rates' factor: a linear warm-up, a plateau, a linear fall to the run's end."""
         c = self.config
         left = (c.iterations - self.iteration) / max(1.0, c.iterations * (1 - c.decay_from))
-        return min(1.0, (self.iteration + 1) / (c.warmup + 1), left)
+        return self.slowed * min(1.0, (self.iteration + 1) / (c.warmup + 1), left)
 
     def look_at_reference(self) -> Metrics:
         """J_ref and J* from the reference's paths; where nothing learns from them, they only measure."""
