@@ -17,12 +17,16 @@ from torch import Tensor
 from ..rewards.failures import SamplesNotFinite
 from ..support import distributed
 from ..support.errors import Diverged
+from ..support.files import UNREADABLE
 from ..training.state import restore
 from ..training.trainer import Trainer
-from .checkpoint import UNREADABLE, checkpoints, join_tree, read_checkpoint, split_tree
+from .checkpoint import checkpoints, join_tree, read_checkpoint, split_tree
 
 SLOWER = 0.25  # of every later step
 STATES = 2  # kept in memory: the newest may be what fails
+
+# what they end in, a solution of a singular system among them
+NUMBERS = (Diverged, SamplesNotFinite, ArithmeticError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
 
 State = dict[str, Any]
 
@@ -47,7 +51,7 @@ class LastGood:
 
         One process, once in a run. What fails at once after a state was saved may be that state: then the one before it.
         """
-        failed = isinstance(error, Diverged | SamplesNotFinite | ArithmeticError | torch.linalg.LinAlgError)
+        failed = isinstance(error, NUMBERS)
         if not failed or getattr(error, "hopeless", False) or trainer.slowed < 1 or distributed.world() > 1:
             return None
         states = list(self._states(trainer.device))

@@ -29,17 +29,9 @@ from ..training.loop import Hook, Stop, check_finite, training_loop
 from ..training.state import restore, state_of
 from ..training.trainer import Trainer
 from ..types import Metrics
+from . import resuming
 from .checkpoint import check_free, clear, load_checkpoint, read_run, save_checkpoint
 from .record import is_whole
-from .resuming import (
-    check_files,
-    check_processes,
-    check_record,
-    check_reference,
-    check_settings,
-    named_files,
-    write_extension,
-)
 from .rollback import LastGood
 from .samples import sheet, thumbnails
 from .source import REFERENCE
@@ -101,7 +93,7 @@ class Session(Hook):
         self.digest = reference_digest_of(trainer.policy.reference)
         self._lock: FolderLock | None = None
         self.description = dict(description or {})
-        self.files = named_files({**self.description, **trainer.config.to_dict()})  # that the run depends on
+        self.files = resuming.named_files({**self.description, **trainer.config.to_dict()})  # that the run depends on
         try:
             if out is not None and resume:
                 self._restore(out, extend, accept_changes)
@@ -177,9 +169,9 @@ class Session(Hook):
         self._record("iteration", {"seconds": self.seconds, **metrics})
 
     def mended(self, trainer: Trainer, error: Exception) -> bool:
-        if (found := self._last_good.go_back(trainer, error)) is None:
+        state, text = self._last_good.go_back(trainer, error) or ({}, "")
+        if not text:
             return False
-        state, text = found
         self.final, self._looked_at = state["final"], state["looked_at"]
         self.history = [line for line in self.history if line["iteration"] <= trainer.iteration]
         if self.out is not None:
@@ -316,13 +308,13 @@ class Session(Hook):
         trainer, stored, problems = self.trainer, read_run(out), list[str]()
         if self.out is not None:
             self._take(out)
-        check_settings(out, stored, trainer.config, extend)
+        resuming.check_settings(out, stored, trainer.config, extend)
         trainer.iteration, state = load_checkpoint(out / "checkpoints", trainer.device, problems)
         self._notes += [f"{problem} The run goes on from iteration {trainer.iteration}." for problem in problems]
         self._looked_at = state.get("looked_at", trainer.iteration)
-        check_processes(out, state.get("processes"))
-        self._notes += check_record(out, stored, state, accept)
-        self.digest, notes = check_reference(out, state.get("digest"), self.digest, trainer)
+        resuming.check_processes(out, state.get("processes"))
+        self._notes += resuming.check_record(out, stored, state, accept)
+        self.digest, notes = resuming.check_reference(out, state.get("digest"), self.digest, trainer)
         self._notes += notes
         try:
             self.final, self.best_iteration, self.seconds = state["final"], state["best_iteration"], state["seconds"]
@@ -332,7 +324,7 @@ class Session(Hook):
                 f"the checkpoint of iteration {trainer.iteration} in {out} is incomplete ({type(error).__name__}: {error}): "
                 "it was changed, or is another version's. Start the run anew."
             ) from error
-        self.files, notes = check_files(out, state.get("files", {}), accept)
+        self.files, notes = resuming.check_files(out, state.get("files", {}), accept)
         self._notes += notes
         self.description = stored.get("description") or {}
         if distributed.rank() > 0:  # the checkpoint's is process 0's
@@ -345,7 +337,7 @@ class Session(Hook):
             ]
         self.history = read_lines(out / "metrics.jsonl", is_whole)
         if extend and self.out is not None:
-            self._notes.append(write_extension(self.out, stored, trainer))
+            self._notes.append(resuming.write_extension(self.out, stored, trainer))
 
     def _checkpoint(self) -> None:
         own = {

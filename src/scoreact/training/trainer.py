@@ -115,7 +115,7 @@ class Trainer:
         ready(self.reward)  # one elsewhere that is not there is said now
         self.heldout_reward: Checked = checked(
             reward, self.failures
-        )  # counted apart: the cost of looking, not of learning
+        )  # counted apart: a cost of looking, not of learning
         self.features, self.optimum = features, optimum
         self.guard = Guard(
             config.kl_weight, config.guard, config.target_kl, config.least_diversity, config.patience, features, judge
@@ -133,13 +133,9 @@ class Trainer:
             )
             self.critic = build_critic(config, value.to(self.device), self.policy, self.sde)
             self.algorithm = build_rule(config, self.critic, self.reward, self.prompts, self.surrogate)
-<<<<<<< HEAD
         self.notes = check_idle(config, self.algorithm)  # for the user; taken by whoever says them
         self.notes += check_groups(self.algorithm, config, self.prompts)
-=======
-        self.notes = check_groups(self.algorithm, config, self.prompts)  # for the user; taken by whoever says them
         check_steps(self.algorithm, config, self.sde)
->>>>>>> 1eae2b3 (Numbers that fail send a run back to its last good state once; pairs that can give none are refused)
         self.notes += check_weights(self.algorithm, config, self.policy, self.sde, self.prompts)
         if self.algorithm.fits_value:
             check_value(value, model, self.prompts)
