@@ -286,3 +286,15 @@ def test_what_to_raise_is_what_held_it_back() -> None:
     assert unmoved(still, near, lines, config) is None
     assert unmoved(still, {**near, "objective/trusted": 0.0}, lines, config) is not None
     assert unmoved({"policy/kl": 0.02}, {}, lines, config) is None
+
+
+def test_the_headline_does_not_deny_a_paired_gain(tmp_path: Path) -> None:
+    run(lambda images: images.sum(1), out=tmp_path / "run")
+    record = read_record(tmp_path / "run")
+    for gain, word in (
+        (0.06, "rose, by "),
+        (-0.06, "fell, by"),
+        (0.01, "did not change measurably"),
+    ):
+        record.evaluations[-1].update({"reward/heldout_prompts_gain": gain, "reward/heldout_prompts_gain_se": 0.01})
+        assert word in headline(record)

@@ -38,6 +38,11 @@ def headline(run: Record) -> str:
         text = f"Held-out reward is {number(after)}"
     elif abs(after - before) <= 1.96 * math.hypot(error, before_error):
         text = f"Held-out reward did not change measurably: {number(before)} before, {number(after)} after"
+        gain, gain_error = value(last, "reward/heldout_prompts_gain"), value(last, "reward/heldout_prompts_gain_se")
+        if abs(gain) > 1.96 * gain_error:  # the same noise before and after, which the two figures' errors leave out
+            word = "rose" if gain > 0 else "fell"
+            text = f"Held-out reward {word}, by {number(gain)} on the same noise: {number(before)} before, "
+            text += f"{number(after)} after"
     else:
         text = f"Held-out reward {'rose' if after > before else 'fell'} from {number(before)} to {number(after)}"
     if math.isfinite(error):
