@@ -29,6 +29,7 @@ from scoreact.report.numbers import elapsed, rounded, share
 from scoreact.report.progress import reference_lines
 from scoreact.runs import session as run
 from scoreact.runs.samples import Drawn, thumbnails, write_samples
+from scoreact.support.files import read_lines
 from scoreact.support.settings import fields_of
 from scoreact.training.config import Config, rule_fields
 from scoreact.types import Condition
@@ -322,8 +323,14 @@ def test_a_run_shows_the_reference_each_iteration_and_a_summary(finished: tuple[
     assert [line.split()[0] for line in lines if line.strip().startswith(("1/2", "2/2"))] == ["1/2", "2/2"]
     assert sum(line.strip().startswith("held out") and line.rstrip().endswith("%") for line in lines) == 3
     assert any(line.startswith("J  ") and "of J* - J_ref recovered" in line for line in lines)
-    assert lines[-2] == f"weights    {folder / 'model.safetensors'}"
-    assert lines[-1] == f"report     {folder / 'report.html'}"
+    assert lines[-3] == f"weights    {folder / 'model.safetensors'}"
+    assert lines[-2] == f"report     {folder / 'report.html'}"
+    assert re.fullmatch(r" +written in \d+(\.\d)? s; --no-report leaves it out", lines[-1])
+    asked = [line for line in read_lines(folder / "metrics.jsonl") if "evaluation" in line]
+    looks = next(line for line in lines if line.startswith("looking "))
+    samples = json.loads((folder / "config.json").read_text())["config"]["heldout_samples"]
+    assert [line["cost/look_reward_calls"] for line in asked] == [samples] * 3
+    assert looks.startswith(f"looking    3 evaluations: {3 * samples:,} more reward calls, ")
     assert (folder / "report.html").is_file()
 
 

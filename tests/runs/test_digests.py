@@ -12,9 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from scoreact import finetune
 from scoreact.algorithms.dpo import read_pairs, write_pairs
 from scoreact.cli import main as cli
 from scoreact.cli import train as cli_train
+from scoreact.models.mlp import ResidualModel
+from scoreact.recipes.gaussian import mixture
 from scoreact.runs.checkpoint import look_at_weights
 from scoreact.runs.resuming import named_files
 from scoreact.support.errors import RunError, SettingError
@@ -141,6 +144,22 @@ def test_a_run_does_not_go_on_with_something_else(
     assert any(said in text and text.endswith("and the run goes on with it.") for text in notes)
     capsys.readouterr()
     assert cli.main(["resume", str(run)]) == 0  # what was accepted is what is kept
+
+
+def test_from_python_a_run_goes_on_after_an_edit_where_it_is_told_to(tmp_path: Path) -> None:
+    def train(**more: Any) -> Any:
+        torch.manual_seed(0)
+        model = ResidualModel(mixture(2, 3, 0), 2, width=8)
+        return finetune(model, f"{tmp_path / 'r.py'}:first", [""], out=tmp_path / "run", batch_size=16, steps=3, device="cpu",
+                        reference_batches=1, heldout_samples=16, report=False, **more)  # fmt: skip
+
+    (tmp_path / "r.py").write_text("def first(x):\n    return x[:, 0]\n")
+    train(iterations=1)
+    (tmp_path / "r.py").write_text("def first(x):\n    return -x[:, 0]\n")
+    with pytest.raises(ValueError, match=r"r\.py was edited"):
+        train(iterations=2, resume=True)
+    assert train(iterations=2, resume=True, accept_changes=True).history[-1]["iteration"] == 2
+    assert not (tmp_path / "run" / "report.html").exists()
 
 
 def test_nothing_edited_nothing_said(run: Path, made: Path) -> None:

@@ -58,6 +58,7 @@ def finetune(
     on_event: Event | None = None,
     hooks: Sequence[Hook] = (),
     trackers: Sequence[str | Tracker] = (),
+    report: bool = True,
     **settings: Any,
 ) -> Result:
     """Fine-tune a pretrained model to a reward, by continuous-time reinforcement learning.
@@ -88,6 +89,7 @@ def finetune(
         on_event: Told (kind, metrics) of everything that happens.
         hooks: Told of each iteration, with the trainer; see `Hook`.
         trackers: tensorboard, wandb, mlflow, file.py:Class, or objects with the methods of `Tracker`.
+        report: Write report.html into `out`, which takes seconds.
 
     Raises:
         SettingError: For a setting that cannot be used. RewardError, LoadError, ModelError: For a reward or model that cannot.
@@ -119,7 +121,7 @@ def finetune(
         description["start"] = {"run": str(Path(start_from).resolve()), "reference": start_reference}
     return train_problem(
         problem, config, folder, resume=resume, extend=extend, start=start, description=description, progress=progress,
-        on_event=on_event, hooks=hooks, trackers=trackers, said=said,
+        on_event=on_event, hooks=hooks, trackers=trackers, said=said, report=report, accept_changes=accept_changes,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import os
 import shlex
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,9 @@ TRACKER: dict[str, Any] = {
 ACCEPT: dict[str, Any] = {
     "action": "store_true", "help": "go on although files that the run depends on, or its config.json, were edited since",
 }  # fmt: skip
+NO_REPORT: dict[str, Any] = {
+    "action": "store_true", "help": "leave out report.html, which takes seconds; `scoreact report RUN_DIR` writes it",
+}  # fmt: skip
 ABOUT = "Fine-tune a recipe's model to its reward, or to yours."
 
 
@@ -67,6 +71,7 @@ def train_arguments(parser: Parser, config: Config | None = None) -> None:
     add("--resume-or-start", action="store_true", help="for jobs that are queued again: go on with the run in --out where it "
         "has saved something, else start it")  # fmt: skip
     add("--accept-changes", **ACCEPT)
+    add("--no-report", **NO_REPORT)
     add("--print-config", action="store_true", help="write the settings as YAML and train nothing")
 
     def setting(field: dataclasses.Field[Any], hint: Any, text: str) -> None:
@@ -269,7 +274,9 @@ def train(options: argparse.Namespace) -> int:
         if checkpoints(Path(options.out) / "checkpoints"):
             return go_on(source, Path(options.out), options)
     with contextlib.nullcontext(Path(options.out)) if options.out else new_folder(source.recipe) as out:
-        return run_training(dataclasses.replace(source, folder=out), options.command, trackers=options.tracker)
+        return run_training(
+            dataclasses.replace(source, folder=out), options.command, trackers=options.tracker, report=not options.no_report
+        )  # fmt: skip
 
 
 def resume_arguments(parser: Parser) -> None:
@@ -278,6 +285,7 @@ def resume_arguments(parser: Parser) -> None:
         "--iterations", metavar="INT", type=whole(1), help="extend the run to so many; rates go on and fall to 0 there"
     )
     parser.add_argument("--tracker", **TRACKER)
+    parser.add_argument("--no-report", **NO_REPORT)
     parser.add_argument("--accept-changes", **ACCEPT)
 
 
@@ -325,15 +333,17 @@ def resume(options: argparse.Namespace) -> int:
         extend=extend,
         trackers=options.tracker,
         accept_changes=options.accept_changes,
+        report=not options.no_report,
     )
 
 
 def run_training(
     source: Source, command: str, *, resuming: bool = False, extend: bool = False, trackers: Sequence[str] = (),
-    accept_changes: bool = False,
+    accept_changes: bool = False, report: bool = True,
 ) -> int:  # fmt: skip
     """Train, show, report."""
     from ..api.start import train_source as start
+    from ..report.numbers import elapsed
     from ..report.progress import Progress, summary_lines
     from ..runs.record import is_whole
     from ..support.files import read_lines
@@ -374,7 +384,12 @@ def run_training(
     if result.stopped:
         print(f"stopped early: {result.stopped}")
     print(f"weights    {out / 'model.safetensors'}")
-    return write_report(source) if os.environ.get("RANK", "0") == "0" else 0
+    if not report or os.environ.get("RANK", "0") != "0":
+        return 0
+    begin = time.perf_counter()
+    write_report(source)
+    print(f"{'':<10} written in {elapsed(time.perf_counter() - begin)}; --no-report leaves it out")
+    return 0
 
 
 def write_report(source: Source) -> int:

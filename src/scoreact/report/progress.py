@@ -188,4 +188,8 @@ def summary_lines(history: Sequence[Mapping[str, Any]], final: Mapping[str, Any]
     if costs is not None:
         calls = f"{costs['cost/reward_calls']:,} reward calls, {costs['cost/network_calls']:,} network calls"
         lines.append(f"cost       {elapsed(costs['seconds'])}, {calls}")
+    if looks := [line for line in evaluations if "cost/look_reward_calls" in line]:
+        rewards, network = (sum(line[f"cost/look_{what}_calls"] for line in looks) for what in ("reward", "network"))
+        more = f"{rewards:,} more reward calls, {network:,} more network calls"
+        lines.append(f"looking    {len(looks)} evaluation{'s' * (len(looks) != 1)}: {more}")
     return lines

@@ -289,6 +289,7 @@ class Trainer:
         c = self.config
         ts = c.times(self.policy.model.schedule, torch.Generator(self.device).manual_seed(EVALUATION_SEED))
         policy = Policy(self.policy.reference, self.policy.reference) if of_reference else self.averaged()
+        asked = self.heldout_reward.calls
         self.heldout_reward.take_parts()
         metrics = evaluate(
             policy, self.sde, self.solver, ts, self.heldout_reward, self.prompts, c.kl_weight,
@@ -299,6 +300,9 @@ class Trainer:
         metrics["objective/recovered"] = recovered(metrics["objective/J"] - start, self.reference)
         if self.unseen:
             metrics |= self._look_at_unseen(policy, ts)
+        world = distributed.world()
+        metrics["cost/look_network_calls"] = world * policy.network_calls
+        metrics["cost/look_reward_calls"] = world * (self.heldout_reward.calls - asked)
         return metrics
 
     def _look_at_unseen(self, policy: Policy, ts: Tensor) -> Metrics:
