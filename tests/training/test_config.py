@@ -24,6 +24,7 @@ USED: dict[str, dict[str, Any]] = {
     "reward_gradient": {"algorithm": "adjoint_matching"},
     "surrogate_target": {"algorithm": "adjoint_matching", "reward_gradient": "surrogate"},
     "surrogate_features": {"algorithm": "ctrl_pathwise", "value": "surrogate"},
+    "surrogate_decoder": {"value": "surrogate"},
     "surrogate_prompts": {"value": "surrogate"},
     "scored_samples": {"algorithm": "draft", "reward_gradient": "surrogate"},
 }

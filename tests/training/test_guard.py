@@ -415,20 +415,20 @@ def test_an_interrupted_run_with_a_target_goes_on_as_if_it_were_none(tmp_path: P
     assert load_checkpoint(tmp_path / "cut" / "checkpoints")[0] == 4
     resumed = train(tmp_path / "cut", seed_of_model=9, resume=True, **given)
     assert torch.equal(weights(whole), weights(resumed))
-    assert lines(tmp_path / "whole") == [line for line in lines(tmp_path / "cut") if line.get("guard") != "note"]
+    one, other = ([line for line in lines(tmp_path / run) if line.get("guard") != "note"] for run in ("whole", "cut"))
+    assert one == other
     prices = [line["policy/kl_weight"] for line in lines(tmp_path / "whole") if "policy/kl_weight" in line]
     assert len(set(prices)) > 2
     said = [text for text in what_happened(read_record(tmp_path / "cut")) if "reference.safetensors" not in text]
     assert what_happened(read_record(tmp_path / "whole")) == said
     for folder in ("", "best"):
-        one, other = ((tmp_path / run / folder / "model.safetensors").read_bytes() for run in ("whole", "cut"))
-        assert one == other
+        assert len({(tmp_path / run / folder / "model.safetensors").read_bytes() for run in ("whole", "cut")}) == 1
 
 
 def test_a_rule_without_a_kl_term_says_so(tmp_path: Path) -> None:
     train(tmp_path / "run", algorithm="ddpo", target_kl=0.5, iterations=2)
-    said = [line for line in lines(tmp_path / "run") if line.get("guard")]
-    assert said[0]["text"].startswith("target_kl is 0.5, but ddpo with these settings has no KL term")
+    said = [line["text"] for line in lines(tmp_path / "run") if line.get("guard") == "target_kl"]
+    assert [text.startswith("target_kl is 0.5, but ddpo with these settings has no KL term") for text in said] == [True]
     train(tmp_path / "other", algorithm="draft", target_kl=0.5, iterations=2)
     assert not any(line.get("guard") == "target_kl" for line in lines(tmp_path / "other"))
 

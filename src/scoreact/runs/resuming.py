@@ -49,8 +49,9 @@ def named_files(described: Mapping[str, Any]) -> dict[str, str]:
                 look(entry)
         elif isinstance(value, str):
             place = value.rpartition("@")[0] if value.rpartition("@")[0].count(":") else value  # file.py:name@/a/python
-            module = getattr(sys.modules.get(place.rpartition(":")[0]), "__file__", None)
-            for path in (place, place.removeprefix("onnx:"), place.rpartition(":")[0], module or ""):
+            name = "" if place.startswith("onnx:") else place.rpartition(":")[0]
+            module = getattr(sys.modules.get(name), "__file__", None)
+            for path in (place, place.removeprefix("onnx:"), name, module or ""):
                 if os.path.isfile(path):
                     found[str(Path(path).resolve())] = digest_of_file(Path(path))
 

@@ -123,8 +123,10 @@ class Session(Hook):
         self._started = time.perf_counter() - self.seconds
         try:
             self._interrupt.listen()
+            heard = {line.get("text") for line in self.history}  # by who resumes the run
             for note in self._notes:
-                self._record("guard", {"guard": "note", "text": note})
+                if note not in heard:
+                    self._record("guard", {"guard": "note", "text": note})
             if not trainer.reference:
                 self._say_notes()
                 self._look_at_reference()
