@@ -743,3 +743,36 @@ def test_an_optimum_that_a_single_sample_cannot_tell_is_called_unknown() -> None
     assert last == "J*    unknown, no prompt was drawn twice: raise reference_batches."
     *_, last = reference_lines(estimate_optimum(tensor([0.1, 0.2, 0.4]), Condition(["a", "a", "b"]), 0.5))
     assert "estimated from the reference's samples, pooled over prompts, NOT to be trusted (" in last
+
+
+SHIPPED = """
+import scoreact as sa
+from scoreact.dynamics import prediction
+from scoreact.dynamics.schedule import RectifiedFlow
+from scoreact.models.mlp import MLP
+from scoreact.recipes.fashion_mnist.recipe import model as shipped
+
+def build():
+    made = shipped()
+    return sa.NetworkModel(made.network, RectifiedFlow(), prediction.velocity, (1, 28, 28), made.classes, low=-1, high=1)
+
+def points():
+    return sa.NetworkModel(MLP(2, 2, 8), RectifiedFlow(), prediction.velocity, (2,))
+"""
+
+
+def test_a_sheet_shows_what_a_model_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, path = tmp_path / "mine.py", tmp_path / "sheet.png"
+    file.write_text(SHIPPED)
+    cli.main(["check", "model", f"{file}:build", "--sheet", str(path)])
+    assert f"fine: 16 pictures in {path}, of ten steps: 'T-shirt/top', " in capsys.readouterr().out
+    with Image.open(path) as image:
+        assert image.size == (4 * 114 - 2, 4 * 114 - 2)
+        pixels = np.asarray(image)
+    assert 0.1 < (pixels > 30).mean() < 0.9  # clothes on black
+    path.unlink()
+    cli.main(["check", "model", f"{file}:points", "--sheet", str(path)])
+    assert "note: samples have shape (2,), which no sheet shows" in capsys.readouterr().out
+    assert not path.exists()
+    assert cli.main(["check", "reward", "brightness", "--sheet", str(path)]) == 2
+    assert "--sheet" in capsys.readouterr().err

@@ -8,6 +8,7 @@ import os
 import signal
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -402,3 +403,12 @@ def test_weights_in_float16_are_not_trained() -> None:
     problem.model.half()  # type: ignore[attr-defined]
     with pytest.raises(SettingError, match="of the trained tensors are float16"):
         Trainer(problem.model, problem.reward, [""], None, Config(device="cpu"))
+
+
+def test_a_run_does_not_go_on_with_another_schedule(tmp_path: Path) -> None:
+    train(tmp_path / "run", iterations=2)
+    other = model()
+    other.base._schedule = replace(other.base.schedule, beta_max=12.0)
+    with pytest.raises(ValueError, match=r"the run began with another schedule: alpha and sigma .* were .* and are .*"):
+        train(tmp_path / "run", tuned=other, iterations=3, resume=True)
+    assert train(tmp_path / "run", iterations=3, resume=True).history[-1]["iteration"] == 3

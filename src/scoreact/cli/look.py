@@ -318,6 +318,8 @@ def check_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="of the reward, model or recipe"
     )
+    parser.add_argument("--sheet", type=Path, metavar="FILE", help="draw 16 pictures of the model's into this PNG")
+    parser.belongs("sheet", "what", "model")
     parser.belongs("recipe", "what", "reward")
     parser.belongs("samples", "what", "reward", "recipe")
     parser.belongs("gradient", "what", "reward", "recipe")
@@ -363,7 +365,23 @@ def check_model(options: argparse.Namespace) -> list[str]:
     from ..models.check import check_model as findings
 
     problem = _problem(options)
-    return findings(problem.model, list(problem.prompts))
+    found = findings(problem.model, list(problem.prompts))
+    return found if options.sheet is None else [*found, _draw_sheet(problem, options.sheet)]
+
+
+def _draw_sheet(problem: Problem, path: Path) -> str:
+    """16 pictures in ten steps, two of each of the first prompts; what was drawn, as a line of the check."""
+    from ..runs.samples import sheet, thumbnails
+
+    prompts = [prompt for prompt in problem.prompts[:8] for _ in range(max(2, 16 // len(problem.prompts)))]
+    try:
+        decoded, _ = _few_samples(dataclasses.replace(problem, prompts=prompts), len(prompts))
+    except Exception as error:  # the model's own, of any kind; what is wrong with it stands above
+        return f"note: no sheet, as drawing fails ({sentence_of(error)})"
+    if decoded.ndim != 4 or decoded.shape[1] not in (1, 3):
+        return f"note: samples have shape {tuple(decoded.shape[1:])}, which no sheet shows; leave out --sheet."
+    sheet(thumbnails(decoded), 4).save(path)
+    return f"fine: {len(decoded)} pictures in {path}, of ten steps: {', '.join(map(repr, dict.fromkeys(prompts)))}."
 
 
 def check_run(options: argparse.Namespace) -> list[str]:

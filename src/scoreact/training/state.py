@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from ..control.critic import Critic
 from ..control.trajectory import Trajectory
 from ..control.transitions import Paths
@@ -59,8 +61,20 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "guard": trainer.guard.state_dict(),
         "prompts": digest(trainer.prompts, trainer.unseen),
         "unseen": {} if trainer.unseen_rewards is None else {"rewards": trainer.unseen_rewards},
+        "schedule": schedule_of(trainer),
         "price": [trainer.price.log_factor, trainer.price.error, trainer.algorithm.kl_weight],
     }
+
+
+def schedule_of(trainer: Trainer) -> list[float]:
+    """alpha and sigma at the start, the middle and the end of the model's path, as they are now."""
+    schedule = trainer.policy.model.schedule
+    t = torch.linspace(schedule.t_min, schedule.t_max, 3)
+    return [*schedule.alpha(t).tolist(), *schedule.sigma(t).tolist()]
+
+
+def _numbers(values: list[float]) -> str:
+    return ", ".join(f"{value:.4g}" for value in values)
 
 
 def restore(trainer: Trainer, state: Mapping[str, Any]) -> None:
@@ -77,6 +91,12 @@ def restore(trainer: Trainer, state: Mapping[str, Any]) -> None:
         raise RunError(
             f"the run began with other prompts than the {len(trainer.prompts) + len(trainer.unseen)} given now; give those, in "
             "their order, or start a new run."
+        )
+    theirs, now = state.get("schedule"), schedule_of(trainer)  # earlier versions did not keep it
+    if theirs is not None and not torch.allclose(torch.tensor(theirs), torch.tensor(now), rtol=1e-4, atol=1e-6):
+        raise RunError(
+            f"the run began with another schedule: alpha and sigma at the path's start, middle and end were "
+            f"{_numbers(theirs)} and are {_numbers(now)}. Give the model as it was, or start a new run."
         )
     trainer.unseen_rewards = state.get("unseen", {}).get("rewards")
     load_parameters(trainer.policy.model, state["policy"])  # type: ignore[arg-type]
