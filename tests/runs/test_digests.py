@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from scoreact import finetune
 from scoreact.algorithms.dpo import read_pairs, write_pairs
 from scoreact.cli import main as cli
-from scoreact.cli import train as cli_train
+from scoreact.cli import running
 from scoreact.models.mlp import ResidualModel
 from scoreact.recipes.gaussian import mixture
 from scoreact.runs.checkpoint import look_at_weights
@@ -86,7 +86,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     (folder / "r.py").write_text("def first(x):\n    return x[:, 0]\n")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli_train, "write_report", lambda source: 0)  # as good, and dear
+        patch.setattr(running, "write_report", lambda source: 0)  # as good, and dear
         words = ["train", "gaussian", *WORDS, "--reward", f"{folder}/r.py:first", "--out", str(folder / "run")]
         assert cli.main(words) == 0
     return folder
@@ -95,7 +95,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(made: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A copy of it as it was before its last iteration; the reward is put right again in the end."""
-    monkeypatch.setattr(cli_train, "write_report", lambda source: 0)
+    monkeypatch.setattr(running, "write_report", lambda source: 0)
     copy = made / "copy"
     shutil.copytree(made / "run", copy)
     shutil.rmtree(copy / "checkpoints" / "00000002")

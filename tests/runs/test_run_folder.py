@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from scoreact.api.result import Result
 from scoreact.api.start import train_problem
 from scoreact.cli import main as cli
-from scoreact.cli import train as cli_train
+from scoreact.cli import running
 from scoreact.models.mlp import ResidualModel
 from scoreact.recipes.base import Problem
 from scoreact.recipes.gaussian import linear_reward, mixture
@@ -145,7 +145,7 @@ def test_a_state_that_lacks_something_is_told_in_a_sentence(whole: Path, tmp_pat
 def test_a_damaged_result_is_made_anew(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli_train, "write_report", lambda source: 0)  # as good, and dear
+    monkeypatch.setattr(running, "write_report", lambda source: 0)  # as good, and dear
     run = tmp_path / "run"
     words = [
         "--iterations",

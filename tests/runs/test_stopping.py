@@ -18,7 +18,7 @@ from torch import Tensor
 
 from scoreact.api.start import train_problem
 from scoreact.cli import main as cli
-from scoreact.cli import train as cli_train
+from scoreact.cli import running
 from scoreact.models.mlp import ResidualModel
 from scoreact.recipes.base import Problem
 from scoreact.recipes.gaussian import linear_reward, mixture
@@ -205,7 +205,7 @@ def test_a_queued_job_goes_on_or_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli_train, "write_report", lambda source: 0)  # as good, and dear
+    monkeypatch.setattr(running, "write_report", lambda source: 0)  # as good, and dear
     (tmp_path / "r.py").write_text(
         "import os, signal\ncalls = 0\n"
         "def first(x):\n    global calls\n    calls += 1\n"

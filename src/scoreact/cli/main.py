@@ -22,6 +22,7 @@ from typing import Any
 from ..support.names import known_name
 from . import bench as arena
 from . import look, server
+from .check import check, check_arguments
 from .errors import EXPECTED, sentence_of, warn
 from .parser import Parser
 from .train import ABOUT, resume, resume_arguments, train, train_arguments, train_help
@@ -75,9 +76,7 @@ COMMANDS = {
         "Write a run's weights as other programs load them, with a model card.", look.export_arguments, look.export
     ),
     "report": Command("Write a run's report.html anew.", look.report_arguments, look.report),
-    "check": Command(
-        "Say in plain sentences what is wrong with a reward, a recipe or a run.", look.check_arguments, look.check
-    ),
+    "check": Command("Say in plain sentences what is wrong with a reward, a recipe or a run.", check_arguments, check),
     "reward-server": Command(
         "Serve a reward over HTTP to runs in other processes.", server.server_arguments, server.serve
     ),
