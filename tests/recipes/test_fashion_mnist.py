@@ -9,6 +9,7 @@ import json
 import os
 import struct
 import urllib.error
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
@@ -16,7 +17,9 @@ import numpy as np
 import pytest
 import torch
 
+from scoreact import finetune
 from scoreact.evaluation.metrics import frechet_distance
+from scoreact.recipes.base import recipes
 from scoreact.recipes.fashion_mnist import data as fashion_mnist
 from scoreact.recipes.fashion_mnist import make_reference
 
@@ -242,3 +245,14 @@ def test_the_shipped_statistics_can_be_made_again() -> None:
             torch.testing.assert_close(
                 tensors[f"{name}.{key}"], getattr(pictures, key), rtol=1e-4, atol=1e-4, equal_nan=True
             )
+
+
+def test_a_run_of_the_main_job_has_nothing_to_warn_of_at_its_start(tmp_path: Path) -> None:
+    """What is decoded of noise, to learn the samples' shape, is no sample out of its range."""
+    problem = recipes()["plain"].build()
+    settings = replace(
+        recipes()["plain"].config, iterations=1, batch_size=20, reference_batches=1, heldout_samples=20, device="cpu"
+    )
+    result = finetune(problem, config=settings, out=tmp_path / "run", report=False)
+    said = [line["text"] for line in result.history if "text" in line and line["iteration"] == 0]
+    assert not [text for text in said if "declared as low" in text]

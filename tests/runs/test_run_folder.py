@@ -185,7 +185,8 @@ def test_a_reward_that_fails_at_its_first_call_leaves_the_folder_free(whole: Pat
     assert not list(run.glob(".*")), "what was left is gone"
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "model.safetensors", "best/model.safetensors", "checkpoints/00000002/x"])
+@pytest.mark.parametrize("name", ["notes.txt", "model.safetensors", "best/model.safetensors", "checkpoints/00000002/x",
+                                  ".tmp_notes", ".tmpab12cd/x"])  # fmt: skip
 def test_a_folder_with_anything_else_is_refused(tmp_path: Path, name: str) -> None:
     run = tmp_path / "run"
     with pytest.raises(ValueError, match="NaN"):

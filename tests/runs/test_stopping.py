@@ -33,6 +33,7 @@ SETTINGS: dict[str, Any] = {
     "evaluate_every": 2, "checkpoint_every": 100, "device": "cpu",
 }  # fmt: skip
 Event = Callable[[str, dict[str, Any]], None]
+SMALL = ["--batch-size", "16", "--heldout-samples", "8", "--algorithm", "ddpo", "--device", "cpu"]
 
 
 def train(
@@ -178,18 +179,7 @@ def test_a_reader_that_goes_away_ends_a_run_in_peace(
         os.dup2(writer, 1)
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
-        words = [
-            "--iterations",
-            "500",
-            "--batch-size",
-            "16",
-            "--heldout-samples",
-            "8",
-            "--algorithm",
-            "ddpo",
-            "--device",
-            "cpu",
-        ]
+        words = ["--iterations", "500", *SMALL]
         os._exit(cli.main(["train", "gaussian", *words, "--checkpoint-every", "400", "--out", "run"]))
     os.close(writer)
     with open(reader, "rb") as lines:
@@ -211,18 +201,7 @@ def test_a_queued_job_goes_on_or_starts(
         "def first(x):\n    global calls\n    calls += 1\n"
         "    if calls == int(os.environ['AT']): os.kill(os.getpid(), signal.SIGTERM)\n    return x[:, 0]\n"
     )
-    few = [
-        "--iterations",
-        "3",
-        "--batch-size",
-        "16",
-        "--heldout-samples",
-        "8",
-        "--algorithm",
-        "ddpo",
-        "--device",
-        "cpu",
-    ]
+    few = ["--iterations", "3", *SMALL]
     words = ["train", "gaussian", *few, "--reward", "r.py:first", "--resume-or-start"]
     assert cli.main(words) == 2
     assert "--resume-or-start needs --out" in capsys.readouterr().err

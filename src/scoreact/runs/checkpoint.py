@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -160,11 +161,14 @@ BEGUN = {
 }  # fmt: skip
 
 
+CUT_SHORT = re.compile(r"\.tmp[A-Za-z0-9]{6}")  # what a kill leaves of a file that safetensors was writing
+
+
 def saved_nothing(folder: Path) -> bool:
     """Whether a run may begin in a folder: it does not exist, is empty, or holds a run that saved nothing and no other file."""
     if not folder.exists():
         return True
-    found = [path.name for path in folder.iterdir() if not path.name.startswith(".tmp")]  # safetensors' own, cut short
+    found = [path.name for path in folder.iterdir() if not (path.is_file() and CUT_SHORT.fullmatch(path.name))]
     names = {name.removesuffix(".tmp") for name in found}
     if not names <= BEGUN or checkpoints(folder / "checkpoints"):
         return False

@@ -128,7 +128,7 @@ class Session(Hook):
                 if note not in heard:
                     self._record("guard", {"guard": "note", "text": note})
             if not trainer.reference:
-                self._say_notes()
+                self._say_notes(of_models=False)  # which have decoded nothing but probes yet
                 self._look_at_reference()
                 self._checkpoint()
                 self._end_if_asked()
@@ -153,13 +153,13 @@ class Session(Hook):
 
     # --- the hook -----------------------------------------------------------------------------------------------
 
-    def _say_notes(self) -> None:
+    def _say_notes(self, of_models: bool = True) -> None:
         """What the trainer noticed and what the model itself has to say, each sentence once."""
         if (failed := self.trainer.failures.news()) is not None:
             self.trainer.notes.append(failed)
         while self.trainer.notes:
             self._record("guard", {"guard": "note", "text": self.trainer.notes.pop(0)})
-        for model in (self.trainer.policy.model, self.trainer.policy.reference):
+        for model in (self.trainer.policy.model, self.trainer.policy.reference) if of_models else ():
             for note in model.notes() if isinstance(model, HasNotes) else ():
                 kind = re.sub(r"[-\d.]+", "", note)  # the same words with other figures are no news
                 if kind not in self._said:
