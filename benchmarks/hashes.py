@@ -28,8 +28,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-RULES = ("ctrl", "ctrl_trpo", "ctrl_pathwise", "q_learning", "ddpo", "dpok", "flow_grpo", "diffusion_nft", "rwr", "draft",
-         "adjoint_matching", "dpo")  # fmt: skip
+RULES = ("ctrl", "ctrl_trpo", "ctrl_pathwise", "q_learning", "ddpo", "dpok", "flow_grpo", "diffusion_nft", "rwr", "ram",
+         "draft", "adjoint_matching", "dpo")  # fmt: skip
 SMALL = (
     "--iterations 3 --batch-size 32 --minibatch-size 128 --reference-batches 2 --heldout-samples 20 --evaluate-every 2"
 )

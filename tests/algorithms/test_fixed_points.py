@@ -58,6 +58,7 @@ CASES = [
     Case("ddpo", reward=CURVED, count=5000),
     Case("rwr", {"replay": 1}, law="reference", count=2000),
     Case("diffusion_nft", {"advantage_clip": 20.0}, law="tilted", count=1000),
+    Case("ram", law="tilted", count=4000),
     Case("dpo", law="tilted", steps=100, count=200, tolerance=0.02, dearer=1.25),
 ]
 

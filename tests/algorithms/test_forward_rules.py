@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from scoreact.algorithms.diffusion_nft import DiffusionNFT, graded
 from scoreact.algorithms.dpo import DPO, paired, read_pairs, write_pairs
 from scoreact.algorithms.forward import ForwardRule
+from scoreact.algorithms.ram import RAM, leave_one_out
 from scoreact.algorithms.rwr import RWR, normalised_weights
 from scoreact.api.result import Result
 from scoreact.api.start import finetune
@@ -26,17 +27,18 @@ from scoreact.control.policy import Policy
 from scoreact.control.trajectory import Trajectory
 from scoreact.control.transitions import Paths
 from scoreact.dynamics.grids import uniform
-from scoreact.dynamics.schedule import VP, RectifiedFlow, Schedule
+from scoreact.dynamics.schedule import VP, RectifiedFlow, Schedule, noising
 from scoreact.dynamics.sde import SDE, noise_level
 from scoreact.dynamics.solvers import euler_maruyama
 from scoreact.models.gaussian_mixture import GaussianMixture
 from scoreact.models.mlp import ResidualModel
 from scoreact.recipes.gaussian import linear_reward, mixture, quadratic_reward
+from scoreact.rewards import Quadratic
 from scoreact.training.config import Config, updated
 from scoreact.types import Condition, Metrics, expand
 
 BETA, STEPS = 0.7, 5
-KINDS: dict[str, type[ForwardRule]] = {"rwr": RWR, "diffusion_nft": DiffusionNFT, "dpo": DPO}
+KINDS: dict[str, type[ForwardRule]] = {"rwr": RWR, "diffusion_nft": DiffusionNFT, "ram": RAM, "dpo": DPO}
 
 
 def setup_of(moved: float = 0.3, schedule: Schedule | None = None) -> Setup:
@@ -341,6 +343,77 @@ def test_the_old_policy_follows_by_its_schedule_draws_and_is_counted(generator: 
     assert bool(setup.rule(DiffusionNFT, sampling="sde").stochastic_steps(STEPS, generator) is None)
 
 
+# --- ram --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_sample_is_compared_with_the_others_of_its_prompt() -> None:
+    rewards = torch.tensor([1.0, 0.0, 4.0, 2.0, 4.0, 7.0])
+    assert leave_one_out(rewards, Condition(list("ababac"))).tolist() == pytest.approx([-3, -2, 1.5, 2, 1.5, 0])
+
+
+@pytest.mark.parametrize("weighting", ["velocity", "kl"])
+def test_ram_loss_by_hand(weighting: str) -> None:
+    """The paper's formula in velocities, or the square of u sqrt(dt); the pull's own score has no gradient."""
+    setup = setup_of()
+    rule, rows = prepared(setup, RAM, weighting=weighting)
+    at, schedule, sde = rows.noised, setup.sde.schedule, setup.sde
+
+    def form(score: Tensor) -> Tensor:
+        if weighting == "kl":
+            return sde.control(at.t0, score, torch.zeros_like(score)) * expand((at.t1 - at.t0).sqrt(), score)
+        alpha, sigma = expand(schedule.alpha(at.t0), at.x), expand(schedule.sigma(at.t0), at.x)
+        data = (at.x + sigma**2 * score) / alpha
+        d_alpha, d_sigma = expand(schedule.d_alpha(at.t0), at.x), expand(schedule.d_sigma(at.t0), at.x)
+        return d_alpha * data - d_sigma * sigma * score
+
+    new = setup.policy.score(at.t0, at.x, at.condition)
+    reference = form(setup.model.base.score(at.t0, at.x, at.condition))
+    goal = reference + rows.advantage.unsqueeze(1) * (form(at.target) - form(new)).detach()
+    wanted = BETA / 2 * (form(new) - goal).square().sum() / 16
+    loss, _ = rule.loss(rows)
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-4)
+    torch.testing.assert_close(setup.gradient(loss), setup.gradient(wanted), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("weighting", ["epsilon", "kl"])
+def test_rams_pull_is_the_gradient_of_the_expected_reward(weighting: str, generator: torch.Generator) -> None:
+    """On a mixture with a quadratic reward: the mean gradient is that of s - s_ref - grad E[R | x_t] / beta, by quadrature."""
+    line, reward, count = Line(), Quadratic([[-0.9]], linear=[0.4]), 4000
+    law = GaussianMixture(
+        line.base.schedule, torch.tensor([0.3, 0.7]), torch.tensor([[-1.0], [0.8]]), torch.tensor([[[0.1]], [[0.3]]])
+    )
+    line.model.base = law  # the policy is the score of its own samples; the reference is another law
+    rule = RAM(line.policy, line.sde, euler_maruyama, None, BETA, weighting=weighting)  # type: ignore[arg-type]
+    end, t = line.ts[-1:].double(), line.ts[:-1]
+    grid = torch.linspace(-6, 6, 601, dtype=torch.float64).unsqueeze(1)
+    density, worth = law.double().log_prob(end.expand(601), grid).exp(), reward(grid, Condition([""] * 601))
+    law.float()
+    wanted = []
+    for k in range(len(t)):
+        kept, std = noising(law.schedule, end, t[k : k + 1].double())
+        x = grid.flatten().clone().requires_grad_(True)
+        posterior = torch.softmax(density.log() - 0.5 * ((x.unsqueeze(1) - kept * grid.T) / std) ** 2, dim=1)
+        (slope,) = torch.autograd.grad((posterior @ worth).sum(), x)
+        here, at = t[k].expand(601), grid.float()
+        away = law.score(here, at) - line.policy.reference.score(here, at, Condition([""] * 601))
+        error = away.flatten().double() - slope / BETA
+        weight = law.log_prob(here, at).exp().double()
+        scale = law.schedule.sigma(t[k]) ** 2
+        if weighting == "kl":
+            scale = line.sde.diffusion(t[k]) ** 2 * (line.ts[k + 1] - t[k])
+        wanted.append([float(BETA * scale * (weight * error * f).sum() / weight.sum()) for f in (grid.flatten(), 1.0)])
+    found = []
+    for _ in range(40):
+        samples = line.samples(law, count, generator)
+        paths = Paths(samples.trajectory, reward(samples.trajectory.xs[-1], samples.trajectory.condition))
+        loss, _ = rule.loss(rule.prepare(paths, generator, 1.0))
+        found.append(torch.stack(torch.autograd.grad(loss, line.policy.trainable()))[:, :-1].T)
+    stacked = torch.stack(found)
+    error = stacked.std(0) / math.sqrt(len(stacked))
+    assert float(((stacked.mean(0) - torch.tensor(wanted)).abs() / error).max()) < 4
+    assert float((torch.tensor(wanted).abs() / error).max()) > 30
+
+
 # --- dpo --------------------------------------------------------------------------------------------------------------
 
 
@@ -584,6 +657,7 @@ def test_kill_and_resume_equals_uninterrupted(tmp_path: Path, run: dict[str, Any
         ({"algorithm": "rwr", "draws": 1}, 4 + 1, 1),
         ({"algorithm": "diffusion_nft"}, 4 + 4 + 4 + 4, 1),  # rollout; old policy, reference, policy
         ({"algorithm": "diffusion_nft", "kl_share": 0.0}, 4 + 4 + 4, 1),
+        ({"algorithm": "ram"}, 4 + 4 + 4, 1),  # rollout; reference, policy
         ({"algorithm": "dpo", "rounds": 1}, 4 + 4 + 4, 1),  # rollout; reference and policy at both of 16 pairs
         ({"algorithm": "dpo", "pairs_file": "here"}, 8 + 8, 0),  # no rollout, no reward; 32 pairs
     ],
@@ -608,7 +682,7 @@ def share(train_on_mixture: Callable[..., Result]) -> Callable[..., tuple[float,
     return run
 
 
-@pytest.mark.parametrize(("algorithm", "floor"), [("rwr", 0.3), ("diffusion_nft", 0.2), ("dpo", 0.2)])
+@pytest.mark.parametrize(("algorithm", "floor"), [("rwr", 0.3), ("diffusion_nft", 0.2), ("ram", 0.2), ("dpo", 0.2)])
 def test_every_rule_is_on_its_way_in_eight_iterations(
     algorithm: str, floor: float, share: Callable[..., tuple[float, float]]
 ) -> None:
@@ -616,7 +690,7 @@ def test_every_rule_is_on_its_way_in_eight_iterations(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("algorithm", "floor"), [("rwr", 0.6), ("diffusion_nft", 0.5), ("dpo", 0.4)])
+@pytest.mark.parametrize(("algorithm", "floor"), [("rwr", 0.6), ("diffusion_nft", 0.5), ("ram", 0.5), ("dpo", 0.4)])
 def test_every_rule_recovers_its_share(algorithm: str, floor: float, share: Callable[..., tuple[float, float]]) -> None:
     assert share(algorithm=algorithm, iterations=40)[0] > floor
 

@@ -42,6 +42,7 @@ TOWARDS: dict[str, tuple[dict[str, Any], float]] = {
     "rwr": ({"learning_rate": 5e-3, "minibatch_size": 512}, 0.6),
     "dpo": ({"learning_rate": 5e-3, "minibatch_size": 128, "rounds": 4}, 0.6),
     "diffusion_nft": ({"learning_rate": 5e-3, "minibatch_size": 512}, 0.4),
+    "ram": ({"learning_rate": 5e-3, "minibatch_size": 512}, 0.4),
     "ddpo": ({"learning_rate": 2e-3}, -0.05),
 }  # fmt: skip
 SMALL: dict[str, Any] = {
