@@ -14,7 +14,7 @@ import scoreact
 ROOT = Path(scoreact.__file__).parent
 WINGS = (
     "types", "support", "dynamics", "models", "rewards", "control", "algorithms", "sampling", "evaluation", "training",
-    "recipes", "runs", "report", "api", "arena", "cli",
+    "recipes", "runs", "feedback", "report", "api", "arena", "cli",
 )  # fmt: skip
 FRONT_DOOR = {"__init__", "__main__"}  # the package itself: opens whatever a user asks for
 HEAVY = {"diffusers", "transformers", "peft", "onnx"}

@@ -31,6 +31,10 @@ class RunError(ScoreactError, ValueError):
     """A run folder, a checkpoint or weights that cannot be read, continued or fitted to the model."""
 
 
+class FeedbackError(ScoreactError, ValueError):
+    """Answers of people, a store or a file of them, that cannot be read or used."""
+
+
 class RunExists(ScoreactError, FileExistsError):
     """A folder that is in use already: a run never writes over another."""
 

@@ -1,0 +1,1 @@
+"""People as the reward: what they compare, what they answered, and what is made of it."""
