@@ -128,13 +128,11 @@ def read_answers(store: str | Path | Store, question: str | None = None) -> Answ
     for number, row in enumerate(found):
         members, shown = json.loads(row["members"]), json.loads(row["shown"])
         ranked = row["kind"] == "rank"
-        for a, b, winner in _comparisons(row["answer"], shown, ranked):
+        for a, b, won in _comparisons(row["answer"], shown, ranked):
             where[row["id"], a, b] = len(comparisons)
             repeats.append(where.get((row["repeat_of"], a, b), -1))
-            left = 0 if shown.index(a) < shown.index(b) else 1
-            comparisons.append(
-                (place[members[a]], place[members[b]], winner, left, number, row["id"] if ranked else -1)
-            )
+            side = 0 if shown.index(a) < shown.index(b) else 1
+            comparisons.append((place[members[a]], place[members[b]], won, side, number, row["id"] if ranked else -1))
     table = np.array(comparisons, dtype=np.int64).reshape(-1, 6)
     first, second, winner, left, index, ranking = (table[:, i] for i in range(6))
     kept = [found[i] for i in index]
