@@ -8,8 +8,7 @@ arrays; `leases.py` says who rates what next. Knows no model and no page.
 Tables (`scoreact_version` in `about` tells which):
 
     about    key, value
-    samples  id, prompt, picture, tensors (names of files in the folder, or ""), source ("tuned", "reference", "given"), model,
-             digest (of its weights), seed, number, solver, steps
+    samples  id, prompt, picture, tensors (files in the folder, or ""), source, model, digest (of its weights), seed, number, ...
     tasks    id, prompt, kind, samples (JSON list of ids), chosen ("random", "information", "gap", "imported"), time, given
              (number of raters who have answered every question)
     answers  id, task, rater, question, shown, answer, milliseconds, time, repeat_of, undone, key
@@ -22,7 +21,9 @@ Tables (`scoreact_version` in `about` tells which):
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import sqlite3
 import threading
 import time
@@ -34,11 +35,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import save
 from torch import Tensor
 
 from ..runs.samples import as_picture
 from ..support.errors import FeedbackError
-from ..support.files import read_tensors, write_tensors
+from ..support.files import put_in_place, read_tensors
 
 FORMAT = 1
 PAIR = ("left", "right", "tie", "both_bad", "skip")
@@ -65,6 +67,7 @@ CREATE TABLE leases (
 CREATE INDEX tasks_given ON tasks (given, id);
 CREATE INDEX answers_task ON answers (task);
 CREATE INDEX answers_rater ON answers (rater, id);
+CREATE INDEX answers_repeat ON answers (repeat_of) WHERE repeat_of IS NOT NULL;
 """
 
 
@@ -102,8 +105,8 @@ class Store:
     Args:
         path: Of the SQLite file; its samples are in a folder of the same name with `-samples`.
         make: Whether to make it where it is missing.
-        synced: Whether every answer is on the disk before `add_answer` returns (some milliseconds). Without, a crash of the
-            machine may cost the last ones, a kill of the process none.
+        synced: Whether samples and answers are on the disk before `add_sample` and `add_answer` return (some milliseconds).
+            Without, a crash of the machine may cost the last ones, a kill of the process none.
 
     Raises:
         FeedbackError: For a file that is missing, no store, or of a newer version.
@@ -112,11 +115,11 @@ class Store:
     def __init__(self, path: str | Path, make: bool = True, synced: bool = True) -> None:
         self.path = Path(path)
         self.folder = self.path.with_name(f"{self.path.stem}-samples")
-        if not self.path.is_file() and not make:
+        if not (make or self.path.is_file()):
             raise FeedbackError(f"{self.path} does not exist; `scoreact rate` makes such a store.")
         if not self.path.parent.is_dir():
             raise FeedbackError(f"{self.path.parent} is no folder; make it first, or name a store in another.")
-        self._lock, self._depth = threading.RLock(), 0
+        self.synced, self._lock, self._depth = synced, threading.RLock(), 0
         try:
             self._db = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
             self._db.row_factory = sqlite3.Row
@@ -233,11 +236,18 @@ class Store:
             )  # fmt: skip
             picture, tensors = f"{number_of:06d}.png" if drawn else "", f"{number_of:06d}.safetensors" if kept else ""
             if drawn:
-                as_picture(sample).save(self.folder / picture)
+                png = io.BytesIO()
+                as_picture(sample).save(png, "PNG")
+                self._write(picture, png.getvalue())
             if kept:
-                write_tensors(self.folder / tensors, kept)
+                self._write(tensors, save({name: tensor.detach().cpu().contiguous() for name, tensor in kept.items()}))
             self.run("UPDATE samples SET picture = ?, tensors = ? WHERE id = ?", picture, tensors, number_of)
         return number_of
+
+    def _write(self, name: str, content: bytes) -> None:
+        temporary = self.folder / f"{name}.tmp"
+        temporary.write_bytes(content)
+        (put_in_place if self.synced else os.replace)(temporary, self.folder / name)
 
     def add_task(self, samples: Sequence[int], kind: str = "pair", chosen: str = "random") -> int:
         """Ask for a comparison, a ranking or a rating of samples of one prompt; its id.
