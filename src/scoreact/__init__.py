@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .api.saved_run import SavedRun as SavedRun
     from .api.saved_run import open_run as open_run
     from .api.start import finetune as finetune
+    from .evaluation.grid_search import search_grid as search_grid
     from .models.base import ScoreModel as ScoreModel
     from .models.lora import lora as lora
     from .models.network import NetworkModel as NetworkModel
@@ -66,6 +67,7 @@ _LATER = {
     "lora": ("models.lora", "lora"),
     "open_run": ("api.saved_run", "open_run"),
     "read_prompts": ("recipes.prompts", "read_prompts"),
+    "search_grid": ("evaluation.grid_search", "search_grid"),
 }
 
 

@@ -29,7 +29,10 @@ class PathSettings:
 
     steps: int = setting(10, "Number of steps of a path in training", 1)
     grid: str = setting(
-        "uniform", "How the times of the steps are placed between noise (t = 0) and data (t = 1)", known=_grids
+        "uniform",
+        "How a path's times lie between noise (t = 0) and data (t = 1); or log_snr:C0,C1,... of a search",
+        known=_grids,
+        own=True,
     )
     solver: str = setting("ddim", "Numerical scheme that takes a step in training", known=_solvers)
     noise: Literal["noise_level", "constant", "flow_grpo"] = setting(

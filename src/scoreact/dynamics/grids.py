@@ -6,11 +6,13 @@ Sources: Karras et al. 2022 (arXiv 2206.00364, eq. 5).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from ..support.errors import SettingError
+from ..support.names import did_you_mean
 from .schedule import Schedule, log_snr, time_at_log_snr
 
 Grid = Callable[[Schedule, int, torch.Generator | None], Tensor]  # (schedule, steps, generator) -> [steps + 1], on CPU
@@ -74,8 +76,53 @@ def random(schedule: Schedule, steps: int, generator: torch.Generator | None = N
 
 
 GRIDS: dict[str, Grid] = {"uniform": uniform, "log_snr": uniform_log_snr, "karras": karras, "random": random}
+SHAPED = "log_snr:"  # begins the name of a grid that is given by numbers
+
+
+def shaped_log_snr(coefficients: Sequence[float]) -> Grid:
+    """Inner times at log-SNR c_0 + c_1 z + c_2 z^2 + ..., z from -1 to 1 in equal steps; the ends are the schedule's.
+
+    Four coefficients make any grid of up to five steps, and the same shape serves any number of steps.
+    """
+
+    def grid(schedule: Schedule, steps: int, generator: torch.Generator | None = None) -> Tensor:
+        z = torch.linspace(-1, 1, steps - 1, dtype=torch.float64) if steps > 2 else torch.zeros(steps - 1).double()
+        knots = sum(c * z**power for power, c in enumerate(coefficients)) + torch.zeros_like(z)
+        ends = torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64)
+        ts = torch.cat([ends[:1], time_at_log_snr(schedule, knots), ends[1:]]).float()
+        if not bool((ts.diff() > 0).all()):
+            raise SettingError(
+                f"grid {shaped_name(coefficients)} has no {steps} rising times on this schedule: log-SNR "
+                f"{[round(v, 2) for v in knots.tolist()]}; take a larger second number, or another first one."
+            )
+        return ts
+
+    return grid
+
+
+def shaped_name(coefficients: Sequence[float]) -> str:
+    """The name by which `grid_by_name` finds the grid again: log_snr:-1.5,4,0.2."""
+    return SHAPED + ",".join(f"{c:.4g}" for c in coefficients)
+
+
+def grid_by_name(name: str) -> Grid:
+    """A grid of GRIDS, or log_snr:C0,C1,... of `shaped_log_snr`. Raises SettingError."""
+    if name in GRIDS:
+        return GRIDS[name]
+    if not name.startswith(SHAPED):
+        raise SettingError(
+            f"grid is {name!r}; known: {', '.join(GRIDS)}, or {SHAPED}C0,C1,... with the numbers of a "
+            f"search.{did_you_mean(name, GRIDS, 0.4)}"
+        )
+    try:
+        coefficients = [float(number) for number in name.removeprefix(SHAPED).split(",")]
+    except ValueError:
+        coefficients = [math.nan]
+    if not all(map(math.isfinite, coefficients)):
+        raise SettingError(f"grid is {name!r}; expected numbers after {SHAPED}, such as {SHAPED}-1.5,4,0.2.")
+    return shaped_log_snr(coefficients)
 
 
 def grid_times(name: str, schedule: Schedule, steps: int, generator: torch.Generator | None = None) -> Tensor:
     """The times of the grid `name`, [steps + 1]; uniform where it is random and there is no generator to draw it."""
-    return GRIDS["uniform" if name == "random" and generator is None else name](schedule, steps, generator)
+    return grid_by_name("uniform" if name == "random" and generator is None else name)(schedule, steps, generator)

@@ -56,6 +56,10 @@ class Config(WatchSettings, SurrogateSettings, ValueSettings, UpdateSettings, Pa
         for f, choice in self.unused():
             if values[f.name] != f.default:
                 raise SettingError(_not_used(f, choice, values))
+        if ":" in self.grid:
+            from ..dynamics.grids import grid_by_name
+
+            grid_by_name(self.grid)
         if self.value_replay > 1 and self.value_loss == "martingale":
             raise SettingError(
                 f"value_replay is {self.value_replay} but value_loss {self.value_loss!r} is on-policy; "
