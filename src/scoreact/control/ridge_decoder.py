@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..rewards.sample_features import SIDE
 from ..support import distributed
 from ..support.errors import SettingError
 
-SIDE = 64  # pixels a side at about which features are taken
 HIDDEN = 512  # random functions of a neighbourhood
 SCALE = 1.5  # of A: its rows times latents of unit variance have this standard deviation
 RIDGE = 1e-3  # in units of the functions' mean square

@@ -11,7 +11,6 @@ the number of prompts:
 
 Its gradient costs no reward call. The posterior variance phi . phi - phi Phi^T G^-1 Phi phi says where it knows least, so where
 to ask the reward (`choose`). Does not know paths or policies: rules follow it as they would follow the reward.
-Source of the features: Rahimi & Recht 2007, in their convolutional form.
 """
 
 from __future__ import annotations
@@ -25,13 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.prompt_words import bag_of_words
+from ..rewards.sample_features import Pixels, random_features
 from ..support import distributed
 from ..support.errors import SettingError
 from ..support.loading import load_named
 from ..types import Condition, Metrics
 from .advantage import explained_variance
 from .prompt_likelihood import PromptLikelihood
-from .ridge_decoder import SIDE, RidgeDecoder
+from .ridge_decoder import RidgeDecoder
 from .value_fit import logit_of
 
 BIAS = 3.0  # prior standard deviation of a prompt's offset, that of the features together being 1
@@ -40,52 +40,6 @@ RIDGES = tuple(
 )  # variance of what phi cannot say over the prior variance of w . phi
 LIMIT = 8.0  # of the logit of a log-probability: beyond it the reward changes by less than 4e-4
 WORDS = 512  # words that are told apart; of more of them the hashes are (`bag_of_words`)
-
-
-class RandomConvolution(nn.Module):
-    """Pictures [B, C, H, W] -> mean and root mean square of 64 random channels, mean slopes and level, [B, 131].
-
-    Of videos [B, C, T, H, W] the mean and the spread over the frames, [B, 262].
-
-    Smooth and averaged over positions: a surrogate is followed by its gradient, and with maxima or ReLU that is many
-    times noisier where it explains the reward no better.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(channels, 32, 7, stride=2, padding=3), nn.SiLU(), nn.Conv2d(32, 64, 3, padding=1), nn.SiLU()
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.ndim == 5:
-            frames = self(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (len(x), x.shape[2]))
-            return torch.cat([frames.mean(1), (frames.var(1, correction=0) + 1e-6).sqrt()], dim=1)
-        x = F.avg_pool2d(x, max(1, min(x.shape[2:]) // SIDE))
-        h = self.layers(x).flatten(2)
-        slopes = [(x.diff(dim=axis).square() + 1e-6).sqrt().mean((1, 2, 3)) for axis in (3, 2)]
-        sizes = (h.square().mean(2) + 1e-4).sqrt()
-        return torch.cat([h.mean(2), sizes, torch.stack([*slopes, x.mean((1, 2, 3))], dim=1)], dim=1)
-
-
-class RandomLayer(nn.Module):
-    """Anything else [B, *D] -> its numbers and 128 smooth random functions of them."""
-
-    def __init__(self, inputs: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(inputs, 128), nn.SiLU())
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.flatten(1)
-        return torch.cat([x, self.layers(x)], dim=1)
-
-
-class Pixels(nn.Module):
-    """Pictures [B, C, H, W] -> the means of 4 x 4 fields and their squares, [B, 32 C]. What a surrogate sees at the least."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        small = F.adaptive_avg_pool2d(x, 4).flatten(1)
-        return torch.cat([small, small.square()], dim=1)
 
 
 def features_by_name(name: str, samples: Tensor) -> nn.Module:
@@ -130,15 +84,6 @@ def features_by_name(name: str, samples: Tensor) -> nn.Module:
             "what it gives."
         )
     return network
-
-
-def random_features(samples: Tensor, seed: int = 0) -> nn.Module:
-    """An untrained network on decoded samples like these: samples [B, *D] -> [B, F]. The same for the same seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        picture = samples.ndim in (4, 5)
-        network = RandomConvolution(samples.shape[1]) if picture else RandomLayer(samples[0].numel())
-    return network.to(samples.device).requires_grad_(False)
 
 
 def words_of(prompts: Sequence[str]) -> dict[str, int]:

@@ -16,7 +16,7 @@ from ..algorithms.registry import find_rule
 from ..control.critic import Critic
 from ..control.linear_value import LinearHead, RidgeFit
 from ..control.policy import Policy
-from ..control.ridge_decoder import SIDE, RidgeDecoder
+from ..control.ridge_decoder import RidgeDecoder
 from ..control.ridge_surrogate import RidgeSurrogate, features_by_name
 from ..control.rollout import Exploration, epsilon_greedy, gaussian_actions
 from ..control.surrogate_settings import OWN_FEATURES
@@ -29,6 +29,7 @@ from ..dynamics.sde import SDE
 from ..dynamics.solvers import SOLVERS
 from ..models.base import BatchDependent, HasClasses, ReadsFeatures, ScoreModel
 from ..rewards.check import Checked, checked
+from ..rewards.sample_features import SIDE
 from ..rewards.user import UserReward
 from ..support.devices import device_of
 from ..support.errors import Diverged, SettingError
