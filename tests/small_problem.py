@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +31,16 @@ from scoreact.rewards import Quadratic, checked
 from scoreact.types import Condition, expand
 
 DIM = 2
+
+
+def needed(rule: str, folder: Path, shape: Sequence[int] = (DIM,), classes: Sequence[str] = ()) -> dict[str, Any]:
+    """The settings without which a rule does not start: real examples of this shape for `dxmi`."""
+    if rule != "dxmi":
+        return {}
+    random, path = np.random.default_rng(0), folder / "real.npz"
+    labels = {"labels": random.permutation(np.arange(60) % len(classes))} if classes else {}
+    np.savez(path, data=random.random((60, *shape)).astype("float32"), **labels)
+    return {"data": str(path)}
 
 
 class Setup:

@@ -158,4 +158,4 @@ def test_rests_at_its_optimum_and_not_elsewhere(case: Case) -> None:
 
 
 def test_every_rule_has_a_fixed_point_here() -> None:
-    assert {case.rule for case in CASES} == set(rules())
+    assert {case.rule for case in CASES} == set(rules()) - {"dxmi"}  # whose is the data's law: test_dxmi

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from small_problem import needed
 from test_layout import WINGS
 from torch import Tensor
 
@@ -52,8 +53,8 @@ def train(rule: str, out: Path | None = None, **changes: Any) -> tuple[list[dict
 
 
 @pytest.mark.parametrize("rule", sorted(rules()))
-def test_every_metric_of_a_run_stands_on_the_page(rule: str) -> None:
-    lines, kinds = train(rule, target_kl=0.1)
+def test_every_metric_of_a_run_stands_on_the_page(rule: str, tmp_path: Path) -> None:
+    lines, kinds = train(rule, target_kl=0.1, **needed(rule, tmp_path))
     found = {name for line in lines for name in line}
     assert "objective/recovered" in found
     assert sorted(found - told(METRICS)) == []

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_problem import needed
 from torch import Tensor
 
 from scoreact.algorithms.registry import rules
@@ -72,18 +73,19 @@ def test_the_price_reaches_the_target_of_a_policy_that_lags(target: float, lag: 
         assert max(path) < 1.4 * target
 
 
-def rule_of(name: str, **settings: Any) -> Any:
+def rule_of(name: str, folder: Path = Path(), **settings: Any) -> Any:
+    settings |= needed(name, folder)
     model = ResidualModel(mixture(2, 3, 0), 2, width=8)
     policy, sde = Policy(model), SDE(model.schedule, noise_level(1.0))
     return rules()[name](policy, sde, SOLVERS["ddim"], None, 0.5, linear_reward(2, 0), **settings)
 
 
-def test_which_rules_pay_for_kl_and_which_see_it() -> None:
-    unpaid = {name for name in rules() if not has_kl_term(rule_of(name))}
-    assert unpaid == {"ddpo"}
+def test_which_rules_pay_for_kl_and_which_see_it(tmp_path: Path) -> None:
+    unpaid = {name for name in rules() if not has_kl_term(rule_of(name, tmp_path))}
+    assert unpaid == {"ddpo", "dxmi"}
     assert not has_kl_term(rule_of("draft", kl_share=0.0))
     assert not has_kl_term(rule_of("flow_grpo", reference_kl=False))
-    seen = {name for name in rules() if sees_kl(rule_of(name))}
+    seen = {name for name in rules() if sees_kl(rule_of(name, tmp_path))}
     assert {"ctrl", "ctrl_trpo", "ctrl_pathwise", "dpok"} <= seen
     assert seen.isdisjoint({"ddpo", "draft", "diffusion_nft", "rwr", "flow_grpo", "adjoint_matching"})
 

@@ -79,7 +79,10 @@ def ddim(sde: SDE, score: ScoreFn, t0: Tensor, t1: Tensor, x: Tensor) -> Transit
     s = score(t0, x)
     correlation = alpha0 * sigma1 / (alpha1 * sigma0)
     std = (_eta(sde, t0) * sigma1 * (1 - correlation**2).clamp(min=0).sqrt()).minimum(sigma1)
-    left = (sigma1**2 - std**2).clamp(min=0).sqrt()
+    left = sigma1**2 - std**2
+    left = torch.where(
+        left > 0, left.clamp(min=1e-30).sqrt(), 0.0
+    )  # a root has no gradient at 0, and noise may be learned
     mean = expand(alpha1, x) * sde.x_data_hat(t0, x, s) - expand(left * sigma0, x) * s
     return Transition(mean, std)
 

@@ -90,6 +90,15 @@ class ScoreModel(Protocol):
 
 
 @runtime_checkable
+class Encodes(Protocol):
+    """The inverse of `decode`, for rules and rewards that learn from real data. Without it the data are taken as states."""
+
+    def encode(self, samples: Tensor) -> Tensor:
+        """Samples as `decode` gives them, [B, ...], to the states at t_max that it takes, [B, *D]."""
+        ...
+
+
+@runtime_checkable
 class HasReference(Protocol):
     """A frozen view of the pretrained model. It saves the copy that a run otherwise keeps beside the model."""
 

@@ -215,6 +215,10 @@ class NetworkModel(nn.Module):
         self._cut.look(x, self.low, self.high)
         return ((x - self.low) / (self.high - self.low)).clamp(0, 1)
 
+    def encode(self, samples: Tensor) -> Tensor:
+        """Samples as the states that they are decoded from."""
+        return samples if self.low is None or self.high is None else self.low + (self.high - self.low) * samples
+
     def notes(self) -> list[str]:
         """That more of what was decoded lay outside the declared range than a denoiser's error explains."""
         return [] if self.low is None or self.high is None else self._cut.notes(self.low, self.high)

@@ -74,7 +74,8 @@ def check_steps(rule: Rule, config: Config, sde: SDE) -> None:
         ts[1:],
     )
     x = torch.ones_like(t0).unsqueeze(1)
-    step = step_of(sde, rule.solver, x, t0, t1, x)
+    with torch.no_grad():
+        step = step_of(sde, rule.solver, x, t0, t1, x)
     bad = torch.nonzero(~(step.mean.flatten(1).isfinite().all(1) & step.std.isfinite())).flatten()
     if len(bad):
         begin, end = float(t0[bad[0]]), float(t1[bad[0]])

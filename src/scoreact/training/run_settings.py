@@ -72,6 +72,13 @@ class UpdateSettings:
     decay_from: float = setting(
         0.5, "Share of the run after which the learning rates fall linearly, to 0 at its end", 0, 1
     )
+    rate_decay: float = setting(
+        1.0,
+        "Factor of the learning rates from one iteration to the next, beside the fall of decay_from",
+        0,
+        1,
+        above=True,
+    )
     max_kl: float = setting(
         0.5,
         "Path KL (nats) by which one iteration may change the policy at most; a longer step is shortened",

@@ -133,6 +133,7 @@ class Trainer:
             )
             self.critic = build_critic(config, value.to(self.device), self.policy, self.sde)
             self.algorithm = build_rule(config, self.critic, self.reward, self.prompts, self.surrogate)
+        self.sde = self.algorithm.sde  # a rule may learn its noise
         self.notes = check_idle(config, self.algorithm)  # for the user; taken by whoever says them
         self.notes += check_groups(self.algorithm, config, self.prompts)
         check_steps(self.algorithm, config, self.sde)
@@ -275,10 +276,10 @@ class Trainer:
         scores.add(shown, condition[asked], (len(x_data), asked))
 
     def rate(self) -> float:
-        """The learning rates' factor: a linear warm-up, a plateau, a linear fall to the run's end."""
+        """The learning rates' factor: a linear warm-up, a plateau, a linear fall to the run's end, times `rate_decay`'s."""
         c = self.config
         left = (c.iterations - self.iteration) / max(1.0, c.iterations * (1 - c.decay_from))
-        return self.slowed * min(1.0, (self.iteration + 1) / (c.warmup + 1), left)
+        return self.slowed * c.rate_decay**self.iteration * min(1.0, (self.iteration + 1) / (c.warmup + 1), left)
 
     def look_at_reference(self) -> Metrics:
         """J_ref and J* from the reference's paths; where nothing learns from them, they only measure."""
