@@ -186,12 +186,12 @@ def test_links_lead_somewhere(page: Path) -> None:
 def parsed(line: str) -> tuple[str, Any]:
     """The command's name and options. Raises ValueError for what the command line does not take."""
     words = shlex.split(line)[1:]
-    command = words[0]
-    if command == "pretrain" or command == "COMMAND":
-        return command, None
+    if words[0] == "pretrain" or words[0] == "COMMAND":
+        return words[0], None
+    command, rest = cli.command_of(words)
     parser = Parser(command, "")
     cli.COMMANDS[command].arguments(parser)
-    return command, parser.parse([word for word in words[1:] if word not in ("--help", "-h")])
+    return command, parser.parse([word for word in rest if word not in ("--help", "-h")])
 
 
 ALL = [(page, line) for page in PAGES for line in dict.fromkeys(commands(page))]

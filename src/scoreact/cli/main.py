@@ -25,6 +25,7 @@ from . import look, server
 from .check import check, check_arguments
 from .errors import EXPECTED, sentence_of, warn
 from .parser import Parser
+from .reward import discriminate, discriminate_arguments
 from .train import ABOUT, resume, resume_arguments, train, train_arguments, train_help
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that wait actively halve a small machine
@@ -77,6 +78,11 @@ COMMANDS = {
     ),
     "report": Command("Write a run's report.html anew.", look.report_arguments, look.report),
     "check": Command("Say in plain sentences what is wrong with a reward, a recipe or a run.", check_arguments, check),
+    "reward discriminate": Command(
+        "Make a reward of data: how much likelier a sample is there than among the model's own.",
+        discriminate_arguments,
+        discriminate,
+    ),
     "reward-server": Command(
         "Serve a reward over HTTP to runs in other processes.", server.server_arguments, server.serve
     ),
@@ -89,7 +95,8 @@ COMMANDS = {
 
 
 def overview() -> str:
-    lines = [f"  {name:<13} {command.about}" for name, command in COMMANDS.items()]
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}} {command.about}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "usage: scoreact COMMAND ...",
@@ -104,6 +111,15 @@ def overview() -> str:
     )
 
 
+def command_of(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The command that words name, one or two of them, and the rest. Raises SettingError."""
+    firsts = {name.split()[0] for name in COMMANDS if " " in name}
+    if words[0] in firsts:
+        second = words[1] if len(words) > 1 else ""
+        return known_name(f"{words[0]} {second}".strip(), COMMANDS, "unknown command"), list(words[2:])
+    return known_name(words[0], COMMANDS, "unknown command"), list(words[1:])
+
+
 def run(words: Sequence[str]) -> int:
     """One command, errors as exceptions."""
     if not words or words[0] in ("-h", "--help", "help"):
@@ -114,7 +130,7 @@ def run(words: Sequence[str]) -> int:
 
         print(f"scoreact {__version__}")
         return 0
-    name, rest = known_name(words[0], COMMANDS, "unknown command"), list(words[1:])
+    name, rest = command_of(words)
     if name == "pretrain":
         return pretrain(rest)
     command, parser = COMMANDS[name], Parser(name, COMMANDS[name].about)

@@ -249,6 +249,9 @@ def _portable(spec: str) -> str:
     if place == "onnx":
         return f"onnx:{Path(name).expanduser().resolve()}"
     path = Path(place).expanduser()
+    folder = Path(spec).expanduser()
+    if (folder / "reward.json").is_file():  # of `scoreact reward`; its module asks for torch
+        return str(folder.resolve())
     return f"{path.resolve()}:{name}" if colon and path.suffix == ".py" and path.is_file() else spec
 
 

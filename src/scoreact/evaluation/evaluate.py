@@ -21,6 +21,7 @@ from ..dynamics.sde import SDE, Noise
 from ..dynamics.solvers import Solver
 from ..rewards.base import Reward
 from ..rewards.check import Checked, checked, unchanged
+from ..rewards.learned import LearnedReward
 from ..rewards.remote.overlap import Scores
 from ..sampling.draw import balanced, draw
 from ..support.seeds import derived
@@ -60,7 +61,8 @@ def evaluate(
     # two of a prompt, where there are more prompts than samples: diversity is within a prompt
     names = balanced(prompts, samples, generator, each=2 if len(prompts) >= samples else 1)
     decoded, kls, first = [], [], None
-    scores = Scores(reward if isinstance(reward, Checked) else checked(reward))
+    asked = reward if isinstance(reward, Checked) else checked(reward)
+    scores = Scores(asked)
     for start in range(0, samples, SAMPLES_AT_ONCE):
         condition = policy.model.condition(names[start : start + SAMPLES_AT_ONCE])
         trajectory = rollout(policy, sde, solver, ts, condition, generator)
@@ -73,6 +75,8 @@ def evaluate(
     metrics: Metrics = {}
     for name, values in (("reward/heldout", r), ("policy/kl", kl), ("objective/J", r - kl_weight * kl)):
         metrics[name], metrics[f"{name}_se"] = mean_and_error(values)
+    if isinstance(asked.reward, LearnedReward) and asked.reward.real is not None:
+        metrics["reward/auc"] = asked.reward.auc(r)
     metrics["sample/diversity"] = diversity(everything, condition, features)
     if judge is not None:
         metrics |= judge(everything, condition)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ..support.errors import RewardError
@@ -16,6 +17,7 @@ from .base import FunctionReward, Reward, known, name_of
 from .closed_form import Linear, Quadratic
 from .image import brightness, colorfulness, jpeg_compressibility, jpeg_incompressibility, of_measure
 from .imagenet import ImageNet, ZeroShot
+from .learned import is_learned, open_learned
 from .ocr import OCR, OCRLogProbability
 from .onnx import OnnxReward
 from .remote.client import find
@@ -58,8 +60,9 @@ def load(spec: str | Callable[..., Any], **options: Any) -> Reward:
     """A reward by name, from the user's code, or from a function in one of the shapes of `user.adapt`.
 
     Args:
-        spec: a name in `KNOWN`, `path/to/file.py:name`, `module:name`, `onnx:path/to/file.onnx`, or a callable; a reward
-            that runs elsewhere is `http://HOST:PORT` of a reward server, or `path/to/file.py:name@/path/to/python`.
+        spec: a name in `KNOWN`, `path/to/file.py:name`, `module:name`, `onnx:path/to/file.onnx`, the folder of a reward that
+            `scoreact reward` made, or a callable; a reward that runs elsewhere is `http://HOST:PORT` of a reward server, or
+            `path/to/file.py:name@/path/to/python`.
         options: of a known reward its factory's keywords, of an ONNX file those of `OnnxReward`, of a function keywords
             that are bound once, of one elsewhere those of `remote.over_http` and `remote.in_process`.
 
@@ -74,6 +77,8 @@ def load(spec: str | Callable[..., Any], **options: Any) -> Reward:
         return adapt(spec, name_of(spec), options)
     if spec.startswith(ONNX):
         return _made(functools.partial(OnnxReward, spec.removeprefix(ONNX)), spec, options)
+    if spec not in KNOWN and (is_learned(spec) or Path(spec).is_dir()):
+        return _made(functools.partial(open_learned, spec), spec, options)
     if (elsewhere := find(spec, options)) is not None:
         return elsewhere
     if ":" in spec:
@@ -82,7 +87,8 @@ def load(spec: str | Callable[..., Any], **options: Any) -> Reward:
         raise RewardError(f"reward {spec!r} names a file but no function in it. Give '{spec}:name'.")
     if spec not in KNOWN:
         hint = known("Known", spec, KNOWN)
-        raise RewardError(f"unknown reward {spec!r}. {hint} Or give 'file.py:name', 'module:name' or 'onnx:FILE'.")
+        others = "'file.py:name', 'module:name', 'onnx:FILE' or a folder of `scoreact reward`"
+        raise RewardError(f"unknown reward {spec!r}. {hint} Or give {others}.")
     return _made(KNOWN[spec], spec, options)
 
 

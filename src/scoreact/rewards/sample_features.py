@@ -83,7 +83,7 @@ def open_features(spec: str, shape: Sequence[int], options: Mapping[str, Any] | 
     Raises:
         RewardError: no such name or option, or what is there gives no finite features [B, F] of such samples.
     """
-    given, shape = dict(options or {}), tuple(shape)
+    given, shape = {name: _full(value) for name, value in (options or {}).items()}, tuple(shape)
     if spec not in KNOWN and not is_spec(spec):
         raise RewardError(f"unknown features {spec!r}. {known('Known', spec, KNOWN)} Or give 'file.py:function'.")
     place, _, name = spec.rpartition(":")
@@ -95,7 +95,7 @@ def open_features(spec: str, shape: Sequence[int], options: Mapping[str, Any] | 
         raise RewardError(f"features {spec} cannot be made with the options {given}: {error}.") from None
     if (network := _network(function)) is not None:
         network.eval().requires_grad_(False)
-    found = Features(spec, given, shape, _digest(spec, function), function)
+    found = Features(spec, given, shape, _digest(spec, given, function), function)
     _try(found)
     return found
 
@@ -120,6 +120,15 @@ def open_described(described: Mapping[str, Any], where: str) -> Features:
             "Put them back, or make the reward anew."
         )
     return found
+
+
+def _full(value: Any) -> Any:
+    """A file by its full path, so that it is found from another folder."""
+    return (
+        str(Path(value).expanduser().resolve())
+        if isinstance(value, str) and Path(value).expanduser().is_file()
+        else value
+    )
 
 
 def _own(spec: str, options: dict[str, Any]) -> Callable[[Tensor], Tensor]:
@@ -148,9 +157,9 @@ def _network(function: object) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
-def _digest(spec: str, function: object) -> str:
-    """sha256 of the user's file and of all weights."""
-    found = hashlib.sha256()
+def _digest(spec: str, options: Mapping[str, Any], function: object) -> str:
+    """sha256 of its name, the user's file and all weights."""
+    found = hashlib.sha256(repr((spec.rpartition(":")[2], sorted(options.items()))).encode())
     if is_spec(spec):
         place = spec.rpartition(":")[0]
         file = place if is_file(place) else getattr(sys.modules.get(place), "__file__", None)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..models.weights import reference_digest_of
+from ..rewards.learned import ABOUT, NUMBERS
 from ..support import distributed
 from ..support.errors import RunError
 from ..support.files import digest_of_file, read_tensors, write_json
@@ -51,7 +52,9 @@ def named_files(described: Mapping[str, Any]) -> dict[str, str]:
             place = value.rpartition("@")[0] if value.rpartition("@")[0].count(":") else value  # file.py:name@/a/python
             name = "" if place.startswith("onnx:") else place.rpartition(":")[0]
             module = getattr(sys.modules.get(name), "__file__", None)
-            for path in (place, place.removeprefix("onnx:"), name, module or ""):
+            # of the folder of a reward
+            inside = [os.path.join(value, file) for file in (ABOUT, NUMBERS)] if os.path.isdir(value) else []
+            for path in (place, place.removeprefix("onnx:"), name, module or "", *inside):
                 if os.path.isfile(path):
                     found[str(Path(path).resolve())] = digest_of_file(Path(path))
 

@@ -72,7 +72,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
     """
     temporary = path.with_name(path.name + ".tmp")
     # clones: safetensors refuses tensors that share memory
-    kept = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    kept = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
     digest = _digest(kept, header or {})
     try:
         save_file(kept, temporary, {**(header or {}), DIGEST: digest})

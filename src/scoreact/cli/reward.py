@@ -1,0 +1,116 @@
+"""The commands `reward ...`, which make a reward: words in, a folder out that `train --reward` takes. They train nothing."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..runs.source import build_policy, open_source, short_name
+from ..support.errors import RewardError, RunExists, SettingError
+from ..support.seeds import LARGEST
+from .parser import Parser, assignments, positive, whole
+
+
+def discriminate_arguments(parser: Parser) -> None:
+    add = parser.add_argument
+    add(
+        "source",
+        metavar="RECIPE|RUN_DIR",
+        help="whose samples: a recipe, a pipeline, my_model.py:build; of a run the tuned model",
+    )
+    add("--data", required=True, metavar="PATH", help="real examples: a folder of pictures or of a folder a class, an .npz or "
+        ".npy, a table")  # fmt: skip
+    add("--out", required=True, type=Path, metavar="DIR", help="a new folder for the reward")
+    add("--features", default="convolution", metavar="SPEC", help="what it sees: convolution, pixels, values, classifier, "
+        "imagenet, or file.py:function [default convolution]")  # fmt: skip
+    add("--features-option", action="append", default=[], metavar="NAME=VALUE", help="an option of these features")
+    add(
+        "--labels",
+        metavar="NAME",
+        help="the array or column of the classes [default labels, where the model has classes]",
+    )
+    add("--no-labels", action="store_true", help="one head for all classes of the model")
+    add(
+        "--samples",
+        type=whole(2),
+        default=6000,
+        metavar="INT",
+        help="of the model, and real ones at most [default 6000]",
+    )
+    add(
+        "--steps",
+        type=whole(1),
+        metavar="INT",
+        help="of the model's paths, as it will be tuned [default: the recipe's]",
+    )
+    add("--solver", metavar="NAME", help="of the model's paths [default: the recipe's]")
+    add("--grid", metavar="NAME", help="of the model's paths [default: the recipe's]")
+    add("--ridge", type=positive, metavar="FLOAT", help="smoothness of the head [default: by cross-validation]")
+    add("--clip", type=positive, default=6.0, metavar="NATS", help="beyond it the reward hardly changes [default 6]")
+    add("--onto", metavar="REWARD", help="of a run that was tuned to it: the next round, the new log-ratio added to it")
+    add("--seed", type=whole(0, LARGEST), default=0, metavar="INT", help="of the samples and the folds [default 0]")
+    add("--weights", choices=["final", "best"], default="final", help="of a run [default final]")
+
+
+def discriminate(options: argparse.Namespace) -> int:
+    """Fit a discriminator and say how good it is."""
+    from ..feedback.discriminate import discriminate as fit
+    from ..report.progress import waiting
+    from ..rewards.learned import LearnedReward, open_learned
+    from ..rewards.registry import KNOWN
+
+    out: Path = options.out
+    if str(out) in KNOWN:
+        raise SettingError(f"--out {out} is the name of a reward that the package has; give another.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunExists(f"{out} is not empty, and a reward is never written over another; give another --out.")
+    if options.labels and options.no_labels:
+        raise SettingError("--labels and --no-labels are both given; leave one out.")
+    onto = None
+    if options.onto is not None:
+        if {"features", "features_option"} & options.given:
+            raise SettingError("--features are those of the reward that --onto names; leave them out.")
+        onto = open_learned(options.onto)
+        if not isinstance(onto, LearnedReward):
+            raise RewardError(f"--onto {options.onto} is a reward of another kind; give one that this command made.")
+    source = open_source(options.source)
+    config = source.config
+    policy, _, which = build_policy(source, options.weights)
+    with waiting("sampling and fitting"):
+        reward = fit(
+            policy.model,
+            options.data,
+            out,
+            features=options.features,
+            features_options=assignments(options.features_option, "--features-option"),
+            labels=False if options.no_labels else options.labels,
+            onto=onto,
+            samples=options.samples,
+            steps=options.steps or config.steps,
+            solver=options.solver or config.solver,
+            grid=options.grid or config.grid,
+            ridge=options.ridge,
+            clip=options.clip,
+            seed=options.seed,
+        )
+    for note in reward.facts["notes"]:
+        print(f"note: {note}")
+    print("\n".join(said_of(reward, f"{which} {short_name(source.recipe)}")))
+    print(
+        f"reward     {out}; `scoreact train ... --reward {out} --steps {options.steps or config.steps} --kl-weight 1`"
+    )
+    return 0
+
+
+def said_of(reward: Any, model: str) -> list[str]:
+    """What was found, in a few lines."""
+    f, heads = reward.facts, len(reward.bias)
+    chosen = "by cross-validation" if f["ridges"] else "as given"
+    return [
+        f"AUC        {f['auc']:.3f} ± {f['auc_half_width']:.3f} (95 %): so often a held-out real example is told from a "
+        f"sample of the {model} model; 0.5 is not at all",
+        f"off        {f['calibration_error']:.3f}: its probabilities from the shares found; reliability.png",
+        f"ridge      {f['ridge']:.3g}, {chosen}; {heads} head{'s' * (heads > 1)} on {len(reward.mean)} features "
+        f"({reward.features.spec}), fitted on {f['fitted_on']:,} examples",
+    ]
