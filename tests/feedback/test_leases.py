@@ -63,7 +63,7 @@ def test_a_task_in_someones_hands_is_lent_again_only_after_a_while(
     assert [lease.task.id for lease in queue.hand_out("bob")] == [4]
     assert queue.hand_out("eve") == []
     now = leases.time.time()
-    monkeypatch.setattr(leases.time, "time", lambda: now + 901)
+    monkeypatch.setattr(leases.time, "time", lambda: now + 301)
     assert [lease.task.id for lease in queue.hand_out("eve")] == [1, 2, 3]
     queue.answer("eve", 1, "better", "left")
     with pytest.raises(NotLent):
@@ -158,3 +158,11 @@ def test_time_left_is_of_the_last_answers_and_no_coffee(tmp_path: Path) -> None:
     for milliseconds in (1000, 2000, 3_600_000):
         queue.answer("ann", queue.hand_out("ann")[0].task.id, "better", "left", milliseconds)
     assert queue.counts("ann") == {"answered": 3, "left": 2, "seconds": 21.0}
+
+
+def test_what_is_given_back_is_for_others(tmp_path: Path) -> None:
+    queue = queue_of(store_of(tmp_path, 2))
+    queue.hand_out("ann")
+    assert queue.hand_out("bob") == []
+    queue.give_back("ann")
+    assert rate_all(queue, "bob") == [1, 2]

@@ -86,7 +86,6 @@ def sample(options: argparse.Namespace) -> int:
     from ..api.result import guided, noise_of, occurrences
     from ..api.saved_run import SavedRun, steered
     from ..dynamics.samplers import DETERMINISTIC, sampler_by_name
-    from ..recipes.prompts import TABLES, check_spelling, give_metadata, read_prompts
     from ..report.progress import waiting
     from ..runs.samples import Drawn, write_samples
     from ..support.folders import made_folder
@@ -106,22 +105,7 @@ def sample(options: argparse.Namespace) -> int:
         )
     run = SavedRun(source)
     policy, weights = run.policy(options.weights), run.which(options.weights)
-    named = None
-    if options.prompts is not None:
-        column = options.prompt_column
-        tables = [Path(text).suffix.lower() in TABLES for text in options.prompts]
-        if column and not any(tables):
-            raise SettingError(f"--prompt-column {column} is of a table, and --prompts names none; leave it out.")
-        for text in options.prompts:
-            check_spelling(text)
-        read = [
-            read_prompts(text, column if table else "") for text, table in zip(options.prompts, tables, strict=True)
-        ]
-        named = [prompt for prompts in read for prompt in prompts]
-        for prompts in read:
-            give_metadata(run.problem.model, prompts)
-            for note in prompts.notes:
-                print(f"note: {note}", file=sys.stderr)
+    named = named_prompts(options, run.problem.model)
     names = run.names(named, options.count)
     run.problem.model.condition(names[:: options.count])  # an unknown prompt is said before a folder is made
     solver, steps = options.solver or source.config.solver, options.steps or source.config.steps
@@ -167,6 +151,26 @@ def sample(options: argparse.Namespace) -> int:
         f" and {len(files) - 2} single files" if len(files) > 3 else ""
     ))  # fmt: skip
     return 0
+
+
+def named_prompts(options: argparse.Namespace, model: object) -> list[str] | None:
+    """Those of --prompts and --prompt-column, their metadata given to the model; None where there are none."""
+    from ..recipes.prompts import TABLES, check_spelling, give_metadata, read_prompts
+
+    if options.prompts is None:
+        return None
+    column = options.prompt_column
+    tables = [Path(text).suffix.lower() in TABLES for text in options.prompts]
+    if column and not any(tables):
+        raise SettingError(f"--prompt-column {column} is of a table, and --prompts names none; leave it out.")
+    for text in options.prompts:
+        check_spelling(text)
+    read = [read_prompts(text, column if table else "") for text, table in zip(options.prompts, tables, strict=True)]
+    for prompts in read:
+        give_metadata(model, prompts)
+        for note in prompts.notes:
+            print(f"note: {note}", file=sys.stderr)
+    return [prompt for prompts in read for prompt in prompts]
 
 
 def _scored(parts: Iterator[Drawn], policy: Policy, asked: Reward) -> Iterator[Drawn]:

@@ -21,7 +21,7 @@ from typing import Any
 
 from ..support.names import known_name
 from . import bench as arena
-from . import look, server
+from . import look, rate, server
 from .check import check, check_arguments
 from .errors import EXPECTED, sentence_of, warn
 from .parser import Parser
@@ -73,6 +73,7 @@ COMMANDS = {
     "evaluate": Command(
         "Measure a run: held-out reward, KL, J, other solvers and steps.", look.evaluate_arguments, look.evaluate
     ),
+    "rate": Command("Let people compare samples on a page, and keep what they answer.", rate.rate_arguments, rate.rate),
     "export": Command(
         "Write a run's weights as other programs load them, with a model card.", look.export_arguments, look.export
     ),

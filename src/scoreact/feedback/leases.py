@@ -51,7 +51,7 @@ class TaskQueue:
         questions: Sequence[str],
         wanted: int = 1,
         repeats: float = 0.08,
-        seconds: float = 900.0,
+        seconds: float = 300.0,
         chance: random.Random | None = None,
     ) -> None:
         self.store, self.questions, self.wanted = store, tuple(questions), wanted
@@ -110,6 +110,10 @@ class TaskQueue:
             )  # fmt: skip
             self._count(row["task"])
             return True
+
+    def give_back(self, rater: str) -> None:
+        """What the rater holds is for others, too."""
+        self.store.run("DELETE FROM leases WHERE rater = ?", rater)
 
     def counts(self, rater: str) -> dict[str, float]:
         """answered (questions), left (tasks that wait for this rater), seconds (an answer, over their last twenty)."""

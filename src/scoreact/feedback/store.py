@@ -8,7 +8,7 @@ arrays; `leases.py` says who rates what next. Knows no model and no page.
 Tables (`scoreact_version` in `about` tells which):
 
     about    key, value
-    samples  id, prompt, picture, tensors (files in the folder, or ""), source, model, digest (of its weights), seed, number, ...
+    samples  id, prompt, picture, tensors (files in the folder, or ""), source, model, digest (of its weights), seed, ...
     tasks    id, prompt, kind, samples (JSON list of ids), chosen ("random", "information", "gap", "imported"), time, given
              (number of raters who have answered every question)
     answers  id, task, rater, question, shown, answer, milliseconds, time, repeat_of, undone, key
@@ -239,8 +239,8 @@ class Store:
                 png = io.BytesIO()
                 as_picture(sample).save(png, "PNG")
                 self._write(picture, png.getvalue())
-            if kept:
-                self._write(tensors, save({name: tensor.detach().cpu().contiguous() for name, tensor in kept.items()}))
+            if kept:  # clones: safetensors refuses tensors that share memory
+                self._write(tensors, save({name: t.detach().cpu().contiguous().clone() for name, t in kept.items()}))
             self.run("UPDATE samples SET picture = ?, tensors = ? WHERE id = ?", picture, tensors, number_of)
         return number_of
 
