@@ -37,6 +37,7 @@ from .support.errors import (
 from .training.config import Config as Config
 
 if TYPE_CHECKING:
+    from .api.new_model import pretrain as pretrain
     from .api.result import Result as Result
     from .api.saved_run import SavedRun as SavedRun
     from .api.saved_run import open_run as open_run
@@ -67,6 +68,7 @@ _LATER = {
     "finetune": ("api.start", "finetune"),
     "load_reward": ("rewards.registry", "load"),
     "lora": ("models.lora", "lora"),
+    "pretrain": ("api.new_model", "pretrain"),
     "open_run": ("api.saved_run", "open_run"),
     "read_prompts": ("recipes.prompts", "read_prompts"),
     "search_grid": ("evaluation.grid_search", "search_grid"),

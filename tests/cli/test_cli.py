@@ -214,7 +214,7 @@ def test_the_overview_does_not_import_torch() -> None:
             "unknown kind of check 'rewrd'; known: reward, model, recipe, run\\. Did you mean 'reward'\\?",
         ),
         ("check recipe gausian", "unknown recipe 'gausian'; .*"),
-        ("pretrain juge", "unknown kind of pretraining 'juge'; known: .* Did you mean 'judge'\\?"),
+        ("pretrain juge", "scoreact pretrain juge needs --data, .* Did you mean 'judge'\\?"),
     ],
 )
 def test_bad_words_get_one_sentence_and_status_2(say: Callable[..., Said], words: str, said: str) -> None:

@@ -8,7 +8,6 @@ a check found a problem), 2 (the input cannot be used), 130 (interrupted).
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import shlex
 import signal
@@ -25,6 +24,8 @@ from . import look, rate, server
 from .check import check, check_arguments
 from .errors import EXPECTED, sentence_of, warn
 from .parser import Parser
+from .pretrain import ABOUT as LEARN
+from .pretrain import SHIPPED, pretrain, pretrain_arguments, pretrain_shipped
 from .reward import discriminate, discriminate_arguments
 from .train import ABOUT, resume, resume_arguments, train, train_arguments, train_help
 
@@ -38,23 +39,6 @@ def list_recipes(options: argparse.Namespace) -> int:
     width = max(map(len, found))
     for recipe in found.values():
         print(f"{recipe.name:<{width}}  {recipe.summary}")
-    return 0
-
-
-PRETRAIN = {
-    "fashion-mnist": "scoreact.recipes.fashion_mnist.make_checkpoint",
-    "judge": "scoreact.recipes.fashion_mnist.classifiers",
-    "reference": "scoreact.recipes.fashion_mnist.make_reference",
-}
-
-
-def pretrain(words: Sequence[str]) -> int:
-    """Hand the words on to the module that makes what ships with the package."""
-    if not words or words[0] in ("-h", "--help"):
-        print(f"usage: scoreact pretrain {{{','.join(PRETRAIN)}}} ...\n\nEach has its own --help.")
-        return 0
-    kind = known_name(words[0], PRETRAIN, "unknown kind of pretraining")
-    importlib.import_module(PRETRAIN[kind]).main(list(words[1:]))
     return 0
 
 
@@ -89,9 +73,7 @@ COMMANDS = {
     ),
     "bench": Command("Compare update rules at equal budgets, over seeds.", arena.bench_arguments, arena.bench),
     "tune": Command("Search an update rule's settings, before `bench`.", arena.tune_arguments, arena.tune),
-    "pretrain": Command(
-        "Make what ships with the package: fashion-mnist, judge, reference.", lambda p: None, list_recipes
-    ),
+    "pretrain": Command(LEARN, pretrain_arguments, pretrain),
 }
 
 
@@ -132,8 +114,8 @@ def run(words: Sequence[str]) -> int:
         print(f"scoreact {__version__}")
         return 0
     name, rest = command_of(words)
-    if name == "pretrain":
-        return pretrain(rest)
+    if name == "pretrain" and rest and rest[0] in SHIPPED:
+        return pretrain_shipped(rest)
     command, parser = COMMANDS[name], Parser(name, COMMANDS[name].about)
     command.arguments(parser)
     if "-h" in rest or "--help" in rest:

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def fourier_features(t: Tensor, dim: int) -> Tensor:
-    """Cosines and sines of t [B] in [0, 1] at dim/2 frequencies from 1 to 1000, geometric: [B, dim]."""
-    frequencies = torch.exp(torch.linspace(0, math.log(1000.0), dim // 2, device=t.device, dtype=t.dtype))
+def fourier_features(t: Tensor, dim: int, highest: float = 1000.0) -> Tensor:
+    """Cosines and sines of t [B] in [0, 1] at dim/2 frequencies from 1 to `highest`, geometric: [B, dim]."""
+    frequencies = torch.exp(torch.linspace(0, math.log(highest), dim // 2, device=t.device, dtype=t.dtype))
     angles = t.reshape(-1, 1) * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 

@@ -23,7 +23,7 @@ class UNet(nn.Module):
     Args:
         channels: C.
         widths: channels of the feature maps, one number a level, each a multiple of 8.
-        classes: their number; the index `classes` means "no class", for classifier-free guidance.
+        classes: their number; the index `classes`, or no index at all, means "no class", for classifier-free guidance.
         blocks: residual blocks a level.
         heads: of the attention at the lowest level.
         outputs: channels out, C by default.
@@ -80,10 +80,10 @@ class UNet(nn.Module):
         assert self.head.bias is not None  # for the type checker: a convolution may have none
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         return self.with_features(x, t, label)[0]
 
-    def with_features(self, x: Tensor, t: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    def with_features(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The output, and what the way up made of the picture.
 
         Args:
@@ -95,6 +95,8 @@ class UNet(nn.Module):
         h, (top, left) = fold(x, self.multiple)
         height, width = x.shape[-2:]
         features = []
+        if label is None:
+            label = torch.full((len(x),), self.label.num_embeddings - 1, device=x.device)
         embedding = F.silu(self.time(fourier_features(t, 64)) + self.label(label))
         h = self.stem(h)
         skips = []

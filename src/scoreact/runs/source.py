@@ -91,16 +91,20 @@ class Source:
 
 
 def find_recipe(name: str | None) -> Recipe:
-    """A ready-made run by name, a diffusers pipeline by its folder or hub name, or the user's own model as file.py:function.
+    """A ready-made run by name, a model that `pretrain` made or a diffusers pipeline by its folder (or hub name), or the
+    user's own model as file.py:function.
 
     Raises SettingError with the known names, LoadError for a file that is not there or fails.
     """
     from ..recipes.base import recipes
+    from ..recipes.own_model import is_own_model, own_recipe
     from ..recipes.pipeline import HUB
 
     known = recipes()
     if name is None:
         raise SettingError(f"give a recipe; known: {', '.join(known)}. Or a pipeline's folder, or my_model.py:build.")
+    if is_own_model(Path(name)):
+        return _with_lora(own_recipe(Path(name)))
     if name in HUB or _is_hub_id(name) or _is_pipeline(Path(name)):
         path = str(Path(name).resolve()) if Path(name).exists() else name
         recipe = known["pipeline"]
@@ -163,6 +167,16 @@ def user_recipe(spec: str) -> Recipe:
     return Recipe(spec, f"{name} of {Path(place).name}", build, Config(), {**own, **added})
 
 
+def _with_lora(recipe: Recipe) -> Recipe:
+    """A recipe whose model may get low-rank adapters."""
+
+    def build(**options: Any) -> Problem:
+        adapters = {name: options.pop(name) for name in LORA}
+        return _with_adapters(recipe.build(**options), **adapters)
+
+    return dataclasses.replace(recipe, build=build, options={**recipe.options, **LORA})
+
+
 def _with_adapters(problem: Problem, lora_rank: int = 0, lora_targets: str = "") -> Problem:
     """The problem with low-rank adapters on its model, where a rank is given. lora_targets: names with commas between."""
     from ..models.lora import lora
@@ -178,8 +192,8 @@ def _with_adapters(problem: Problem, lora_rank: int = 0, lora_targets: str = "")
 
 
 def short_name(recipe: Recipe) -> str:
-    """Of a recipe, for a folder: my_model of /path/my_model.py:build."""
-    return Path(recipe.name.rpartition(":")[0]).stem if ":" in recipe.name else recipe.name
+    """Of a recipe, for a folder: my_model of /path/my_model.py:build, my-model of /path/my-model."""
+    return Path(recipe.name.rpartition(":")[0]).stem if is_spec(recipe.name) else Path(recipe.name).name
 
 
 def recipe_options(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -197,7 +211,7 @@ def recipe_options(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
                 f"option {name} of recipe {short_name(recipe)} is {value!r} ({type(value).__name__}); "
                 f"expected {type(default).__name__}, such as {default!r}."
             )
-        if ":" not in recipe.name:  # of the user's own function only the type is known
+        if not is_spec(recipe.name):  # of the user's own function only the type is known
             _check_number(f"option {name} of recipe {short_name(recipe)}", value, default)
         options[name] = value
     return options
@@ -246,8 +260,10 @@ def open_source(name: str) -> Source:
     """A run folder, or what `find_recipe` takes."""
     if (Path(name) / "config.json").is_file():
         return source_of_run(Path(name))
-    pipeline = _is_pipeline(Path(name)) or _is_hub_id(name)
-    if not pipeline and not is_spec(name) and (Path(name).is_dir() or os.sep in name):
+    from ..recipes.own_model import is_own_model
+
+    model = is_own_model(Path(name)) or _is_pipeline(Path(name)) or _is_hub_id(name)
+    if not model and not is_spec(name) and (Path(name).is_dir() or os.sep in name):
         return source_of_run(Path(name))  # says what is missing
     recipe = find_recipe(name)
     return Source(recipe, dict(recipe.options), recipe.config)

@@ -30,7 +30,7 @@ from ...models.unet import UNet
 from ...sampling.draw import draw
 from ...support.errors import SettingError
 from ...support.files import read_tensors, write_tensors
-from ...training.pretrain import pretrain
+from ...training.pretrain import fit_denoiser
 from ...types import Metrics
 from .data import CLASSES, load_pictures
 from .recipe import CHECKPOINT, WIDTHS, model
@@ -41,7 +41,7 @@ SHEET_COLUMNS, SHEET_STEPS, SHEET_SEED = 10, 10, 0
 
 @dataclass(frozen=True)
 class Stage:
-    """One call of `pretrain`: the cosine's length, where on it to end, the highest rate, the seed of its draws."""
+    """One call of `fit_denoiser`: the cosine's length, where on it to end, the highest rate, the seed of its draws."""
 
     steps: int
     stop_after: int
@@ -99,7 +99,7 @@ def train(
                 if on_log is not None:
                     on_log(number, history[-1])
 
-        averaged = pretrain(
+        averaged = fit_denoiser(
             network, x, labels, RectifiedFlow(), steps=stage.steps, stop_after=stage.stop_after,
             learning_rate=stage.learning_rate, seed=stage.seed, bfloat16=bfloat16, on_step=on_step,
         )  # fmt: skip
