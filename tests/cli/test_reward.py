@@ -32,7 +32,19 @@ def test_data_become_a_reward_that_a_run_takes(
     assert auc > 0.8
     assert f"AUC        {auc:.3f} ± " in said
     assert "by cross-validation; 1 head on 2 features (values), fitted on 400 examples" in said
-    train = ["train", "gaussian", "--reward", "real", "--iterations", "4", "--steps", "4", "--out", "run", "--no-report"]
+    train = [
+        "train",
+        "gaussian",
+        "--reward",
+        "real",
+        "--iterations",
+        "4",
+        "--steps",
+        "4",
+        "--out",
+        "run",
+        "--no-report",
+    ]
     assert cli.main([*train, "--batch-size", "64", "--reference-batches", "1", "--heldout-samples", "128"]) == 0
     assert re.search(r"reward/auc +0\.\d+ -> 0\.\d+", capsys.readouterr().out)
     described = json.loads(Path("run/config.json").read_text())["description"]

@@ -8,7 +8,7 @@ from typing import Any
 from ..models.network import NetworkModel
 from ..report.model_sheet import sheet_of
 from ..report.progress import somebody_looks
-from ..runs.pretraining import Event, Plan, Pretraining, can_resume
+from ..runs.pretraining import Event, Pretraining, PretrainPlan, can_resume
 from ..support.errors import SettingError
 from ..support.own_data import OwnData, read_data
 
@@ -48,7 +48,7 @@ def pretrain(
         resume: Go on with the model in `out`, with the same data. Without it a folder that holds one is refused.
         progress: Print what happens. Left out: in a terminal and in a notebook.
         on_event: Told (kind, line) of everything that happens.
-        plan: Of `runs.pretraining.Plan`: batch_size, learning_rate, width, label_dropout, flip, bfloat16, seed, device.
+        plan: Of `runs.pretraining.PretrainPlan`: batch_size, learning_rate, width, label_dropout, flip, bfloat16, seed, device.
 
     Returns:
         The model, on the device that it was trained on.
@@ -58,8 +58,8 @@ def pretrain(
         RunExists: When `out` is in use. RunError: When it cannot be continued. Diverged: When the loss is not finite.
     """
     for name in plan:
-        if name not in Plan.__dataclass_fields__:
-            raise SettingError(f"unknown setting {name!r}; known: {', '.join(Plan.__dataclass_fields__)}.")
+        if name not in PretrainPlan.__dataclass_fields__:
+            raise SettingError(f"unknown setting {name!r}; known: {', '.join(PretrainPlan.__dataclass_fields__)}.")
     if minutes is not None and not 0 < minutes < float("inf"):
         raise SettingError(f"minutes is {minutes}; give a number above 0.")
     if steps is not None and steps < 1:
@@ -80,7 +80,7 @@ def pretrain(
     if resume and not can_resume(folder):
         raise SettingError(f"{folder} holds no checkpoint of a pretraining; leave resume out.")
     session = Pretraining(
-        folder, data, Plan(**plan) if plan or not resume else None, source=source, sheet=sheet_of(data), on_event=told,
+        folder, data, PretrainPlan(**plan) if plan or not resume else None, source=source, sheet=sheet_of(data), on_event=told,
         resume=resume,
     )  # fmt: skip
     return session.run(steps, minutes)

@@ -82,10 +82,10 @@ def pretrain(options: argparse.Namespace) -> int:
         )
     _check_name(name)
     from ..api.new_model import pretrain as learn
-    from ..runs.pretraining import Plan, can_resume
+    from ..runs.pretraining import PretrainPlan, can_resume
 
     resume = options.resume_or_start and can_resume(folder)
-    plan = {n: value for n in Plan.__dataclass_fields__ if (value := getattr(options, n)) is not None}
+    plan = {n: value for n in PretrainPlan.__dataclass_fields__ if (value := getattr(options, n)) is not None}
     learn(
         folder, options.data, kind=options.kind, labels=options.labels, size=options.size, window=options.window,
         values=options.values, minutes=options.minutes, steps=options.steps, resume=resume, progress=True, **plan,

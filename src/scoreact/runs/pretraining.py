@@ -54,7 +54,7 @@ Event = Callable[[str, Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True)
-class Plan:
+class PretrainPlan:
     """How a model is learned. A run that goes on has the plan that it began with.
 
     width: of the network, a multiple of 8; None: one that suits the data. bfloat16: auto (where it is the faster), yes or no.
@@ -102,7 +102,7 @@ class Pretraining:
         self,
         out: Path,
         data: OwnData,
-        plan: Plan | None = None,
+        plan: PretrainPlan | None = None,
         *,
         source: str = "",
         sheet: Callable[[NetworkModel, Path], None] | None = None,
@@ -124,13 +124,13 @@ class Pretraining:
             self._lock.release()
             raise
 
-    def _start(self, plan: Plan | None, source: str, resume: bool) -> None:
+    def _start(self, plan: PretrainPlan | None, source: str, resume: bool) -> None:
         digest = _digest(self.data)
         notes: list[str] = []
         state: dict[str, Any] = {}
         if resume:
             self.about = read_about(self.out)
-            kept = Plan(**self.about["plan"])
+            kept = PretrainPlan(**self.about["plan"])
             if plan is not None and plan != kept:
                 changed = [n for n, value in asdict(kept).items() if asdict(plan)[n] != value]
                 values = ", ".join(str(asdict(kept)[name]) for name in changed)
@@ -142,7 +142,7 @@ class Pretraining:
             self.plan = kept
             _, state = load_checkpoint(self.out / "checkpoints", problems=notes)
         else:
-            self.plan = plan or Plan()
+            self.plan = plan or PretrainPlan()
             self.about = {**about_model(self.data, self.plan.width), "plan": asdict(self.plan), "data": source}
             self.about |= {"data_digest": digest, "examples": len(self.data.train), "versions": _versions()}
         device = choose_device(self.plan.device)
