@@ -38,7 +38,7 @@ def test_it_is_the_posterior_of_normal_samples(generator: torch.Generator) -> No
     log_p = density.log_prob(fresh[:, None]).log_softmax(1)[torch.arange(2_000), number]
     expected = ((1 - FLOOR) * log_p.exp() + FLOOR / 5).log()
     told = found(fresh, words(number)) * found.tensors["spread"] + found.tensors["center"]
-    # the covariance is shrunk by a tenth, which moves the log-odds a little
+    # the covariance is shrunk by a fifth, which moves the log-odds a little
     assert float((told - expected).abs().mean()) < 0.08
     assert float(torch.corrcoef(torch.stack([told, expected]))[0, 1]) > 0.99
 

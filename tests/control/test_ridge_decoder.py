@@ -19,6 +19,7 @@ from scoreact.dynamics.schedule import VP
 from scoreact.models.network import NetworkModel
 from scoreact.training.assembly import build_surrogate
 from scoreact.training.config import Config
+from scoreact.training.stand_in import lost_in_decoding
 from scoreact.types import Condition
 
 
@@ -148,6 +149,14 @@ def test_a_run_decodes_what_it_shows_to_the_reward_and_what_the_map_is_fitted_to
     assert 0.9 < reference["surrogate/decoder"] <= 1
     full = train(surrogate_decoder="full")
     assert "surrogate/decoder" not in next(line for line in full.history if "reference" in line)
+
+
+def test_a_decoder_that_loses_too_much_is_told() -> None:
+    decoder = RidgeDecoder(torch.zeros(1, 2, 4, 4), torch.zeros(1, 3, 8, 8))
+    decoder.share.fill_(0.797)
+    assert str(lost_in_decoding(decoder)).startswith("the ridge decoder gives 0.80 of the variance of the pictures")
+    decoder.share.fill_(0.92)
+    assert lost_in_decoding(decoder) is None
 
 
 def test_kill_and_resume_equals_uninterrupted(tmp_path: Path) -> None:

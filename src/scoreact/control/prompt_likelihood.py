@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 FLOOR = 0.1  # share of the prompts that are as good as drawn at random
-SHRINKAGE = 0.1  # of the covariance towards a multiple of the identity
-PRIOR = 1.0  # observations that say a word changes nothing
+SHRINKAGE = 0.2  # of the covariance towards a multiple of the identity
+PRIOR = 5.0  # observations that say a word changes nothing
 CONTRASTS = 64  # prompts at most that a sample's own is compared with
 
 

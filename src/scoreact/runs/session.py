@@ -321,7 +321,7 @@ class Session(Hook):
         try:
             self.final, self.best_iteration, self.seconds = state["final"], state["best_iteration"], state["seconds"]
             restore(trainer, state)
-        except (LookupError, TypeError, AttributeError) as error:
+        except (LookupError, TypeError, AttributeError, RuntimeError) as error:
             raise RunError(
                 f"the checkpoint of iteration {trainer.iteration} in {out} is incomplete ({type(error).__name__}: {error}): "
                 "it was changed, or is another version's. Start the run anew."

@@ -251,7 +251,7 @@ class Guard:
                 "surrogate",
                 f"the surrogate sees {share:.2f} \u00b1 {error:.2f} of the reward's variance among samples of a prompt, so its "
                 "gradient says next to nothing of the reward. Let it see more (surrogate_features, scored_samples, "
-                "reference_batches), or take value residual, or a rule without a surrogate such as ddpo.",
+                "reference_batches), or take --algorithm ctrl --value residual, or a rule without a surrogate such as ddpo.",
                 share,
                 BLIND,
             )

@@ -17,7 +17,8 @@ from ..rewards.remote.overlap import one_ahead
 from ..support import distributed
 from ..support.errors import SettingError
 from ..types import Condition, Metrics
-from .stand_in import filled, learn_to_decode, show
+from .critic_price import measured
+from .stand_in import filled, learn_to_decode, lost_in_decoding, show
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -52,6 +53,7 @@ def look_at_reference(trainer: Trainer) -> Metrics:
         if surrogate is not None:
             if surrogate.decoder is not None and len(rewards) == 1:
                 learn_to_decode(surrogate.decoder, trajectory, trainer.sde, trainer.policy.model.decode)
+                trainer.notes += filter(None, [lost_in_decoding(surrogate.decoder)])
             show(surrogate, paths, trainer.policy.model.decode)
         if surrogate is not None and (critic is not None or len(waiting) < reused):
             waiting.append(paths)
@@ -86,8 +88,15 @@ def look_at_reference(trainer: Trainer) -> Metrics:
 @torch.no_grad()
 def _is_of_a_sample(trainer: Trainer, x_end: Tensor, rewards: Tensor, condition: Condition, spread: float) -> bool:
     """Whether a few samples get the same rewards by themselves as among others; noted where they do not."""
-    samples = trainer.policy.model.decode(x_end)
-    few = again = trainer.heldout_reward(samples, condition)
+    asked: list[Tensor] = []
+
+    def reward() -> None:
+        samples = trainer.policy.model.decode(x_end)
+        asked.extend([samples, trainer.heldout_reward(samples, condition)])
+
+    trainer.prices = measured(trainer, x_end, condition, reward)
+    samples, few = asked
+    again = few
     if unsteady(trainer.reward.name, rewards, few, again, spread) is None:
         return True
     again = trainer.heldout_reward(samples, condition)  # noise, or the others'?

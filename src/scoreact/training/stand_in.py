@@ -23,6 +23,7 @@ from ..evaluation.seen import SEEN_AT, seen
 from ..support import distributed
 from ..types import Metrics
 
+DECODED = 0.9  # share of the pictures' variance below which a decoder loses what a reward may be about
 CELLS = 2**15  # of latents, at each time, that a decoder is solved for on; each is an equation
 
 Decode = Callable[[Tensor], Tensor]
@@ -38,6 +39,17 @@ def learn_to_decode(decoder: RidgeDecoder, path: Trajectory, sde: SDE, decode: D
         k = int((path.ts[:-1] - at).abs().argmin())
         states.append(sde.x_data_hat(path.ts[k].expand(len(few)), path.xs[k][few], path.references[k][few]))
     decoder.fit(torch.cat(states), torch.cat([decode(x) for x in states]))
+
+
+def lost_in_decoding(decoder: RidgeDecoder) -> str | None:
+    """That a fitted decoder's pictures lack too much; None where they do not."""
+    share = float(decoder.share)
+    if share >= DECODED:
+        return None
+    return (
+        f"the ridge decoder gives {share:.2f} of the variance of the pictures, and the surrogate sees nothing of the rest. "
+        "surrogate_decoder full decodes as the samples are, and costs more."
+    )
 
 
 def show(surrogate: RidgeSurrogate, paths: Paths, decode: Decode) -> None:

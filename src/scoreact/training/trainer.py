@@ -42,6 +42,7 @@ from .assembly import (
     exploration_of,
 )
 from .config import Config
+from .critic_price import Prices, which_critic
 from .guard import Guard
 from .kl_price import KLPrice, reprice, sees_kl
 from .learnable import check_groups, check_steps, check_weights
@@ -152,6 +153,7 @@ class Trainer:
         self.start: Metrics = {}  # held-out J before the first update
         self.seen: Tensor | None = None  # some samples of the last evaluation
         self.parts: Metrics = {}  # means of a summed reward's parts over the last rollout
+        self.prices: Prices | None = None  # of a reward and a path, once the reference was looked at
         self.saved: list[Paths] = []  # the reference's paths that the first iterations learn from
 
     # --- the loop -----------------------------------------------------------------------------------------------
@@ -297,6 +299,8 @@ class Trainer:
             c.heldout_samples, EVALUATION_SEED, self._look_at_samples, self.features, self.device, self._watch,
         )  # fmt: skip
         metrics |= {f"reward/heldout/{name}": value for name, value in self.heldout_reward.take_parts().items()}
+        if not self.start:
+            self.notes += filter(None, [which_critic(self, metrics)])
         start = self.start.setdefault("objective/J", metrics["objective/J"])  # same noise: errors cancel
         metrics["objective/recovered"] = recovered(metrics["objective/J"] - start, self.reference)
         if self.unseen:

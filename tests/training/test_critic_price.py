@@ -1,0 +1,62 @@
+"""A run says which critic it has, what that sees and what a reward at every state would cost; weights do not depend on it."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import scoreact as sa
+from scoreact.recipes.base import recipes
+
+PAUSE = 0.03  # seconds a sample
+SMALL: dict[str, Any] = {
+    "batch_size": 16, "iterations": 1, "steps": 4, "reference_batches": 1, "heldout_samples": 16, "evaluate_every": 9,
+    "minibatch_size": 64, "kl_weight": 1.0,
+}  # fmt: skip
+
+
+def slow(points: Tensor) -> Tensor:
+    time.sleep(PAUSE * len(points))
+    return points[:, 0]
+
+
+def said(reward: Any, **settings: Any) -> tuple[list[str], sa.Result]:
+    torch.manual_seed(0)
+    problem = replace(recipes()["gaussian"].build(), value_network=None)
+    found = sa.finetune(problem, reward, **SMALL, **settings)
+    texts = [line["text"] for line in found.history if line.get("guard") == "note"]
+    return [text for text in texts if text.startswith("The value is made of")], found
+
+
+def test_of_a_surrogate_and_of_the_reward_itself() -> None:
+    (text,), _ = said(slow, algorithm="ctrl_pathwise", value="surrogate")
+    assert "asks 16 rewards an iteration" in text
+    assert "at least 64 times an iteration" in text
+    price = re.search(r"A reward takes ([\d.]+) ms here", text)
+    assert price is not None
+    assert PAUSE <= float(price[1]) / 1000 < 2 * PAUSE
+    beside = re.search(r"an iteration, ([\d.]+) s beside", text)
+    assert beside is not None
+    assert float(beside[1]) == pytest.approx(64 * float(price[1]) / 1000, rel=0.05)
+    (text,), _ = said(slow, algorithm="ctrl", value="residual", value_steps=1, value_first_steps=1, value_batch_size=2)
+    assert "is asked at every state, at least 64 times an iteration" in text
+
+
+def test_where_no_value_is_made_of_the_reward_nothing_is_said() -> None:
+    assert said(lambda points: points[:, 0], algorithm="ddpo")[0] == []
+    assert said(lambda points: points[:, 0], algorithm="ctrl", value="network")[0] == []
+
+
+def test_the_clock_decides_nothing() -> None:
+    """A reward that takes a hundred times as long leaves the same weights and the same counts of calls."""
+    runs = [said(reward, algorithm="ctrl_pathwise", value="surrogate")[1] for reward in (slow, lambda x: x[:, 0])]
+    for first, second in zip(*(dict(run.policy.model.named_parameters()).values() for run in runs), strict=True):
+        assert torch.equal(first, second)
+    calls = [[line.get("cost/network_calls") for line in run.history] for run in runs]
+    assert calls[0] == calls[1]
