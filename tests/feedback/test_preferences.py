@@ -68,22 +68,18 @@ def test_davidson_s_puddings() -> None:
         rows += [(i - 1, j - 1, w) for w, count in zip((FIRST, SECOND, TIE), counts, strict=True) for _ in range(count)]
     found = fit(torch.eye(6), compared(rows), precision=1e-9)
     np.testing.assert_allclose(found.weights.softmax(0), WORTHS, atol=1e-4)  # theirs stops after 7 iterations
-    assert math.exp(found.tie) == pytest.approx(TIED, abs=3e-4)  # its prior is wide, not flat
+    assert math.exp(found.tie) == pytest.approx(TIED, abs=5e-3)  # in the mean over the posterior
 
 
 def test_what_may_be_answered_sums_to_one() -> None:
-    numbers = torch.tensor([0.3, -1.1, 0.4, -0.7, 0.2, -0.5]).double()
-    pair = [_pair(numbers, torch.cat([row, torch.zeros(4).double()])).exp() for row in torch.eye(4).double()]
-    assert float(torch.stack(pair).sum()) == pytest.approx(1, abs=1e-12)
+    numbers = torch.tensor([[0.3, -1.1, 0.4, -0.7, 0.2, -0.5]]).double()
+    winners = torch.cat([torch.eye(4), torch.zeros(4, 4)], 1).double()
+    pair = _pair(numbers[:, :2].expand(4, -1), numbers[:, 2:].expand(4, -1), winners)
+    assert float(pair.exp().sum()) == pytest.approx(1, abs=1e-12)
     thresholds = torch.tensor([0.0, -1.0, -0.2, 0.5, 2.0, 0.0]).double()
-    scores = [
-        _rating(
-            torch.cat([numbers[:3], thresholds[k : k + 2]]),
-            torch.tensor([-40.0 if k == 0 else 0.0, 40.0 if k == 4 else 0.0]).double(),
-        ).exp()
-        for k in range(5)
-    ]
-    assert float(torch.stack(scores).sum()) == pytest.approx(1, abs=1e-12)
+    others = torch.cat([numbers[:, 1:3].expand(5, -1), torch.stack([thresholds[:-1], thresholds[1:]], 1)], 1)
+    far = torch.tensor([[-40.0, 0, 0, 0, 0], [0, 0, 0, 0, 40]]).double().T
+    assert float(_rating(numbers[:, :1].expand(5, -1), others, far).exp().sum()) == pytest.approx(1, abs=1e-12)
 
 
 def everything(generator: torch.Generator) -> tuple[Tensor, Compared, Rated]:
@@ -107,7 +103,7 @@ def test_derivatives_are_autograd_s() -> None:
     weights = torch.randn(4, generator=generator).double()
     found, wanted = [torch.zeros(4).double(), torch.zeros(4, 4).double()], lambda w: answers.loss(w[:, None], own)
     for block in answers.blocks:
-        block.add_in_weights(weights, own, False, *found)
+        block.add_in_weights(weights, own, *found)
     torch.testing.assert_close(found, [grad(wanted)(weights), hessian(wanted)(weights)])
     columns = torch.stack([weights, weights.flip(0)], 1)
     found = [torch.zeros(len(own)).double(), torch.zeros(len(own), len(own)).double()]
@@ -147,10 +143,11 @@ def test_raters_are_taken_as_they_are_known() -> None:
     )  # what raters are like is not in doubt
 
 
+@pytest.mark.slow
 def test_intervals_hold_what_they_say_over_repeats() -> None:
     """Weights, temperatures and sides drawn of their priors: nine in ten are within their 90 % intervals."""
     inside: dict[str, list[Tensor]] = {"utilities": [], "temperatures": [], "sides": []}
-    for seed in range(25):
+    for seed in range(40):
         generator = torch.Generator().manual_seed(seed)
         design = torch.randn(80, 5, generator=generator).double()
         weights, own = torch.randn(5, generator=generator).double(), torch.randn(2, 3, generator=generator).double()

@@ -26,7 +26,7 @@ from .errors import EXPECTED, sentence_of, warn
 from .parser import Parser
 from .pretrain import ABOUT as LEARN
 from .pretrain import SHIPPED, pretrain, pretrain_arguments, pretrain_shipped
-from .reward import discriminate, discriminate_arguments
+from .reward import discriminate, discriminate_arguments, fit, fit_arguments
 from .train import ABOUT, resume, resume_arguments, train, train_arguments, train_help
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that wait actively halve a small machine
@@ -68,6 +68,7 @@ COMMANDS = {
         discriminate_arguments,
         discriminate,
     ),
+    "reward fit": Command("Make a reward of what people answered: `rate` collects it.", fit_arguments, fit),
     "reward-server": Command(
         "Serve a reward over HTTP to runs in other processes.", server.server_arguments, server.serve
     ),

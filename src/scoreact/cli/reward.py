@@ -58,13 +58,8 @@ def discriminate(options: argparse.Namespace) -> int:
     from ..feedback.discriminate import discriminate as fit
     from ..report.progress import waiting
     from ..rewards.learned import LearnedReward, open_learned
-    from ..rewards.registry import KNOWN
 
-    out: Path = options.out
-    if str(out) in KNOWN:
-        raise SettingError(f"--out {out} is the name of a reward that the package has; give another.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunExists(f"{out} is not empty, and a reward is never written over another; give another --out.")
+    out = new_reward(options.out)
     if options.labels and options.no_labels:
         raise SettingError("--labels and --no-labels are both given; leave one out.")
     onto = None
@@ -114,3 +109,88 @@ def said_of(reward: Any, model: str) -> list[str]:
         f"ridge      {f['ridge']:.3g}, {chosen}; {heads} head{'s' * (heads > 1)} on {len(reward.mean)} features "
         f"({reward.features.spec}), fitted on {f['fitted_on']:,} examples",
     ]
+
+
+def new_reward(out: Path) -> Path:
+    """Raises SettingError for a name that the package has, RunExists for a folder with something in it."""
+    from ..rewards.registry import KNOWN
+
+    if str(out) in KNOWN:
+        raise SettingError(f"--out {out} is the name of a reward that the package has; give another.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunExists(f"{out} is not empty, and a reward is never written over another; give another --out.")
+    return out
+
+
+def fit_arguments(parser: Parser) -> None:
+    add = parser.add_argument
+    add("store", metavar="STORE", help="answers, as `scoreact rate` keeps them: preferences.db")
+    add("--out", required=True, type=Path, metavar="DIR", help="a new folder for the reward")
+    add("--question", metavar="NAME|TEXT", help="whose answers, where several were asked")
+    add("--features", action="append", default=[], metavar="SPEC", help="what it may see, the best of them being taken: "
+        "convolution, pixels, values, classifier, imagenet, or file.py:function; may be given several times [default: what "
+        "suits the samples]")  # fmt: skip
+    add("--seed", type=whole(0, LARGEST), default=0, metavar="INT", help="of the folds [default 0]")
+
+
+def fit(options: argparse.Namespace) -> int:
+    """Fit a reward to answers and say how good it is."""
+    import torch
+
+    from ..feedback.evidence import read_evidence
+    from ..feedback.liking import fit_reward, write_liked
+    from ..report.progress import waiting
+    from ..rewards.learned import save_learned
+
+    out = new_reward(options.out)
+    evidence = read_evidence(options.store, options.question)
+    with waiting("fitting"):
+        reward = fit_reward(evidence, options.features, torch.Generator().manual_seed(options.seed))
+        save_learned(reward, out)
+        picture = write_liked(reward, evidence, out)
+    print("\n".join(said_of_fit(reward.facts, reward.features.spec, reward.space.by_word)))
+    if picture is not None:
+        print(f"picture    {picture}: what it likes most, above, and least, below")
+    print(f"reward     {out}; `scoreact train ... --reward {out} --kl-weight 1` believes the odds of one rater")
+    return 0
+
+
+def said_of_fit(facts: Any, features: str, by_word: bool) -> list[str]:
+    """What was found, in a few lines."""
+    f = facts
+    found = [
+        f"answers    {f['answers']} of {len(f['raters'])} rater{'s' * (len(f['raters']) > 1)} about {f['samples']} samples"
+    ]
+    if "accuracy" in f:
+        low, high = f["accuracy_interval"]
+        by = "drawn at random" if f["random"] else "not drawn at random, so that they may flatter it or not"
+        found.append(
+            f"accuracy   {f['accuracy']:.3f} ({low:.3f} to {high:.3f}): so often it foretold who won, of {f['judged_by']} "
+            f"pairs that were left out of its fit, {by}; 0.5 is chance"
+        )
+        said = ", ".join(f"{row['said']:.2f} -> {row['came']:.2f}" for row in f["calibration"])
+        found.append(f"calibrated probability it gave its favourite -> how often that won: {said}")
+    for name, text in (
+        ("self_agreement", "a repeated pair got the same answer"),
+        ("between_raters", "two raters agreed"),
+    ):
+        if name in f:
+            low, high = f[f"{name}_interval"]
+            found.append(f"people     {f[name]:.3f} ({low:.3f} to {high:.3f}): {text}, of {f[name + '_of']} times")
+    gain = f["log_likelihood"] - f["without_features"]
+    found.append(
+        f"features   {features}{', by the words of the prompt' if by_word else ''}: {gain:.3f} nats an answer better than "
+        "none, on answers left out of the fit"
+    )
+    if gain <= 0:
+        found.append(
+            "note: no features foretell the answers better than chance; collect more, or give --features of your own."
+        )
+    for r in f["raters"]:
+        low, high = r["weight_interval"]
+        side, (left, right) = r["left_at_equal"], r["left_interval"]
+        found.append(
+            f"rater      {r['rater'] or 'unnamed'}: {r['answers']} answers, weight {r['weight']:.2f} ({low:.2f} to {high:.2f}; "
+            f"the median rater has 1), left of equals {side:.2f} ({left:.2f} to {right:.2f})"
+        )
+    return found

@@ -20,6 +20,7 @@ from ..dynamics.samplers import sampler_by_name
 from ..dynamics.sde import SDE, Noise
 from ..dynamics.solvers import Solver
 from ..rewards.base import Reward
+from ..rewards.bradley_terry import BradleyTerryReward
 from ..rewards.check import Checked, checked, unchanged
 from ..rewards.learned import LearnedReward
 from ..rewards.remote.overlap import Scores
@@ -77,6 +78,8 @@ def evaluate(
         metrics[name], metrics[f"{name}_se"] = mean_and_error(values)
     if isinstance(asked.reward, LearnedReward) and asked.reward.real is not None:
         metrics["reward/auc"] = asked.reward.auc(r)
+    if isinstance(asked.reward, BradleyTerryReward):
+        metrics["reward/sigma"] = float(asked.reward.uncertainty(everything, condition).mean())
     metrics["sample/diversity"] = diversity(everything, condition, features)
     if judge is not None:
         metrics |= judge(everything, condition)

@@ -29,7 +29,7 @@ class Evidence:
         pairs, ratings: With rows of `samples` and of `raters`.
         raters: Their names.
         group: [A] of pairs; a group is left out together when a fit is judged (a task with its repeats, a ranking).
-        judges: [A], whether a pair may judge a reward: those drawn at random, or all where none was.
+        judges: [A], whether a pair may judge a reward: those drawn at random, or all where none was (`at_random` is False).
         repeats: How often a rater gave a repeated pair the first answer again.
         others: How often two raters who both chose one of a pair chose the same.
         question: What was asked.
@@ -45,6 +45,7 @@ class Evidence:
     repeats: Share = Share(0, 0)  # noqa: RUF009  frozen
     others: Share = Share(0, 0)  # noqa: RUF009
     question: str = ""
+    at_random: bool = True
 
 
 def read_evidence(path: str | Path, question: str | None = None) -> Evidence:
@@ -76,7 +77,7 @@ def read_evidence(path: str | Path, question: str | None = None) -> Evidence:
     return Evidence(
         torch.stack(samples), [answers.samples[i].prompt for i in used], _pairs(answers, rows, raters, imported),
         _ratings(ratings, rows, raters), raters, torch.from_numpy(answers.task), _judges(answers), self_agreement(answers),
-        between_raters(answers), questions[0],
+        between_raters(answers), questions[0], bool(answers.random.any()),
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,14 +17,16 @@ from torch import Tensor
 
 from ..rewards.bradley_terry import BradleyTerryReward, UtilitySpace
 from ..rewards.sample_features import Features, open_features
+from ..runs.samples import as_picture
 from .answers import Share
 from .evidence import Evidence
 from .preferences import Compared, Fitted, fit, log_likelihood
 
 FOLDS = 5
-PRECISIONS = tuple(10 ** (k / 2) for k in range(2, -7, -1))  # of w: |psi|^2 is about 1, so u varies by 0.3 to 30
-MOST = 400  # directions of psi that are fitted; of the others the prior stands
+PRECISIONS = tuple(10 ** (k / 2) for k in range(1, -6, -1))  # of w: |psi|^2 is about 1, so u varies by 0.6 to 18
+MOST = 300  # directions of psi that are fitted; of the others the prior stands
 BINS = 5  # of the calibration
+SHOWN = 12  # samples in a row of the picture
 
 
 @dataclass(frozen=True)
@@ -107,9 +110,7 @@ def folds_of(evidence: Evidence, generator: torch.Generator) -> tuple[Tensor, Te
     return some(evidence.group), some(evidence.ratings.sample)
 
 
-def judged(
-    spec: str, by_word: bool, evidence: Evidence, design: Tensor, folds: tuple[Tensor, Tensor]
-) -> Candidate:  # fmt: skip
+def judged(spec: str, by_word: bool, evidence: Evidence, design: Tensor, folds: tuple[Tensor, Tensor]) -> Candidate:
     """The best precision of a design [N, R], and what the fits on the other folds say of each answer."""
     count = len(evidence.pairs) + len(evidence.ratings)
     ignorant = held_out(evidence, design[:, :0], folds, [1.0])[0][0] / count
@@ -121,18 +122,21 @@ def judged(
 def held_out(
     evidence: Evidence, design: Tensor, folds: tuple[Tensor, Tensor], precisions: Sequence[float]
 ) -> tuple[list[float], Tensor]:
-    """Of each precision the log-likelihood of all answers by fits that did not see them, and the pairs' logits [K, A]."""
+    """Of each precision the log-likelihood of all answers by fits that did not see them, and the pairs' logits [K, A].
+
+    What raters are like is taken from all answers, at the middle precision: a few numbers, which learn nothing by heart.
+    """
     pairs, ratings, raters = evidence.pairs, evidence.ratings, len(evidence.raters)
+    known = fit(design, pairs, ratings, raters, precisions[len(precisions) // 2])
     totals, logits = [0.0] * len(precisions), torch.zeros(len(precisions), len(pairs), dtype=torch.float64)
     for fold in range(FOLDS):
         out, rated_out = folds[0] == fold, folds[1] == fold
-        start: Fitted | None = None
         if not bool(out.any() | rated_out.any()) or bool(out.all() & rated_out.all()):
             continue
         for k, precision in enumerate(precisions):
-            start = fit(design, pairs[~out], ratings[~rated_out], raters, precision, start)
-            totals[k] += log_likelihood(start, design, pairs[out], ratings[rated_out])
-            logits[k, out] = start.logit(design, pairs[out])
+            found = fit(design, pairs[~out], ratings[~rated_out], raters, precision, known)
+            totals[k] += log_likelihood(found, design, pairs[out], ratings[rated_out])
+            logits[k, out] = found.logit(design, pairs[out])
     return totals, logits
 
 
@@ -173,8 +177,9 @@ def facts_of(evidence: Evidence, tried: Sequence[Candidate], best: Candidate, fi
     }  # fmt: skip
     if accuracy.count:
         found |= {
-            "accuracy": accuracy.value, "accuracy_interval": list(accuracy.interval), "judged_by": accuracy.count,
-            "calibration": calibration(best.logits[judges], pairs[judges]),
+            "random": evidence.at_random, "accuracy": accuracy.value,
+            "accuracy_interval": list(accuracy.interval), "judged_by": accuracy.count,
+            "calibration": calibration_of(best.logits[judges], pairs[judges]),
         }  # fmt: skip
     for name, share in (("self_agreement", evidence.repeats), ("between_raters", evidence.others)):
         if share.count:
@@ -189,7 +194,7 @@ def accuracy_of(logits: Tensor, pairs: Compared) -> Share:
     return Share(int(right.sum()), int(decided.sum()))
 
 
-def calibration(logits: Tensor, pairs: Compared) -> list[dict[str, float]]:
+def calibration_of(logits: Tensor, pairs: Compared) -> list[dict[str, float]]:
     """Of pairs where one won, by how sure the fit was: the probability that it gave its favourite, and how often that won."""
     decided = pairs.winner >= 0
     sure = logits[decided].abs().sigmoid()
@@ -203,3 +208,17 @@ def calibration(logits: Tensor, pairs: Compared) -> list[dict[str, float]]:
 
 def _value(share: Share) -> float | None:
     return None if math.isnan(share.value) else share.value
+
+
+def write_liked(reward: BradleyTerryReward, evidence: Evidence, folder: Path) -> Path | None:
+    """A picture of the samples that the reward likes most, above, and least, below; None where they are no pictures."""
+    samples = evidence.samples
+    if samples.ndim != 4 or samples.shape[1] not in (1, 3):
+        return None
+    order = reward.utility(reward.features.in_parts(samples), evidence.prompts).argsort()
+    each = min(SHOWN, len(order) // 2)
+    rows = [order[-each:].flip(0), order[:each]]
+    sheet = torch.cat([torch.cat(list(samples[row]), 2) for row in rows], 1)
+    path = folder / "liked.png"
+    as_picture(sheet).save(path)
+    return path

@@ -23,8 +23,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.func import grad, hessian, vmap
-from torch.nn.functional import one_hot
+from torch.nn.functional import logsigmoid, one_hot
 
 from ..support.errors import FeedbackError
 
@@ -192,79 +191,78 @@ def log_likelihood(fitted: Fitted, design: Tensor, pairs: Compared = NO_PAIRS, r
 class _Block:
     """Answers of one kind: the log-likelihood of each is a function of few numbers.
 
-    of: those numbers [k + k'] and constants [m] -> the log-likelihood of one answer.
-    dense: the first k numbers are these [A, k, R] times the weights. index, sign [A, k']: the others are these of `own`.
+    of: numbers [A, k] of the samples, [A, k'] of the rater and of all, constants [A, m] -> log-likelihoods [A].
+    dense: the former are these [A, k, R] times the weights. index, sign [A, k']: the latter are these of `own`.
     """
 
-    of: Callable[[Tensor, Tensor], Tensor]
+    of: Callable[[Tensor, Tensor, Tensor], Tensor]
     dense: Tensor
     index: Tensor
     sign: Tensor
     constants: Tensor
     weight: Tensor
 
-    def numbers(self, weights: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-        """[C A, k + k'] of C columns of weights [R, C], and the constants of each."""
-        dense = (self.dense @ weights).permute(2, 0, 1)
-        others = (self.sign * own[self.index]).expand(len(dense), -1, -1)
-        return torch.cat([dense, others], 2).flatten(0, 1), self.constants.repeat(len(dense), 1)
+    def numbers(self, weights: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What `of` is asked for C columns of weights [R, C], the answers of each after another."""
+        numbers = (self.dense @ weights).permute(2, 0, 1)
+        others = (self.sign * own[self.index]).repeat(len(numbers), 1)
+        return numbers.flatten(0, 1), others, self.constants.repeat(len(numbers), 1)
 
     def loss(self, weights: Tensor, own: Tensor) -> Tensor:
-        """In the mean over C columns of weights."""
-        found = vmap(self.of)(*self.numbers(weights, own)).unflatten(0, (-1, len(self.weight)))
+        """In the mean over columns."""
+        found = self.of(*self.numbers(weights, own)).unflatten(0, (-1, len(self.weight)))
         return -(self.weight * found.mean(0)).sum()
 
-    def derivatives(self, weights: Tensor, own: Tensor, convex: bool) -> tuple[Tensor, Tensor]:
-        """Of each answer's loss in its numbers, in the mean over columns: [A, k + k'], [A, k + k', k + k'].
+    def derivatives(self, weights: Tensor, own: Tensor, one: int, other: int) -> tuple[Tensor, Tensor]:
+        """Of each answer's loss, in the mean over columns: in the samples' numbers (0) or the others (1), and from there in
+        those numbers or the others, [A, k] and [A, k, k']."""
+        samples, others, constants = self.numbers(weights, own)
+        inputs = samples.detach().requires_grad_(), others.detach().requires_grad_()
+        with torch.enable_grad():
+            (g,) = torch.autograd.grad(-self.of(*inputs, constants).sum(), inputs[one], create_graph=True)
+            rows = [torch.autograd.grad(row.sum(), inputs[other], retain_graph=True)[0] for row in g.unbind(1)]
+        g, h = (part.detach().unflatten(0, (-1, len(self.weight))).mean(0) for part in (g, torch.stack(rows, 1)))
+        return self.weight[:, None] * g, self.weight[:, None, None] * h
 
-        convex: without negative curvature.
-        """
-        numbers = self.numbers(weights, own)
-        g = -vmap(grad(self.of))(*numbers)
-        h = -vmap(hessian(self.of))(*numbers)
+    def add_in_weights(self, weights: Tensor, own: Tensor, gradient: Tensor, curvature: Tensor) -> None:
+        """Of the negative log-likelihood, to [R] and [R, R] in place."""
+        g, h = self.derivatives(weights[:, None], own, 0, 0)
+        gradient += torch.einsum("ak,akr->r", g, self.dense)
+        curvature += self.dense.flatten(0, 1).T @ (h @ self.dense).flatten(0, 1)
+
+    def add_in_own(self, weights: Tensor, own: Tensor, convex: bool, gradient: Tensor, curvature: Tensor) -> None:
+        """In the mean over columns of weights. convex: without an answer's negative curvature."""
+        g, h = self.derivatives(weights, own, 1, 1)
         if convex:
             least, axes = torch.linalg.eigh(h)
             h = (axes * least.clamp(min=0)[:, None]) @ axes.mT
-        g, h = (part.unflatten(0, (-1, len(self.weight))).mean(0) for part in (g, h))
-        return self.weight[:, None] * g, self.weight[:, None, None] * h
-
-    def add_in_weights(self, weights: Tensor, own: Tensor, convex: bool, gradient: Tensor, curvature: Tensor) -> None:
-        g, h = self.derivatives(weights[:, None], own, convex)
-        k = self.dense.shape[1]
-        gradient += torch.einsum("ak,akr->r", g[:, :k], self.dense)
-        curvature += self.dense.flatten(0, 1).T @ (h[:, :k, :k] @ self.dense).flatten(0, 1)
-
-    def add_in_own(self, weights: Tensor, own: Tensor, convex: bool, gradient: Tensor, curvature: Tensor) -> None:
-        g, h = self.derivatives(weights, own, convex)
-        k = self.dense.shape[1]
-        gradient.index_add_(0, self.index.flatten(), (self.sign * g[:, k:]).flatten())
-        among = self.sign[:, :, None] * h[:, k:, k:] * self.sign[:, None, :]
+        gradient.index_add_(0, self.index.flatten(), (self.sign * g).flatten())
+        among = self.sign[:, :, None] * h * self.sign[:, None, :]
         rows, columns = self.index[:, :, None].expand_as(among), self.index[:, None, :].expand_as(among)
         curvature.index_put_((rows.flatten(), columns.flatten()), among.flatten(), accumulate=True)
 
-    def add_across(self, weights: Tensor, own: Tensor, convex: bool, curvature: Tensor) -> None:
-        """The mixed second derivatives, [R, own]."""
-        h, k = self.derivatives(weights[:, None], own, convex)[1], self.dense.shape[1]
-        across = self.sign[:, :, None] * (h[:, k:, :k] @ self.dense)
+    def add_across(self, weights: Tensor, own: Tensor, curvature: Tensor) -> None:
+        """The mixed second derivatives, to [R, own]."""
+        across = self.sign[:, :, None] * (self.derivatives(weights[:, None], own, 1, 0)[1] @ self.dense)
         curvature += torch.zeros_like(curvature.T).index_add_(0, self.index.flatten(), across.flatten(0, 1)).T
 
 
-def _pair(numbers: Tensor, constants: Tensor) -> Tensor:
-    """numbers: u, v, a, s b, n, m; constants: the winner as one of four, then -1 of what nobody ever answers."""
-    u, v, a, b, n, m = numbers
+def _pair(samples: Tensor, others: Tensor, constants: Tensor) -> Tensor:
+    """u, v; a, s b, n, m; constants: the winner as one of four, then -1 of what nobody ever answers."""
+    (u, v), (a, b, n, m) = samples.unbind(1), others.unbind(1)
     t = a.exp()
     gap, level = 0.5 * (t * (u - v) + b), 0.5 * t * (u + v)
-    weights = torch.where(constants[4:] < 0, NEVER, torch.stack([gap, -gap, n, m - level]))  # each less the level
-    return (constants[:4] * weights).sum() - weights.logsumexp(0)
+    weights = torch.stack([gap, -gap, n, m - level], 1)  # each less the level
+    weights = torch.where(constants[:, 4:] < 0, NEVER, weights)
+    return (constants[:, :4] * weights).sum(1) - weights.logsumexp(1)
 
 
-def _rating(numbers: Tensor, constants: Tensor) -> Tensor:
-    """numbers: u, a, g, the thresholds below and above the answer; constants: -FAR or FAR where there is none, else 0."""
-    u, a, g, low, high = numbers
-    at = a.exp() * u + g
-    low, high = low + constants[0] - at, high + constants[1] - at
-    nothing = torch.zeros_like(at)  # `logsigmoid` has no second derivative under vmap
-    return torch.log(-torch.expm1(low - high)) - nothing.logaddexp(-high) - nothing.logaddexp(low)
+def _rating(samples: Tensor, others: Tensor, constants: Tensor) -> Tensor:
+    """u; a, g, the thresholds below and above the answer; constants: -FAR or FAR where there is none, else 0."""
+    a, g, low, high = others.unbind(1)
+    at = a.exp() * samples[:, 0] + g
+    low, high = low + constants[:, 0] - at, high + constants[:, 1] - at
+    return torch.log(-torch.expm1(low - high)) + logsigmoid(high) + logsigmoid(-low)
 
 
 def _pairs(design: Tensor, pairs: Compared, raters: int) -> _Block:
@@ -316,10 +314,10 @@ class _Answers:
         def loss(weights: Tensor) -> Tensor:
             return self.loss(weights[:, None], own) + 0.5 * self.precision * weights @ weights
 
-        def derivatives(weights: Tensor, convex: bool) -> tuple[Tensor, Tensor]:
+        def derivatives(weights: Tensor, convex: bool) -> tuple[Tensor, Tensor]:  # convex it is
             gradient, curvature = self.precision * weights, self.precision * torch.eye(len(weights)).double()
             for block in self.blocks:
-                block.add_in_weights(weights, own, convex, gradient, curvature)
+                block.add_in_weights(weights, own, gradient, curvature)
             return gradient, curvature
 
         return _newton(loss, derivatives, weights)
@@ -339,19 +337,19 @@ class _Answers:
         return _newton(loss, derivatives, own, 1)[0]
 
     def covariance(self, weights: Tensor, own: Tensor) -> Tensor:
-        """Of weights and `own` together, Laplace's; where that is none, without the negative curvature of single answers."""
-        for convex in (False, True):
-            gradients = torch.zeros_like(weights), torch.zeros_like(own)
-            inner, outer = self.precision * torch.eye(len(weights)).double(), self.prior.clone()
-            across = inner.new_zeros(len(weights), len(own))
-            for block in self.blocks:
-                block.add_in_weights(weights, own, convex, gradients[0], inner)
+        """Of weights and `own` together, Laplace's; where that is none, of each by itself."""
+        gradients = torch.zeros_like(weights), torch.zeros_like(own)
+        inner, across = self.precision * torch.eye(len(weights)).double(), weights.new_zeros(len(weights), len(own))
+        outers = self.prior.clone(), self.prior.clone()
+        for block in self.blocks:
+            block.add_in_weights(weights, own, gradients[0], inner)
+            block.add_across(weights, own, across)
+            for convex, outer in zip((False, True), outers, strict=True):
                 block.add_in_own(weights[:, None], own, convex, gradients[1], outer)
-                block.add_across(weights, own, convex, across)
-            whole = torch.cat([torch.cat([inner, across], 1), torch.cat([across.T, outer], 1)])
-            factor, failed = torch.linalg.cholesky_ex(whole)
-            if not int(failed):
-                break
+        whole = torch.cat([torch.cat([inner, across], 1), torch.cat([across.T, outers[0]], 1)])
+        factor, failed = torch.linalg.cholesky_ex(whole)
+        if int(failed):
+            factor = torch.linalg.cholesky(torch.block_diag(inner, outers[1]))
         return torch.cholesky_inverse(factor)
 
 

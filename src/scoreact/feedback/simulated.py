@@ -5,13 +5,15 @@ They answer by the law that `preferences` fits, so that a fit can be right; what
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..types import Condition
 from .preferences import BOTH_BAD, FIRST, SECOND, TIE, Compared
+from .store import Store, load_sample
 
 
 @dataclass(frozen=True)
@@ -55,3 +57,21 @@ def simulate(
         own = turn == r
         winner[own] = rater.answer(utility[first[own]].double(), utility[second[own]].double(), side[own], generator)
     return Compared(first, second, winner, side, turn, torch.ones(len(first), dtype=torch.float64))
+
+
+def answer_store(
+    store: Store, utility: Callable[[Tensor, Condition], Tensor], raters: Sequence[SimulatedRater], generator: torch.Generator
+) -> int:  # fmt: skip
+    """Answer every pair of a store that has no answer yet, the raters in turn; how many there were."""
+    rows = store.rows("SELECT id FROM tasks WHERE kind = 'pair' AND id NOT IN (SELECT task FROM answers) ORDER BY id")
+    for number, row in enumerate(rows):
+        task, rater = store.task(row[0]), raters[number % len(raters)]
+        samples = torch.stack([load_sample(store.sample(i)) for i in task.samples])
+        first, second = utility(samples, Condition([task.prompt] * 2)).double()[:, None]
+        swapped = bool(torch.randint(2, (), generator=generator))
+        side = torch.tensor([-1 if swapped else 1])
+        said = int(rater.answer(first, second, side, generator))
+        words = {FIRST: "right" if swapped else "left", SECOND: "left" if swapped else "right", TIE: "tie"}
+        shown = [1, 0] if swapped else [0, 1]
+        store.add_answer(task.id, words.get(said, "both_bad"), rater.name, shown=shown)
+    return len(rows)

@@ -182,7 +182,8 @@ def summary_lines(history: Sequence[Mapping[str, Any]], final: Mapping[str, Any]
         change = f"{rounded(before.get('reward/heldout_prompts'))} -> {rounded(after['reward/heldout_prompts'])}"
         gain = rounded(after["reward/heldout_prompts_gain"], after["reward/heldout_prompts_gain_se"])
         lines.insert(1, f"unseen     {change}, a gain of {gain} on prompts kept out of training")
-    others = [name for name in sorted(after) if name.startswith(("judge/", "sample/", "reward/heldout/", "reward/auc"))]
+    shown = ("judge/", "sample/", "reward/heldout/", "reward/auc", "reward/sigma")
+    others = [name for name in sorted(after) if name.startswith(shown)]
     width = max([10, *map(len, others)])
     lines += [f"{name:<{width}} {rounded(before.get(name))} -> {rounded(after[name])}" for name in others]
     if costs is not None:

@@ -107,8 +107,8 @@ class BradleyTerryReward:
     differentiable = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.caution < math.inf:
-            raise RewardError(f"caution is {self.caution}; give a number of sigma, 0 or more.")
+        if isinstance(self.caution, str | bool) or not 0 <= self.caution < math.inf:
+            raise RewardError(f"caution is {self.caution!r}; give a number of sigma, 0 or more.")
 
     def __call__(self, samples: Tensor, condition: Condition) -> Tensor:
         features = self.features(samples)
@@ -138,24 +138,24 @@ class BradleyTerryReward:
         return inside @ self.weights.to(vectors), inside @ self.covariance.to(vectors) @ inside.T + beside
 
     def described(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What its folder holds: what it says of itself, and its numbers."""
+        """What its folder holds beside its facts: what it says of itself, and its numbers."""
         about = {
             "form": FORM, "features": self.features.described(), "by_word": self.space.by_word,
-            "words": None if self.space.words is None else list(self.space.words), "precision": self.precision, **self.facts,
+            "words": None if self.space.words is None else list(self.space.words), "precision": self.precision,
         }  # fmt: skip
         names = ("basis", "weights", "covariance")
         return about, {"mean": self.space.mean, "scale": self.space.scale, **{n: getattr(self, n) for n in names}}
 
 
 def from_folder(
-    about: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path, caution: float = 0.0
-) -> BradleyTerryReward:
+    about: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path
+) -> BradleyTerryReward:  # fmt: skip
     """What `BradleyTerryReward.described` told of, made again."""
     words = about["words"]
     space = UtilitySpace(tensors["mean"], tensors["scale"], None if words is None else tuple(words), about["by_word"])
     own = {"form", "features", "by_word", "words", "precision", "digest"}
     return BradleyTerryReward(
         open_described(about["features"], str(folder)), space, tensors["basis"], tensors["weights"], tensors["covariance"],
-        float(about["precision"]), float(caution), folder.name,
-        {key: value for key, value in about.items() if key not in own},
+        float(about["precision"]), name=folder.name,
+        facts={key: value for key, value in about.items() if key not in own},
     )  # fmt: skip

@@ -21,6 +21,8 @@ from torch import Tensor
 from ..support.errors import RewardError, RunError, RunExists
 from ..support.files import read_stored, write_json, write_tensors
 from ..types import Condition
+from . import bradley_terry
+from .bradley_terry import BradleyTerryReward
 from .image import class_by_prompt
 from .sample_features import Features, open_described
 
@@ -76,6 +78,14 @@ class LearnedReward:
     def clipped(self, logits: Tensor) -> Tensor:
         return self.clip * torch.tanh(logits / self.clip)
 
+    def described(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What its folder holds beside its facts: what it says of itself, and its numbers."""
+        about = {
+            "form": "linear", "features": self.features.described(), "classes": list(self.classes), "clip": self.clip
+        }  # fmt: skip
+        tensors = {"mean": self.mean, "weight": self.weight, "bias": self.bias}
+        return about, tensors if self.real is None else {**tensors, "real": self.real}
+
     def auc(self, rewards: Tensor) -> float:
         """The share of (real, sample) pairs in which the real one has the larger R, ties half: 0.5 where R cannot tell them.
 
@@ -122,37 +132,26 @@ def is_learned(spec: str) -> bool:
     return (Path(spec).expanduser() / ABOUT).is_file()
 
 
-def save_learned(reward: LearnedReward, folder: Path) -> None:
+def save_learned(reward: LearnedReward | BradleyTerryReward, folder: Path) -> None:
     """Write a new folder. Raises RunExists where there is one with something in it."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunExists(f"{folder} is not empty, and a reward is never written over another; give another --out.")
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {"mean": reward.mean, "weight": reward.weight, "bias": reward.bias}
-    if reward.real is not None:
-        tensors["real"] = reward.real
+    about, tensors = reward.described()
     digest = write_tensors(folder / NUMBERS, tensors)
-    write_json(
-        folder / ABOUT,
-        {
-            "form": "linear",
-            "features": reward.features.described(),
-            "classes": list(reward.classes),
-            "clip": reward.clip,
-            "digest": digest,
-            **reward.facts,
-        },
-    )
+    write_json(folder / ABOUT, {**about, "digest": digest, **reward.facts})
 
 
-def open_learned(folder: str | Path) -> Any:
+def open_learned(folder: str | Path, caution: float | None = None) -> Any:
     """The reward in a folder, whatever its form.
 
     Args:
         folder: what `scoreact reward ...` made.
+        caution: of one that was fitted to answers: R less so many times its uncertainty.
 
     Raises:
-        RewardError: no such folder, a damaged one, one of a form that this version does not know, or one whose features are
-            no more what they were.
+        RewardError: no such folder, a damaged one, one of a form that this version does not know, one whose features are
+            no more what they were, or a caution of a reward that knows no uncertainty.
     """
     place = Path(folder).expanduser()
     if not is_learned(str(place)):
@@ -174,11 +173,16 @@ def open_learned(folder: str | Path) -> Any:
     if about.get("digest") != header.get("digest"):
         raise RewardError(f"{place / ABOUT} and {NUMBERS} are not of one reward; restore both of one copy.")
     try:
-        return FORMS[form](about, tensors, place)
+        found = FORMS[form](about, tensors, place)
     except (KeyError, TypeError, IndexError) as error:
         raise RewardError(
             f"{place / ABOUT} is damaged ({type(error).__name__}: {error}); make the reward anew."
         ) from None
+    if caution is None:
+        return found
+    if not isinstance(found, BradleyTerryReward):
+        raise RewardError(f"reward {folder} is of the form {form!r}, which knows no uncertainty; leave caution out.")
+    return dataclasses.replace(found, caution=caution)
 
 
 def _linear(about: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> LearnedReward:
@@ -190,4 +194,7 @@ def _linear(about: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Pat
     )  # fmt: skip
 
 
-FORMS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Tensor], Path], Any]] = {"linear": _linear}
+FORMS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Tensor], Path], Any]] = {
+    "bradley_terry": bradley_terry.from_folder,
+    "linear": _linear,
+}

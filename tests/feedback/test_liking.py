@@ -1,0 +1,198 @@
+"""From a store of answers to a reward: what is read, chosen, said and trained on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from scoreact.cli.main import main
+from scoreact.feedback.answers import FIRST, read_answers
+from scoreact.feedback.evidence import Evidence, between_raters, read_evidence
+from scoreact.feedback.liking import accuracy_of, basis_of, calibration_of, fit_reward, folds_of
+from scoreact.feedback.preferences import Compared
+from scoreact.feedback.simulated import SimulatedRater, answer_store, simulate
+from scoreact.feedback.store import Store
+from scoreact.rewards import load
+from scoreact.support.errors import FeedbackError
+from scoreact.types import Condition
+
+PROMPTS = ("one", "two")
+
+
+def brightness(samples: torch.Tensor, condition: Condition) -> torch.Tensor:
+    """Of "two" the darker is the better."""
+    sign = torch.tensor([1.0 if prompt == "one" else -1.0 for prompt in condition.prompts])
+    return 25 * sign * (samples.flatten(1).mean(1) - 0.5)
+
+
+def filled(path: Path, tasks: int, raters: list[SimulatedRater], chosen: str = "random") -> Path:
+    generator = torch.Generator().manual_seed(0)
+    with Store(path, synced=False) as store, store.transaction():
+        for number in range(tasks):
+            level = torch.rand(2, 1, 1, 1, generator=generator)
+            pictures = (0.5 * level + 0.5 * torch.rand(2, 1, 8, 8, generator=generator)).clamp(0, 1)
+            prompt = PROMPTS[number % 2]
+            store.add_task([store.add_sample(picture, prompt) for picture in pictures], chosen=chosen)
+        answer_store(store, brightness, raters, generator)
+    return path
+
+
+RATERS = [SimulatedRater(name="ann", tie=-1.0), SimulatedRater(name="bob", tie=-1.0), SimulatedRater(0.0, name="cat")]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return filled(tmp_path_factory.mktemp("answers") / "preferences.db", 120, RATERS)
+
+
+def test_a_store_becomes_a_reward_that_trains(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["reward", "fit", str(store), "--out", "liking", "--features", "pixels"]) == 0
+    said = capsys.readouterr().out
+    facts = json.loads(Path("liking/reward.json").read_text())
+    assert facts["accuracy"] == pytest.approx(0.75, abs=0.12)  # a third of the answers are coins
+    assert f"{facts['accuracy']:.3f}" in said
+    assert "cat: 40 answers" in said
+    weight = {row["rater"]: row["weight"] for row in facts["raters"]}
+    assert weight["cat"] < 0.4 < weight["ann"]
+    assert [c["by_word"] for c in facts["candidates"]] == [False, True]
+    likelihoods = [c["log_likelihood"] for c in facts["candidates"]]
+    assert likelihoods[1] > likelihoods[0] + 0.1  # the prompt turns the liking round
+    assert Path("liking/liked.png").is_file()
+    reward = load("liking")
+    x = torch.rand(40, 1, 1, 1).mul(0.8).expand(-1, 1, 8, 8)
+    for prompt in PROMPTS:
+        condition = Condition([prompt] * 40)
+        found = torch.corrcoef(torch.stack([reward(x, condition), brightness(x, condition)]))[0, 1]
+        assert float(found) > 0.9
+    assert main(["reward", "fit", str(store), "--out", "liking"]) == 2
+    assert "never written over another" in capsys.readouterr().err
+
+
+def test_only_pairs_that_were_drawn_at_random_judge_it(tmp_path: Path) -> None:
+    both = filled(tmp_path / "both.db", 20, RATERS)
+    filled(both, 12, RATERS, chosen="information")
+    evidence = read_evidence(both)
+    assert evidence.at_random
+    assert (int(evidence.judges.sum()), len(evidence.pairs)) == (20, 32)
+    chosen = read_evidence(filled(tmp_path / "chosen.db", 12, RATERS, chosen="gap"))
+    assert not chosen.at_random
+    assert int(chosen.judges.sum()) == 12
+
+
+def test_sides_of_imported_pairs_say_nothing(tmp_path: Path) -> None:
+    """A file whose first column is the winner is no bias to the left."""
+    with Store(tmp_path / "imported.db", synced=False) as store:
+        for level in torch.linspace(0.2, 0.9, 15):
+            pictures = [torch.full((1, 4, 4), float(level)), torch.full((1, 4, 4), float(level) - 0.1)]
+            task = store.add_task([store.add_sample(p, "") for p in pictures], chosen="imported")
+            store.add_answer(task, "left")
+    evidence = read_evidence(tmp_path / "imported.db")
+    assert evidence.pairs.side.tolist() == [0] * 15
+    reward = fit_reward(evidence, ["pixels"])
+    assert reward.facts["raters"][0]["left_at_equal"] == pytest.approx(0.5, abs=1e-6)
+    light, dark = (reward(torch.full((1, 1, 4, 4), v), Condition([""])) for v in (0.7, 0.4))
+    assert float(light) > float(dark) + 0.5
+
+
+def test_a_ranking_weighs_as_its_choices(tmp_path: Path) -> None:
+    with Store(tmp_path / "ranked.db", synced=False) as store:
+        ids = [store.add_sample(torch.rand(1, 4, 4), "") for _ in range(4)]
+        store.add_answer(store.add_task(ids, "rank"), "[1, 2, 3, 4]")
+        store.add_answer(store.add_task(ids[:2]), "left")
+    pairs = read_evidence(tmp_path / "ranked.db").pairs
+    assert pairs.weight.tolist() == pytest.approx([0.5] * 6 + [1])
+
+
+def test_thumbs_and_scores_make_a_reward_too(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    with Store(tmp_path / "rated.db", synced=False) as store, store.transaction():
+        for number in range(120):
+            level = float(torch.rand(1, generator=generator))
+            sample = store.add_sample(torch.full((1, 4, 4), level), "")
+            noisy = level + 0.15 * float(torch.randn(1, generator=generator))
+            kind = "thumbs" if number % 2 else "scores"
+            answer = (
+                ("up" if noisy > 0.5 else "down")
+                if number % 2
+                else str(1 + sum(noisy > k for k in (0.2, 0.4, 0.6, 0.8)))
+            )
+            store.add_answer(store.add_task([sample], kind), answer)
+    evidence = read_evidence(tmp_path / "rated.db")
+    assert (len(evidence.ratings), int(evidence.ratings.score.sum())) == (120, 60)
+    reward = fit_reward(evidence, ["pixels"])
+    levels = torch.linspace(0, 1, 11).reshape(-1, 1, 1, 1).expand(-1, 1, 4, 4)
+    assert bool((reward(levels, Condition([""] * 11)).diff() > 0).all())
+    assert reward.facts["log_likelihood"] > reward.facts["without_features"] + 0.2
+    assert "accuracy" not in reward.facts
+
+
+def test_several_questions_and_no_answer_are_refused(tmp_path: Path) -> None:
+    with Store(tmp_path / "asked.db", synced=False) as store:
+        task = store.add_task([store.add_sample(torch.rand(1, 4, 4), "") for _ in range(2)])
+        with pytest.raises(FeedbackError, match="has no answer yet"):
+            read_evidence(store.path)
+        for question in ("looks", "fits"):
+            store.add_answer(task, "left", question=question)
+        with pytest.raises(FeedbackError, match="answers to 2 questions; name one: fits, looks"):
+            read_evidence(store.path)
+        assert len(read_evidence(store.path, "fits").pairs) == 1
+
+
+def test_raters_who_saw_the_same_pair_are_compared(tmp_path: Path) -> None:
+    with Store(tmp_path / "two.db", synced=False) as store:
+        for votes in (["left", "left", "right"], ["left", "tie"], ["right", "right"]):
+            task = store.add_task([store.add_sample(torch.rand(1, 4, 4), "") for _ in range(2)])
+            for rater, vote in enumerate(votes):
+                store.add_answer(task, vote, f"rater {rater}")
+    share = between_raters(read_answers(tmp_path / "two.db"))
+    assert (share.hits, share.count) == (1 + 1, 3 + 1)
+
+
+def pairs_of(winner: list[int]) -> Compared:
+    count, none = len(winner), torch.zeros(len(winner), dtype=torch.int64)
+    return Compared(none, none + 1, torch.tensor(winner), none, none, torch.ones(count).double())
+
+
+def test_accuracy_and_calibration_count_those_that_somebody_won() -> None:
+    logits = torch.tensor([2.0, 2.0, -1.0, -1.0, 3.0]).double()
+    pairs = pairs_of([0, 1, 1, -1, -2])
+    share = accuracy_of(logits, pairs)
+    assert (share.hits, share.count) == (2, 3)
+    many = pairs_of([0, 0, 0, 1] * 25)
+    (row,) = {(round(r["said"], 3), r["pairs"]) for r in calibration_of(torch.full((100,), 1.0).double(), many)}
+    assert row == (0.731, 20)
+    assert np.mean([r["came"] for r in calibration_of(torch.full((100,), 1.0).double(), many)]) == pytest.approx(0.75)
+
+
+def test_folds_keep_repeats_together_and_the_basis_spans() -> None:
+    generator = torch.Generator().manual_seed(0)
+    evidence = Evidence(torch.rand(8, 2), [""] * 8, pairs_of([FIRST] * 6), group=torch.tensor([3, 3, 7, 9, 7, 11]))
+    folds, _ = folds_of(evidence, generator)
+    assert folds[[0, 2]].tolist() == folds[[1, 4]].tolist()
+    for shape in ((12, 5), (5, 12)):
+        vectors = torch.randn(*shape, generator=generator).double()
+        basis, design = basis_of(vectors)
+        torch.testing.assert_close(basis.T @ basis, torch.eye(5).double())
+        torch.testing.assert_close(design @ basis.T, vectors)
+
+
+def test_features_that_foretell_are_chosen(tmp_path: Path) -> None:
+    """Of the numbers themselves and of a function that hides what is liked, the numbers."""
+    (tmp_path / "mine.py").write_text("def last(x):\n    return x[:, 2:]\n")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 3, generator=generator)
+    first, second = torch.arange(0, 200, 2), torch.arange(1, 200, 2)
+    pairs = simulate([SimulatedRater()], 2 * x[:, 0], first, second, generator)
+    judges = torch.ones(100, dtype=torch.bool)
+    evidence = Evidence(x, [""] * 200, pairs, group=torch.arange(100), judges=judges)
+    reward = fit_reward(evidence, [f"{tmp_path / 'mine.py'}:last", "values"])
+    assert reward.features.spec == "values"
+    accuracy = [c["accuracy"] for c in reward.facts["candidates"]]
+    assert accuracy[0] < 0.65 < 0.7 < accuracy[1]
