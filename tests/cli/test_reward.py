@@ -18,7 +18,7 @@ SMALL = ["--features", "values", "--samples", "200", "--steps", "4", "--out", "r
 def points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Data to the right of the recipe's mixture."""
     monkeypatch.chdir(tmp_path)
-    x = np.random.default_rng(0).normal(size=(600, 2)) + [2.0, 0.0]
+    x = np.random.default_rng(0).normal([2.0, 0.0], 1.0, size=(600, 2))
     np.savetxt("points.csv", x, delimiter=",", header="a,b", comments="")
     return "points.csv"
 
