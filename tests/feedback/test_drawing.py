@@ -110,8 +110,8 @@ def test_prompts_of_pictures_in_the_forms_they_come_in(tmp_path: Path) -> None:
     (index / "model_index.json").write_text("{}")
     assert not holds_pictures(index)
     for text, said in [
-        ('{"file_name": "../plain/a.png"}', "names '../plain/a.png', which is no file in it"),
-        ('{"file_name": "none.png"}', "no file in it"), ('{"file": "a.png"}', "row 1: expected file_name"),
+        ('{"file_name": "../plain/a.png"}', "names '../plain/a.png', which is no file in "),
+        ('{"file_name": "none.png"}', "no file in "), ('{"file": "a.png"}', "row 1: expected file_name"),
         ('{"file_name": "a.png", "prompt": 3}', "row 1: expected"), ("{", "line 1 is no JSON"),
     ]:  # fmt: skip
         (lines / "metadata.jsonl").write_text(text)

@@ -20,7 +20,7 @@ from typing import Any
 
 from ..support.names import known_name
 from . import bench as arena
-from . import look, rate, server
+from . import look, preferences, rate, server
 from .check import check, check_arguments
 from .errors import EXPECTED, sentence_of, warn
 from .parser import Parser
@@ -58,6 +58,12 @@ COMMANDS = {
         "Measure a run: held-out reward, KL, J, other solvers and steps.", look.evaluate_arguments, look.evaluate
     ),
     "rate": Command("Let people compare samples on a page, and keep what they answer.", rate.rate_arguments, rate.rate),
+    "preferences import": Command(
+        "Add comparisons in another form to a store.", preferences.import_arguments, preferences.import_
+    ),
+    "preferences export": Command(
+        "Write a store's comparisons for other programs.", preferences.export_arguments, preferences.export
+    ),
     "export": Command(
         "Write a run's weights as other programs load them, with a model card.", look.export_arguments, look.export
     ),

@@ -47,12 +47,7 @@ def read_pictures(folder: Path) -> list[tuple[Path, str]]:
         files = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES)
         beside = [path.with_suffix(".txt") for path in files]
         listed = [(f.name, read_text(t).strip() if t.is_file() else "") for f, t in zip(files, beside, strict=True)]
-    found = []
-    for name, prompt in listed:
-        path = folder / name
-        if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
-            raise FeedbackError(f"the list in {folder} names {name!r}, which is no file in it; correct the list.")
-        found.append((path, prompt))
+    found = [(inside(folder, name, "the list"), prompt) for name, prompt in listed]
     if not found:
         raise FeedbackError(f"{folder} holds no pictures ({', '.join(PICTURES)}); give a run, a recipe or a pipeline.")
     return found
@@ -116,7 +111,7 @@ def add_pictures(store: Store, folder: Path, count: int, how: Drawing) -> Iterat
         with store.transaction():
             for key, path in zip(keys, chosen, strict=True):
                 if key not in known:
-                    known[key] = store.add_sample(_read_picture(path), prompt, model=key[0])
+                    known[key] = store.add_sample(picture_of(path), prompt, model=key[0])
             ids = [known[key] for key in keys]
             if frozenset(ids) in asked:
                 refused += 1
@@ -127,17 +122,29 @@ def add_pictures(store: Store, folder: Path, count: int, how: Drawing) -> Iterat
         yield done
 
 
-def _read_picture(path: Path) -> torch.Tensor:
-    """[1 or 3, H, W] in [0, 1]. Raises FeedbackError for what is no picture, or one too large."""
+def picture_of(source: Path | bytes, name: str = "") -> torch.Tensor:
+    """A file's or its content's picture, [1 or 3, H, W] in [0, 1]; `name` is what errors call it.
+
+    Raises FeedbackError for what is no picture, or one too large.
+    """
+    name = name or str(source)
     try:
-        with Image.open(path) as image:
+        with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise FeedbackError(
-                    f"{path} has {image.width} x {image.height} pixels; at most {MOST_PIXELS:,} are taken."
+                    f"{name} has {image.width} x {image.height} pixels; at most {MOST_PIXELS:,} are taken."
                 )
             pixels = np.array(image.convert("L" if image.mode in ("1", "L") else "RGB"))
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         if isinstance(error, FeedbackError):
             raise
-        raise FeedbackError(f"{path} cannot be read as a picture ({error}); take it out of the folder.") from None
+        raise FeedbackError(f"{name} cannot be read as a picture ({error}); take it out.") from None
     return torch.from_numpy(pixels).reshape(*pixels.shape[:2], -1).permute(2, 0, 1).float() / 255
+
+
+def inside(folder: Path, name: str, lister: str) -> Path:
+    """A file that a list names. Raises FeedbackError for one that is not there, or not in the folder."""
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
+        raise FeedbackError(f"{lister} names {name!r}, which is no file in {folder}; correct it.")
+    return path
