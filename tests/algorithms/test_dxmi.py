@@ -97,10 +97,17 @@ def test_at_the_laws_of_the_data_nothing_pulls(tmp_path: Path) -> None:
             assert gradient is not None
             pulls.append(gradient[-1, 1:])  # of x and x^2
         found[resting] = worst(torch.stack(pulls))
+        mean = float(torch.stack(pulls)[:, 0].mean())  # of x: the descent makes what is real low
+        assert mean == pytest.approx(0.0 if resting else MEAN, abs=0.05)
         rows = states(rule, ts, 500)
         rule.energy = Energy(ByTime(ts, 3))
         gradients = torch.autograd.grad(rule.loss(rows)[0], rule.policy.trainable())
         assert not any(bool(g.any()) for g in gradients), "an energy that tells nothing apart moves nothing"
+    rule.energy = Energy(ByTime(ts, 3), rate=1e-9)
+    with torch.no_grad():
+        rule.energy.network.coefficients[:, 1] = 1.0
+    states(rule, ts, 2000)
+    assert rule.metrics["energy/samples"] == pytest.approx(MEAN, abs=0.06), "the last step of its rollout is its own"
     assert found[True] < 4
     assert found[False] > 20
 
