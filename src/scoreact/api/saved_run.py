@@ -191,15 +191,19 @@ class SavedRun(Sampled):
         steps: Sequence[int] = (5, 10, 20, 50),
         seed: int = 1,
         weights: str = "final",
+        grid: str | None = None,
     ) -> dict[str, Any]:
         """Fresh held-out metrics as trained, and the mean reward with other solvers and steps; kept in evaluation.json.
 
-        Returns {"weights", "samples", "seed", "heldout": metrics with standard errors, "transfer": a row a solver and steps}.
+        grid: of those, the run's own where it is left out.
+        Returns {"weights", "samples", "seed", "grid", "heldout": metrics with standard errors, "transfer": a row a solver and
+        steps}.
         """
         for name in solvers:
             SAMPLERS.setdefault(name, sampler_by_name(name))  # a user's solver is known by its address from here on
         checked_seed(seed)
         policy, c = self.policy(weights), self.config
+        grid = updated(c, {"grid": grid}).grid if grid is not None else c.grid
         reward, device, count = checked(self.problem.reward), device_of(policy.model), samples or c.heldout_samples
         sde = c.sde(policy.model.schedule)
         heldout = evaluate(
@@ -207,12 +211,12 @@ class SavedRun(Sampled):
             c.kl_weight, count, seed, self.problem.judge, self.problem.features, device,
         )  # fmt: skip
         rows = [(solver, n) for solver in solvers for n in steps]
-        table = transfer_table(policy, reward, self.problem.prompts, count, seed, c.grid, rows, device, sde.noise)
+        table = transfer_table(policy, reward, self.problem.prompts, count, seed, grid, rows, device, sde.noise)
         if self.reference:
             heldout["objective/recovered"] = recovered(heldout["objective/J"], self.reference)
         found = {
-            "weights": weights_file(self.folder, weights)[1], "samples": count, "seed": seed, "heldout": heldout,
-            "transfer": table,
+            "weights": weights_file(self.folder, weights)[1], "samples": count, "seed": seed, "grid": grid,
+            "heldout": heldout, "transfer": table,
         }  # fmt: skip
         write_json(self.folder / "evaluation.json", found)
         return found

@@ -47,6 +47,9 @@ def sample_arguments(parser: Parser) -> None:
     parser.add_argument("--count", type=whole(1), default=8, metavar="INT", help="samples a prompt [default 8]")
     parser.add_argument("--steps", type=whole(1), metavar="INT", help="steps of a path [default: the run's own]")
     parser.add_argument("--solver", metavar="NAME", help="known name or file.py:name [default: the run's own]")
+    parser.add_argument(
+        "--grid", metavar="NAME", help="times of the steps, as of train --grid [default: the run's own]"
+    )
     parser.add_argument("--noise-level", type=float, metavar="FLOAT", help="eta of a noisy solver [default 1]")
     parser.add_argument("--guidance-scale", type=float, metavar="FLOAT", help="[default: the model's own]")
     parser.add_argument("--negative-prompt", metavar="TEXT", help="of a pipeline [default: the model's own]")
@@ -89,6 +92,7 @@ def sample(options: argparse.Namespace) -> int:
     from ..report.progress import waiting
     from ..runs.samples import Drawn, write_samples
     from ..support.folders import made_folder
+    from ..training.config import updated
 
     if options.solver is not None:
         sampler_by_name(options.solver)
@@ -104,6 +108,8 @@ def sample(options: argparse.Namespace) -> int:
             f"--weights {options.weights} is of a run's tuned model, which draws nothing here; leave it out."
         )
     run = SavedRun(source)
+    if options.grid is not None:
+        run.config = updated(run.config, {"grid": options.grid})
     policy, weights = run.policy(options.weights), run.which(options.weights)
     named = named_prompts(options, run.problem.model)
     names = run.names(named, options.count)
@@ -123,7 +129,8 @@ def sample(options: argparse.Namespace) -> int:
     parent = source.folder / "samples" if source.folder else Path("samples")
     columns = options.count if len(names) > options.count else max(1, round(options.count**0.5))
     about = {
-        "source": options.source, "weights": kind, "solver": solver, "steps": steps, "seed": options.seed,
+        "source": options.source, "weights": kind, "solver": solver, "steps": steps, "grid": run.config.grid,
+        "seed": options.seed,
         "noise_level": None if solver in DETERMINISTIC else 1.0 if options.noise_level is None else options.noise_level,
         "guidance_scale": getattr(policy.model, "guidance_scale", None) if options.guidance_scale is None
         else options.guidance_scale,
@@ -233,6 +240,7 @@ def evaluate_arguments(parser: Parser) -> None:
         metavar="NAME",
         help="[default ddim ode dpm_solver_pp_2m]",
     )
+    parser.add_argument("--grid", metavar="NAME", help="of these rows, as of train --grid [default: the run's own]")
     parser.add_argument(
         "--survey",
         action="store_true",
@@ -248,8 +256,10 @@ def evaluate(options: argparse.Namespace) -> int:
     from ..report.numbers import rounded, side_by_side, survey_cells
     from ..report.progress import waiting
 
-    if options.survey and (options.solver or options.steps):
-        raise SettingError("--survey has solvers and steps of its own; leave out --solver and --steps, or --survey.")
+    if options.survey and (options.solver or options.steps or options.grid):
+        raise SettingError(
+            "--survey has solvers, steps and a grid of its own; leave out --solver, --steps and --grid, or --survey."
+        )
     solvers, steps = options.solver or ["ddim", "ode", "dpm_solver_pp_2m"], options.steps or [5, 10, 20, 50]
     for name in solvers:
         sampler_by_name(name)
@@ -263,7 +273,7 @@ def evaluate(options: argparse.Namespace) -> int:
         print(f"\n{options.run / 'survey.json'}; `scoreact report {options.run}` shows it")
         return 0
     with waiting("evaluation"):
-        found = run.evaluate(options.samples, solvers, steps, options.seed, options.weights)
+        found = run.evaluate(options.samples, solvers, steps, options.seed, options.weights, options.grid)
     c, heldout = run.config, found["heldout"]
     print(f"{found['weights']} weights, {found['samples']} samples, as trained ({c.solver}, {c.steps} steps):")
     for name, value in heldout.items():
@@ -274,7 +284,7 @@ def evaluate(options: argparse.Namespace) -> int:
         + [rounded(float(row[f"{who}reward"]), float(row[f"{who}reward_se"])) for who in ("reference_", "")]
         for row in found["transfer"]
     ]
-    print("\nmean reward with other solvers and steps, same noise for both:")
+    print(f"\nmean reward with other solvers and steps on the grid {found['grid']}, same noise for both:")
     print("\n".join(side_by_side(["solver", "steps", "pretrained", "tuned"], cells)))
     print(f"\n{options.run / 'evaluation.json'}")
     return 0

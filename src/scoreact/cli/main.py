@@ -23,6 +23,7 @@ from . import bench as arena
 from . import look, preferences, rate, server
 from .check import check, check_arguments
 from .errors import EXPECTED, sentence_of, warn
+from .grid import grid, grid_arguments
 from .parser import Parser
 from .pretrain import ABOUT as LEARN
 from .pretrain import SHIPPED, pretrain, pretrain_arguments, pretrain_shipped
@@ -57,6 +58,7 @@ COMMANDS = {
     "evaluate": Command(
         "Measure a run: held-out reward, KL, J, other solvers and steps.", look.evaluate_arguments, look.evaluate
     ),
+    "grid": Command("Search the time grid for so many steps of a sampler.", grid_arguments, grid),
     "rate": Command("Let people compare samples on a page, and keep what they answer.", rate.rate_arguments, rate.rate),
     "preferences import": Command(
         "Add comparisons in another form to a store.", preferences.import_arguments, preferences.import_
