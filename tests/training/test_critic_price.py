@@ -60,3 +60,21 @@ def test_the_clock_decides_nothing() -> None:
         assert torch.equal(first, second)
     calls = [[line.get("cost/network_calls") for line in run.history] for run in runs]
     assert calls[0] == calls[1]
+
+
+def test_a_residual_value_has_the_gradient_of_a_users_reward_or_its_lack_is_told() -> None:
+    few = {"value": "residual", "value_steps": 1, "value_first_steps": 1, "value_batch_size": 2, **SMALL}
+
+    def notes(reward: Any, algorithm: str) -> list[str]:
+        torch.manual_seed(0)
+        problem = replace(recipes()["gaussian"].build(), value_network=None)
+        found = sa.finetune(problem, reward, algorithm=algorithm, **few)
+        return [line["text"] for line in found.history if "has none" in line.get("text", "")]
+
+    def counts(points: Tensor) -> Any:
+        return points[:, 0].detach().numpy() > 0
+
+    assert notes(lambda points: points[:, 0], "ctrl_pathwise") == []
+    (text,) = notes(counts, "ctrl_pathwise")
+    assert "follows the value's gradient" in text
+    assert notes(counts, "ctrl") == []

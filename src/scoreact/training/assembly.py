@@ -6,12 +6,14 @@ Knows settings and every part; does not know the loop.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from ..algorithms.base import Rule
+from ..algorithms.ctrl_pathwise import CTRLPathwise
 from ..algorithms.registry import find_rule
 from ..control.critic import Critic
 from ..control.linear_value import LinearHead, RidgeFit
@@ -28,6 +30,7 @@ from ..dynamics import girsanov
 from ..dynamics.sde import SDE
 from ..dynamics.solvers import SOLVERS
 from ..models.base import BatchDependent, HasClasses, ReadsFeatures, ScoreModel
+from ..rewards.base import is_differentiable, name_of
 from ..rewards.check import Checked, checked
 from ..rewards.sample_features import SIDE
 from ..rewards.user import UserReward
@@ -117,6 +120,18 @@ def check_idle(config: Config, rule: Rule) -> list[str]:
                 f"exploration is {c.exploration!r}, but {c.algorithm} draws no step from the SDE with these settings; leave it "
                 "out."
             )
+    notes = []
+    reward = rule.reward
+    if (
+        c.value == "residual"
+        and isinstance(rule, CTRLPathwise)
+        and reward is not None
+        and not is_differentiable(reward)
+    ):
+        notes.append(
+            f"{c.algorithm} follows the value's gradient, and reward {name_of(reward)} has none, so of value residual it "
+            "follows the network alone. Take value surrogate, whose gradient is in closed form, or algorithm ctrl."
+        )
     inputs = rule.critic.value.inputs if rule.critic is not None else c.value_inputs
     if c.uses("value_inputs") and c.value_inputs not in ("both", inputs):
         raise SettingError(
@@ -124,10 +139,10 @@ def check_idle(config: Config, rule: Rule) -> list[str]:
         )
     reused = c.rule.get("reuse_reference", 0)
     if reused > c.reference_batches:
-        return [
+        notes.append(
             f"reuse_reference is {reused}, and the {c.reference_batches} of reference_batches are all that is reused."
-        ]
-    return []
+        )
+    return notes
 
 
 def build_critic(config: Config, value: ValueNetwork, policy: Policy, sde: SDE) -> Critic:
@@ -185,6 +200,9 @@ def build_rule(
     kind = find_rule(config.algorithm)
     if kind.differentiates_reward and config.reward_gradient == "exact":
         check_differentiable(config.algorithm, critic.policy.model, reward, prompts)
+    if kind.fits_value and config.value == "residual":  # its gradient is the reward's, where there is one
+        with suppress(SettingError):
+            check_differentiable(config.algorithm, critic.policy.model, reward, prompts)
     own, followed = critic if kind.fits_value else None, surrogate if config.reward_gradient == "surrogate" else reward
     rule = kind(critic.policy, critic.sde, critic.solver, own, config.kl_weight, followed, **config.rule)
     if rule.differentiates_reward and surrogate is not None:
