@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def serve() -> Iterator[Serve]:
         server = PageServer(TaskQueue(store, questions, **{"repeats": 0.0, **how}), host)  # type: ignore[arg-type]
         servers.append(server)
         server.start()
-        client = Client(server.url.replace("0.0.0.0", "127.0.0.1"))
+        client = Client(f"//127.0.0.1:{urlsplit(server.url).port}")
         clients.append(client)
         client.token = server.token  # type: ignore[attr-defined]
         return client

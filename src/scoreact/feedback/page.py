@@ -328,7 +328,8 @@ class PageServer:
             self._socket = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         except OSError as error:
             raise FeedbackError(f"cannot listen at {host}:{port} ({error.strerror}); give another --port.") from None
-        shown = f"[{host}]" if ":" in host else host
+        everywhere = host in ("0.0.0.0", "::")  # an address to listen at, and none to go to
+        shown = socket.gethostname() if everywhere else f"[{host}]" if ":" in host else host
         self.url = f"http://{shown}:{self._socket.getsockname()[1]}/" + (f"?token={self.token}" if self.token else "")
         self._server = uvicorn.Server(
             uvicorn.Config(
