@@ -222,6 +222,8 @@ def test_four_are_ranked_with_equals(visit: Any, tmp_path: Path) -> None:
     store = store_of(tmp_path, 2, "rank")
     page = visit(store)
     places = urls(page)
+    box = page.get_by_role("button", name="Undo").bounding_box()
+    assert box["y"] + box["height"] < page.viewport_size["height"]  # all is on the screen
     page.keyboard.press("3")
     page.keyboard.press("4")
     page.keyboard.press("z")  # of the one that is not finished
