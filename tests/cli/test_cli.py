@@ -211,7 +211,7 @@ def test_the_overview_does_not_import_torch() -> None:
         ("check", "the following arguments are required: .*"),
         (
             "check rewrd x",
-            "unknown kind of check 'rewrd'; known: reward, model, recipe, run\\. Did you mean 'reward'\\?",
+            "unknown kind of check 'rewrd'; known: data, reward, model, recipe, run\\. Did you mean 'reward'\\?",
         ),
         ("check recipe gausian", "unknown recipe 'gausian'; .*"),
         ("pretrain juge", "scoreact pretrain juge needs --data, .* Did you mean 'judge'\\?"),

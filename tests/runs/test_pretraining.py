@@ -21,13 +21,14 @@ import scoreact as sa
 from scoreact.cli.main import main
 from scoreact.dynamics.grids import uniform
 from scoreact.dynamics.samplers import SAMPLERS
-from scoreact.recipes.own_model import read_about, read_model
+from scoreact.recipes.own_model import about_model, make_network, read_about, read_model
 from scoreact.runs import pretraining
 from scoreact.runs.source import find_recipe, recipe_options
 from scoreact.sampling.draw import draw
 from scoreact.support.devices import bfloat16_pays
 from scoreact.support.errors import RunError, RunExists, SettingError
 from scoreact.support.files import read_lines, read_tensors, write_tensors
+from scoreact.support.own_data import read_data
 
 SMALL = {"width": 8, "batch_size": 16, "bfloat16": "no"}
 REWARD = "def first(samples):\n    return samples.flatten(1)[:, 0]\n"
@@ -248,6 +249,10 @@ def test_unusable_plans_are_refused_before_a_folder_is_made(tmp_path: Path, plan
     ("words", "sentence"),
     [
         ("pretrain plain --data own.npz", "plain is the name of a ready-made run"),
+        ("check data own.npz --window 5", "makes series of a table's rows"),
+        ("check reward r.py:first --labels", "--labels does nothing without --data"),
+        ("check reward r.py:first --data own.npz --recipe plain", "both give samples"),
+        ("check run own.npz --labels", "--labels does nothing without"),
         ("pretrain a:b --data own.npz", "without a colon"),
         ("pretrain mine --data own.npz --values returns", "--values does nothing without --window"),
         ("pretrain mine --data own.npz --label-dropout 0.2", "--label-dropout does nothing without --labels"),
@@ -259,9 +264,29 @@ def test_the_command_refuses_in_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: str, sentence: str
 ) -> None:
     monkeypatch.chdir(pictures(tmp_path).parent)
+    Path("r.py").write_text(REWARD)
     assert main(words.split()) == 2
     said = capsys.readouterr().err
     assert re.search(sentence, said), said
+
+
+def test_the_data_and_a_reward_on_them_are_looked_at_before_anything_is_learned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(pictures(tmp_path).parent)
+    assert main(["check", "data", "own.npz", "--labels"]) == 0
+    said = capsys.readouterr().out
+    about = about_model(read_data("own.npz", labels=True))
+    size = sum(p.numel() for p in make_network(about).parameters())
+    assert "fine: 36 pictures of 3 x 8 x 8 to learn from, 4 held out." in said
+    assert "2 classes: 0 " in said
+    assert f"UNet, {size:,} parameters" in said
+    Path("r.py").write_text("def share(samples):\n    return samples.mean((1, 2, 3))\n")
+    assert main(["check", "reward", "r.py:share", "--data", "own.npz", "--samples", "36"]) == 0
+    mean = read_data("own.npz").train.floats().mean()
+    found = re.search(r"mean ([\d.]+)", capsys.readouterr().out)
+    assert found is not None
+    assert float(found[1]) == pytest.approx(float(mean), abs=1e-3)
 
 
 def test_an_end_by_the_clock_comes_in_time(tmp_path: Path) -> None:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..runs.source import Source, find_recipe, recipe_options, short_name, source_of_run
+from ..support.errors import SettingError
 from ..support.names import known_name
 from .errors import sentence_of
 from .parser import Parser, assignments, whole
+from .pretrain import data_arguments, data_of
 from .train import text_options
 
 if TYPE_CHECKING:
@@ -18,8 +20,8 @@ if TYPE_CHECKING:
 
 
 def check_arguments(parser: Parser) -> None:
-    parser.add_argument("what", metavar="{reward,model,recipe,run}")
-    parser.add_argument("name", metavar="SPEC|RECIPE|RUN_DIR")
+    parser.add_argument("what", metavar="{data,reward,model,recipe,run}")
+    parser.add_argument("name", metavar="PATH|SPEC|RECIPE|RUN_DIR")
     parser.add_argument(
         "--recipe", default="gaussian", metavar="RECIPE", help="whose samples a reward gets [default gaussian]"
     )
@@ -29,6 +31,11 @@ def check_arguments(parser: Parser) -> None:
         "--option", action="append", default=[], metavar="NAME=VALUE", help="of the reward, model or recipe"
     )
     parser.add_argument("--sheet", type=Path, metavar="FILE", help="draw 16 pictures of the model's into this PNG")
+    parser.add_argument("--data", metavar="PATH", help="give the reward examples of your own data")
+    data_arguments(parser.add_argument_group("data").add_argument)
+    parser.belongs("data", "what", "reward")
+    for name in ("labels", "kind", "size", "window", "values"):
+        parser.belongs(name, "what", "data", "reward")
     parser.belongs("sheet", "what", "model")
     parser.belongs("recipe", "what", "reward")
     parser.belongs("samples", "what", "reward", "recipe")
@@ -44,15 +51,48 @@ def check(options: argparse.Namespace) -> int:
     return int(any(line.startswith("problem") for line in lines))
 
 
+def check_data(options: argparse.Namespace) -> list[str]:
+    """What a user's data are, and what `pretrain` would learn them with."""
+    import torch
+
+    from ..recipes.own_model import about_model, make_network
+
+    data = data_of(options, options.name)
+    shape = " x ".join(map(str, data.train.values.shape[1:]))
+    lines = [f"fine: {len(data.train):,} {data.kind} of {shape} to learn from, {len(data.heldout):,} held out."]
+    if data.columns:
+        lines.append(f"note: the columns are {', '.join(data.columns)}.")
+    if data.train.labels is not None:
+        counts = torch.bincount(data.train.labels, minlength=len(data.classes)).tolist()
+        named = ", ".join(f"{name} {count:,}" for name, count in zip(data.classes, counts, strict=True))
+        lines.append(f"note: {len(data.classes)} classes: {named}.")
+    about = about_model(data)
+    size = sum(p.numel() for p in make_network(about).parameters())
+    lines.append(
+        f"note: learned with {about['network']['class']}, {size:,} parameters; --width makes it smaller or larger."
+    )
+    return [*lines, *(f"note: {note}" for note in data.notes)]
+
+
 def check_reward(options: argparse.Namespace) -> list[str]:
     from ..rewards.examine import explain
 
+    given = assignments(options.option, "--option")
+    if options.data is not None:
+        if "recipe" in options.given:
+            raise SettingError("--recipe and --data both give samples for the reward; leave one out.")
+        decoded, condition = _few_examples(options)
+        shape = tuple(decoded.shape[1:])
+        what = f"note: tried on {len(decoded)} examples of shape {shape} of {options.data}."
+        return [what, *explain(options.name, decoded, condition, options.gradient, **given)]
+    for name in ("labels", "kind", "size", "window", "values"):
+        if name in options.given:
+            raise SettingError(f"--{name} does nothing without --data; leave it out, or give that too.")
     recipe = find_recipe(options.recipe)
     problem = Source(recipe, dict(recipe.options), recipe.config).build()
     decoded, condition = _few_samples(problem, options.samples)
     shape = tuple(decoded.shape[1:])
     what = f"note: tried on {len(decoded)} samples of shape {shape} of recipe {short_name(recipe)}."
-    given = assignments(options.option, "--option")
     return [what, *explain(options.name, decoded, condition, options.gradient, **given)]
 
 
@@ -101,7 +141,7 @@ def check_run(options: argparse.Namespace) -> list[str]:
     return SavedRun(source_of_run(Path(options.name))).check()
 
 
-CHECKS = {"reward": check_reward, "model": check_model, "recipe": check_recipe, "run": check_run}
+CHECKS = {"data": check_data, "reward": check_reward, "model": check_model, "recipe": check_recipe, "run": check_run}
 
 
 def _problem(options: argparse.Namespace) -> Problem:
@@ -109,6 +149,20 @@ def _problem(options: argparse.Namespace) -> Problem:
     return Source(
         recipe, recipe_options(recipe, assignments(options.option, "--option", text_options(recipe))), recipe.config
     ).build()
+
+
+def _few_examples(options: argparse.Namespace) -> tuple[Any, Any]:
+    """Of the user's data, evenly spread, with their classes as prompts."""
+    import torch
+
+    from ..types import Condition
+
+    data = data_of(options, options.data)
+    rows = torch.linspace(0, len(data.train) - 1, min(options.samples, len(data.train))).round().long()
+    examples = data.train[rows]
+    if examples.labels is None:
+        return examples.floats(), Condition([""] * len(rows))
+    return examples.floats(), Condition([data.classes[i] for i in examples.labels.tolist()], examples.labels)
 
 
 def _few_samples(problem: Problem, count: int) -> tuple[Any, Any]:

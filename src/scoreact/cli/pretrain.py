@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..support.errors import SettingError
 from ..support.names import did_you_mean
 from .parser import Parser, positive, whole
+
+if TYPE_CHECKING:
+    from ..support.own_data import OwnData
 
 SHIPPED = {
     "fashion-mnist": "scoreact.recipes.fashion_mnist.make_checkpoint",
@@ -19,12 +23,8 @@ SHIPPED = {
 ABOUT = "Learn a model of your own data: pictures, vectors or series."
 
 
-def pretrain_arguments(parser: Parser) -> None:
-    parser.usage = "scoreact pretrain NAME --data FOLDER|FILE [options]"
-    parser.epilog = f"Of what ships with the package: scoreact pretrain {{{','.join(SHIPPED)}}} --help"
-    parser.add_argument("name", metavar="NAME", help="the model's folder, new or empty")
-    add = parser.add_argument_group("data").add_argument
-    add("--data", metavar="PATH", help="a folder of pictures, an .npz or .npy, a .csv, .tsv or .txt")
+def data_arguments(add: Callable[..., Any]) -> None:
+    """How a user's data are read."""
     add("--labels", nargs="?", const=True, default=False, metavar="NAME", help="learn the classes: the folders' names, the "
         "array `labels`, the column `label`; or the array or column NAME")  # fmt: skip
     add("--kind", metavar="KIND", help="pictures, vectors or series, where the file does not say")
@@ -37,6 +37,23 @@ def pretrain_arguments(parser: Parser) -> None:
     )
     add("--values", default="levels", metavar="NAME", help="of a window: levels, or returns, the logarithm of each level over "
         "the one before [default levels]")  # fmt: skip
+
+
+def data_of(options: argparse.Namespace, path: str) -> OwnData:
+    from ..support.own_data import read_data
+
+    return read_data(
+        path, kind=options.kind, labels=options.labels, size=options.size, window=options.window, values=options.values
+    )
+
+
+def pretrain_arguments(parser: Parser) -> None:
+    parser.usage = "scoreact pretrain NAME --data FOLDER|FILE [options]"
+    parser.epilog = f"Of what ships with the package: scoreact pretrain {{{','.join(SHIPPED)}}} --help"
+    parser.add_argument("name", metavar="NAME", help="the model's folder, new or empty")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", metavar="PATH", help="a folder of pictures, an .npz or .npy, a .csv, .tsv or .txt")
+    data_arguments(add)
     parser.belongs("values", "window")
     add = parser.add_argument_group("training").add_argument
     add("--minutes", type=positive, metavar="FLOAT", help="train for so long [default 10 where no --steps are given]")

@@ -216,6 +216,10 @@ class Pretraining:
         try:
             self._interrupt.listen()
             return self._run(steps, MINUTES if steps is None and minutes is None else minutes)
+        except KeyboardInterrupt:
+            saved = checkpoints(self.out / "checkpoints")
+            word = f"Step {int(saved[0].name)}" if saved else "Nothing"
+            raise KeyboardInterrupt(f"{word} is saved; the same command with --resume-or-start goes on.") from None
         finally:
             self._interrupt.cease()
             self._lock.release()
@@ -240,7 +244,7 @@ class Pretraining:
                 self._save()
                 saved = now
             if asked:
-                raise KeyboardInterrupt(f"Step {self.step} is saved; the same command with --resume-or-start goes on.")
+                raise KeyboardInterrupt
             if now - told > min(60.0, max(TELL_SECONDS, 0.05 * (now - begin))):
                 told = now
                 loss = sum(self._losses) / max(1, len(self._losses))
