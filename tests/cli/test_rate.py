@@ -81,6 +81,7 @@ def test_a_recipe_is_rated_and_the_same_command_goes_on(say: Callable[..., tuple
         assert f"http://127.0.0.1:{port}/" in out
         assert f"{wanted} wait for an answer" in out
     assert "\n3 answers in preferences.db" in out
+    assert "scoreact reward fit preferences.db --out liking" in out
     with Store("preferences.db", make=False) as store:
         assert len(read_answers(store)) == 3
         assert {s.source for s in store.samples()} == {"reference"}

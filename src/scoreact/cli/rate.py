@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -185,3 +186,5 @@ def _say_outcome(store: Store) -> None:
         if share.count:
             low, high = share.interval
             print(f"{what:<15} {share.hits} of {share.count}, {share.value:.2f} (95 %: {low:.2f} to {high:.2f})")
+    if len(answers):
+        print(f"a reward        scoreact reward fit {shlex.quote(str(store.path))} --out liking")
