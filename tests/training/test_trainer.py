@@ -320,6 +320,9 @@ def test_rates_rise_stay_and_fall() -> None:
     assert found[:4] == [0.25, 0.5, 0.75, 1.0]
     assert found[4:11] == [1.0] * 7
     assert found[11:] == pytest.approx([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
+    trainer.config = updated(trainer.config, {"rate_decay": 0.9})
+    for trainer.iteration in (1, 15):
+        assert trainer.rate() == pytest.approx(found[trainer.iteration] * 0.9**trainer.iteration)
 
 
 def test_what_cannot_be_trained_is_refused() -> None:
