@@ -176,6 +176,13 @@ def reference() -> dict[str, RealPictures]:
     }
 
 
+@cache
+def neighbour_features() -> Tensor:
+    """Judge features of 2,000 real test pictures, as many of each class, in random order: [2000, F]."""
+    folder = resources.files("scoreact") / "assets"
+    return load_tensors((folder / "fashion_mnist_neighbours.safetensors").read_bytes())["features"].float()
+
+
 def _from_npz(path: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     try:
         with np.load(path) as arrays:

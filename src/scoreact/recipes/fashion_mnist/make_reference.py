@@ -182,8 +182,19 @@ def make(data: str | None, scale_share: float = 0.125, seed: int = 0) -> tuple[d
     return tensors, description
 
 
+def make_neighbours(data: str | None, count: int = 2000, seed: int = 0) -> Tensor:
+    """Judge features of `count` test pictures, as many of each class, in random order: [count, F] float16."""
+    images, labels = load_pictures(data, "test")
+    generator = torch.Generator().manual_seed(seed)
+    chosen = draw_balanced(labels, count, generator)
+    assert chosen is not None
+    chosen = chosen[torch.randperm(count, generator=generator)]
+    with torch.no_grad():
+        return judge.load_classifier("judge").features(images[chosen][:, None].float() / 255).half()
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write `fashion_mnist_reference.safetensors` and `.json` from the pictures and the shipped judge."""
+    """Write `fashion_mnist_reference.safetensors`, its `.json` and `fashion_mnist_neighbours.safetensors`."""
     parser = argparse.ArgumentParser(prog="scoreact pretrain reference", description=main.__doc__)
     parser.add_argument("--data", help="an .npz or a folder with the official files; downloaded when left out")
     parser.add_argument("--out", type=Path, default=Path("src/scoreact/assets"), help="folder to write to")
@@ -192,8 +203,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    tensors, description = make(options.data, options.scale, options.seed)
     options.out.mkdir(parents=True, exist_ok=True)
+    neighbours = save({"features": make_neighbours(options.data, seed=options.seed)})
+    (options.out / "fashion_mnist_neighbours.safetensors").write_bytes(neighbours)
+    tensors, description = make(options.data, options.scale, options.seed)
     (options.out / "fashion_mnist_reference.safetensors").write_bytes(save(tensors))
     text = json.dumps(description, indent=1) + "\n"
     (options.out / "fashion_mnist_reference.json").write_text(text)
