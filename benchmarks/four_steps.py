@@ -1,7 +1,8 @@
 """Four steps as good as fifty: the recipe `four-steps` over seeds, beside the pretrained model at four and at fifty steps.
 
     python benchmarks/four_steps.py --seeds 5 --out benchmarks/four_steps.jsonl     # a minute or two a seed, alone
-    python benchmarks/four_steps.py --table                                         # only prints it
+    python benchmarks/four_steps.py --table                                         # prints it, and trains nothing
+    python benchmarks/four_steps.py --table --write docs/results/four-steps.md      # and puts it there
     python benchmarks/four_steps.py --seeds 1 --picture docs/figures/four-steps.png
 
 Every row is measured on 2,000 pictures, the same prompts and noise for all models, by a network that neither the reward nor the
@@ -107,7 +108,7 @@ def picture(model: Any, path: Path) -> None:
     for i, (words, block) in enumerate(made):
         canvas.paste(block, (left, i * (height + gap)))
         pen.text((left - 8, i * (height + gap) + height // 2), words, 0, font, anchor="rm")
-    canvas.save(path, optimize=True)
+    canvas.quantize(32).save(path, optimize=True)
     print(path)
 
 
@@ -120,6 +121,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".jsonl"))
     parser.add_argument("--picture", type=Path, help="draw the first seed's model into this file")
     parser.add_argument("--table", action="store_true", help="train nothing")
+    parser.add_argument("--write", type=Path, help="put the table between the marks of this page")
     options = parser.parse_args()
     lines = [json.loads(text) for text in options.out.read_text().splitlines()] if options.out.exists() else []
 
@@ -147,6 +149,12 @@ def main() -> int:
                 picture(model, options.picture)
             print(f"seed {seed}: {costs}", flush=True)
     print(table(lines), end="")
+    if options.write:
+        text = options.write.read_text(encoding="utf-8")
+        before, _, rest = text.partition(MARKS[0])
+        options.write.write_text(
+            before + MARKS[0] + table(lines) + MARKS[1] + rest.partition(MARKS[1])[2], encoding="utf-8"
+        )
     return 0
 
 

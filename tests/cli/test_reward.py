@@ -71,3 +71,7 @@ def test_words_that_do_not_fit_are_refused(points: str, capsys: pytest.CaptureFi
         assert cli.main(["reward", "discriminate", *words.split()]) == 2, words
         assert said in capsys.readouterr().err
     assert not Path("r").exists()
+    assert cli.main(["reward"]) == 0
+    assert "reward discriminate  Make a reward of data" in capsys.readouterr().out
+    assert cli.main(["reward", "discriminat"]) == 2
+    assert "Did you mean 'reward discriminate'?" in capsys.readouterr().err

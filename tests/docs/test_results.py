@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 
@@ -37,3 +38,12 @@ def test_the_tables_of_black_boxes_are_those_of_their_runs(task: str, monkeypatc
     shown = page.partition(f"<!-- {task} -->\n")[2].partition(f"\n<!-- /{task} -->")[0]
     assert shown == module.made(task, ROOT / "benchmarks" / f"black_box-{task}.jsonl")
     assert "`DDPOTrainer`" in shown
+
+
+def test_the_table_of_four_steps_is_that_of_its_runs() -> None:
+    module = benchmark("four_steps")
+    page = (ROOT / "docs" / "results" / "four-steps.md").read_text(encoding="utf-8")
+    shown = page.partition(module.MARKS[0])[2].partition(module.MARKS[1])[0]
+    lines = (ROOT / "benchmarks" / "four_steps.jsonl").read_text(encoding="utf-8").splitlines()
+    assert shown == module.table([json.loads(line) for line in lines])
+    assert "| pretrained | ddim 4 |" in shown

@@ -160,7 +160,7 @@ def test_what_does_not_fit_is_refused_in_a_sentence(data: OwnData, tmp_path: Pat
     )
     for path, said in {
         colour: "of shape (3, 28, 28), and the model draws (1, 28, 28)",
-        bare: "labels",
+        bare: "--no-labels, or labels=False, fits one head for all",
         few: "examples to learn from, too few to tell the data from the model",
         eleven: "the data have the class '10', which the model does not know (T-shirt/top, ",
         one: "holds one class, '0', which tells nothing apart",

@@ -103,10 +103,14 @@ def overview() -> str:
     )
 
 
+def group(first: str) -> dict[str, Command]:
+    """The commands of two words that begin with this one."""
+    return {name: command for name, command in COMMANDS.items() if name.startswith(f"{first} ")}
+
+
 def command_of(words: Sequence[str]) -> tuple[str, list[str]]:
     """The command that words name, one or two of them, and the rest. Raises SettingError."""
-    firsts = {name.split()[0] for name in COMMANDS if " " in name}
-    if words[0] in firsts:
+    if group(words[0]):
         second = words[1] if len(words) > 1 else ""
         return known_name(f"{words[0]} {second}".strip(), COMMANDS, "unknown command"), list(words[2:])
     return known_name(words[0], COMMANDS, "unknown command"), list(words[1:])
@@ -121,6 +125,10 @@ def run(words: Sequence[str]) -> int:
         from .. import __version__
 
         print(f"scoreact {__version__}")
+        return 0
+    if (commands := group(words[0])) and (len(words) == 1 or words[1] in ("-h", "--help")):
+        print("\n".join(f"{name}  {command.about}" for name, command in commands.items()))
+        print("\nEach has its own --help.")
         return 0
     name, rest = command_of(words)
     if name == "pretrain" and rest and rest[0] in SHIPPED:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runs.source import build_policy, open_source, short_name
-from ..support.errors import RewardError, RunExists, SettingError
+from ..support.errors import RewardError, SettingError
 from ..support.seeds import LARGEST
 from .parser import Parser, assignments, positive, whole
 
@@ -113,12 +113,12 @@ def said_of(reward: Any, model: str) -> list[str]:
 
 def new_reward(out: Path) -> Path:
     """Raises SettingError for a name that the package has, RunExists for a folder with something in it."""
+    from ..rewards.learned import need_empty
     from ..rewards.registry import KNOWN
 
     if str(out) in KNOWN:
         raise SettingError(f"--out {out} is the name of a reward that the package has; give another.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunExists(f"{out} is not empty, and a reward is never written over another; give another --out.")
+    need_empty(out)
     return out
 
 

@@ -22,7 +22,7 @@ from ..dynamics.grids import grid_times
 from ..dynamics.samplers import sampler_by_name
 from ..models.base import HasClasses, ScoreModel
 from ..models.weights import digest_of
-from ..rewards.learned import LearnedReward, save_learned
+from ..rewards.learned import LearnedReward, need_empty, save_learned
 from ..rewards.sample_features import Features, open_features
 from ..sampling.draw import balanced, draw
 from ..support.devices import device_of
@@ -39,11 +39,7 @@ KINDS = {1: "vectors", 2: "series", 3: "pictures"}  # by the dimensions of a sam
 
 @dataclass(frozen=True)
 class Plan:
-    """How samples are drawn and the head is fitted.
-
-    samples: of the model, and real examples at most. steps, solver, grid: of the paths, those that the model will be tuned
-    for. ridge: None: by cross-validation. clip: of R, in nats.
-    """
+    """How samples are drawn and the head is fitted, as in `discriminate`."""
 
     samples: int = 6000
     steps: int = 10
@@ -83,7 +79,8 @@ def discriminate(
         labels: True, or the name of the array or column: a head a class, of the model's own classes. Left out: where the model
             has classes.
         onto: the new logit is added to that reward's: its next round.
-        plan: the fields of `Plan`: samples, steps, solver, grid, ridge, clip, seed.
+        plan: samples=6000, of the model, and real ones at most; steps=10, solver="ddim", grid="uniform" of its paths, as it
+            will be tuned; ridge=None, chosen by cross-validation; clip=6.0 nats; seed=0.
 
     Returns:
         The reward. Its `facts` say the held-out AUC with its interval, the calibration, the ridge and what it was made of.
@@ -93,7 +90,13 @@ def discriminate(
         RunExists: `out` holds something.
     """
     settings = Plan(**plan)
+    if out is not None:
+        need_empty(Path(out))
     classes = _classes(model, labels)
+    if onto is not None and onto.classes != classes:
+        raise SettingError(
+            f"reward {onto.name} is of the classes {list(onto.classes)}, this one of {list(classes)}; give labels as then."
+        )
     shape = _shape(model)
     found = (
         data if isinstance(data, OwnData) else _read(data, shape, labels if isinstance(labels, str) else bool(classes))
@@ -111,10 +114,6 @@ def discriminate(
     logits = head.logits(heldout)
     facts = _facts(logits, heldout.real, ridge, table, settings, found, model, len(fitted))
     if onto is not None:
-        if onto.classes != classes:
-            raise SettingError(
-                f"reward {onto.name} is of the classes {list(onto.classes)}, this one of {list(classes)}; give labels as then."
-            )
         reward = dataclasses.replace(onto.plus(reward), name=reward.name)
         facts["onto"] = onto.name
     values = reward.clipped(reward.logits(heldout.features, heldout.rows))
@@ -153,10 +152,17 @@ def _read(data: str | Path, shape: tuple[int, ...], labels: bool | str) -> OwnDa
             f"a sample of this model has shape {shape}, which no data file holds; give pictures or series."
         )
     path = Path(data).expanduser()
-    if not path.is_dir():
-        return read_data(path, kind=None if path.suffix == ".csv" else kind, labels=labels)
-    square = len(shape) == 3 and shape[1] == shape[2]
-    return read_data(path, labels=labels, size=shape[1] if square else None)
+    folder, square = path.is_dir(), len(shape) == 3 and shape[1] == shape[2]
+    try:
+        return read_data(
+            path, kind=None if folder else kind, labels=labels, size=shape[1] if folder and square else None
+        )
+    except SettingError as error:
+        if labels is not True:
+            raise
+        raise SettingError(
+            f"{error} (This model has classes, so labels are looked for; --no-labels, or labels=False, fits one head for all.)"
+        ) from None
 
 
 def _rows(data: OwnData, classes: tuple[str, ...]) -> tuple[Tensor, Tensor]:

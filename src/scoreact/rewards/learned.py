@@ -132,10 +132,15 @@ def is_learned(spec: str) -> bool:
     return (Path(spec).expanduser() / ABOUT).is_file()
 
 
-def save_learned(reward: LearnedReward | BradleyTerryReward, folder: Path) -> None:
-    """Write a new folder. Raises RunExists where there is one with something in it."""
+def need_empty(folder: Path) -> None:
+    """Raises RunExists where a reward's folder holds something."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunExists(f"{folder} is not empty, and a reward is never written over another; give another --out.")
+
+
+def save_learned(reward: LearnedReward | BradleyTerryReward, folder: Path) -> None:
+    """Write a new folder. Raises RunExists where there is one with something in it."""
+    need_empty(folder)
     folder.mkdir(parents=True, exist_ok=True)
     about, tensors = reward.described()
     digest = write_tensors(folder / NUMBERS, tensors)
