@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from scoreact.api.result import Result
-from scoreact.feedback.drawing import Drawing, draw_tasks, tasks_of
+from scoreact.feedback.drawing import Drawing, _check_shape, draw_tasks, tasks_of
 from scoreact.feedback.picture_folder import add_pictures, holds_pictures, read_pictures
 from scoreact.feedback.store import Store, load_sample, load_state
 from scoreact.models.weights import digest_of
@@ -139,3 +139,11 @@ def test_pairs_of_pictures_are_different_and_of_one_prompt(tmp_path: Path, store
     (folder / "0.png").write_bytes(b"no picture")
     with pytest.raises(FeedbackError, match=r"0\.png cannot be read as a picture"), Store(tmp_path / "new.db") as new:
         list(add_pictures(new, folder, 4, Drawing()))
+
+
+def test_samples_that_cannot_be_shown_are_refused() -> None:
+    for shape in ((2,), (30,), (4, 30), (1, 8, 8), (3, 8, 8), (3, 5, 8, 8)):
+        _check_shape(shape)
+    for shape in ((), (4, 8, 8), (5, 3, 8, 8), (3, 2, 2, 2, 2)):
+        with pytest.raises(FeedbackError, match="cannot be shown"):
+            _check_shape(shape)

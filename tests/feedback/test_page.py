@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import numpy as np
 import pytest
 import torch
 from pages import Client, store_of
@@ -74,14 +75,16 @@ def test_what_is_answered_is_kept_and_counted(serve: Serve, tmp_path: Path) -> N
 
 def test_pictures_films_and_series_arrive(serve: Serve, tmp_path: Path) -> None:
     store = store_of(tmp_path, 1)
-    film, series, both = torch.rand(3, 1, 4, 4), torch.linspace(0, 1, 5000), torch.rand(2, 6)
+    film, series, both = torch.rand(3, 5, 4, 6), torch.linspace(0, 1, 5000), torch.rand(2, 6)
     for sample in (film, series, both):
         store.add_task([store.add_sample(sample, "")], "thumbs")
     client = serve(store)
     assert client.ask("GET", "/samples/1.png")[1] == (store.folder / "000001.png").read_bytes()
     (tmp_path / "film.png").write_bytes(client.ask("GET", "/samples/3.png")[1])
     with Image.open(tmp_path / "film.png") as found:
-        assert (found.n_frames, found.size) == (3, (4, 4))
+        assert (found.n_frames, found.size) == (5, (6, 4))
+        found.seek(2)
+        assert torch.equal(torch.from_numpy(np.array(found)).permute(2, 0, 1), (255 * film[:, 2]).round().byte())
     values = json.loads(client.ask("GET", "/samples/4.json")[1])
     assert not values["point"]
     assert 1000 < len(values["lines"][0]) <= 2000

@@ -18,6 +18,7 @@ from ..dynamics.samplers import sampler_by_name
 from ..models.weights import digest_of, reference_digest_of
 from ..sampling.draw import balanced, draw, seeds_of
 from ..support.devices import device_of
+from ..support.errors import FeedbackError
 from ..training.config import Config
 from .store import Store, StoredSample
 
@@ -102,6 +103,7 @@ def draw_tasks(
             ]  # fmt: skip
             network = policy.reference if reference else policy
             xs, decoded = draw(network, asked, sampler_by_name(config.solver), ts, seeds, device, sde.noise)
+            _check_shape(decoded.shape[1:])
             drawn[reference] = iter(zip(xs[-1].cpu(), decoded.cpu(), strict=True))
         with store.transaction():
             for prompt, first in zip(some, firsts, strict=True):
@@ -115,3 +117,12 @@ def draw_tasks(
                     ))  # fmt: skip
                 store.add_task(ids, how.kind)
         yield start + len(some)
+
+
+def _check_shape(shape: Sequence[int]) -> None:
+    """Raises FeedbackError for samples that the page cannot show."""
+    if len(shape) not in (1, 2) and not (len(shape) in (3, 4) and shape[0] in (1, 3)):
+        raise FeedbackError(
+            f"samples of shape {list(shape)} cannot be shown; the page takes series [length] or [channels, length], pictures "
+            "[1 or 3, H, W] and videos [1 or 3, frames, H, W]."
+        )

@@ -271,8 +271,8 @@ def _shown(sample: StoredSample) -> dict[str, Any]:
 
 
 def _is_film(sample: torch.Tensor) -> bool:
-    """[frames, 1 or 3, H, W]."""
-    return sample.ndim == 4 and sample.shape[1] in (1, 3)
+    """[1 or 3, frames, H, W], as video pipelines decode."""
+    return sample.ndim == 4 and sample.shape[0] in (1, 3)
 
 
 def _png(sample: StoredSample) -> bytes:
@@ -285,7 +285,7 @@ def _png(sample: StoredSample) -> bytes:
     frames = load_sample(sample)
     if not _is_film(frames):
         raise Turned(404, f"sample {sample.id} is no picture.")
-    first, *others = [as_picture(frame) for frame in frames]
+    first, *others = [as_picture(frame) for frame in frames.transpose(0, 1)]
     content = io.BytesIO()
     first.save(content, "PNG", save_all=True, append_images=others, duration=1000 // FRAMES_A_SECOND, loop=0)
     return content.getvalue()
