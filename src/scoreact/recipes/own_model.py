@@ -46,6 +46,13 @@ OF_PICTURES = updated(OTHER_RULES, {
 })  # fmt: skip
 
 
+class PictureModel(NetworkModel):
+    """A network model of pictures whose range is known: what lies beyond it is the model's error, and no wrong declaration."""
+
+    def notes(self) -> list[str]:
+        return []
+
+
 class ScaledModel(NetworkModel):
     """A network model of standardised vectors or series, whose samples have the data's own unit.
 
@@ -109,7 +116,7 @@ def make_model(about: Mapping[str, Any], network: nn.Module, guidance_scale: flo
     scaling = about["scaling"]
     if "low" in scaling:
         low, high, fast = scaling["low"], scaling["high"], bfloat16_pays()
-        return NetworkModel(*words, guidance_scale=guidance_scale, low=low, high=high, bfloat16=fast)
+        return PictureModel(*words, guidance_scale=guidance_scale, low=low, high=high, bfloat16=fast)
     mean, spread = (_column(scaling[name], about) for name in ("mean", "spread"))
     return ScaledModel(*words, mean=mean, spread=spread, guidance_scale=guidance_scale)
 
