@@ -34,14 +34,14 @@ SURROGATE: Run = {
 }  # fmt: skip
 FEW: Run = {
     **SURROGATE, "scored_samples": 16, "iterations": 4, "evaluate_every": 1, "batch_size": 48, "reuse_reference": 1,
-    "surrogate_decoder": "ridge",
 }  # fmt: skip
+RIDGE = {"surrogate_decoder": "ridge"}  # else the VAE
 EQUAL: Run = {**SURROGATE, "iterations": 20, "evaluate_every": 4, "average": 0.5, "reference_batches": 6}
 TRIALS: dict[str, list[Run]] = {
     "trl": [{"learning_rate": rate} for rate in (1e-3, 3e-3, 1e-2, 3e-2)],
     "few": [
-        {**FEW, "reference_batches": first, "learning_rate": rate, "max_kl": most}
-        for first in (2, 3)
+        {**FEW, **decoder, "reference_batches": first, "learning_rate": rate, "max_kl": most}
+        for first, decoder in ((2, RIDGE), (3, RIDGE), (2, {}))
         for rate, most in ((4e-3, 0.5), (1e-2, 2.0))
     ],
     "equal": [{**EQUAL, "learning_rate": rate, "batch_size": 48} for rate in (2e-3, 4e-3)],
