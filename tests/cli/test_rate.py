@@ -111,3 +111,12 @@ def test_refusals(say: Callable[..., tuple[int, str, str]], tmp_path: Path) -> N
     ]:  # fmt: skip
         status, _, err = say("rate", *words, *([] if "--port" in words else ["--port", "0"]))
         assert (status, said in err) == (2, True), (words, err)
+
+
+def test_pairs_are_chosen_by_a_reward_of_answers_alone(say: Callable[..., tuple[int, str, str]]) -> None:
+    status, _, error = say("rate", "gaussian", "--choose", "liking")
+    assert status == 2
+    assert "liking holds no reward.json" in error
+    status, _, error = say("rate", "gaussian", "--mode", "thumbs", "--choose", "liking")
+    assert status == 2
+    assert "--choose" in error

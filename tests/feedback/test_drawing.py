@@ -147,3 +147,24 @@ def test_samples_that_cannot_be_shown_are_refused() -> None:
     for shape in ((), (4, 8, 8), (5, 3, 8, 8), (3, 2, 2, 2, 2)):
         with pytest.raises(FeedbackError, match="cannot be shown"):
             _check_shape(shape)
+
+
+def test_chosen_pairs_are_drawn_wider_and_say_how_they_were_chosen(store: Store, small_run: Result) -> None:
+    looked: list[int] = []
+
+    def last_ones(prompts: list[str], first: torch.Tensor, second: torch.Tensor, count: int) -> list[tuple[int, str]]:
+        looked.append(len(prompts))
+        assert first.shape == second.shape == (len(prompts), 2)
+        return [(0, "random"), *[(len(prompts) - 1 - i, "gap") for i in range(count - 1)]]
+
+    run, how = small_run, Drawing(at_once=1, seed=3)
+    assert list(draw_tasks(store, run.policy, run.config, [""], 6, how, "a", choose=last_ones)) == [4, 6]  # type: ignore[arg-type]
+    assert looked == [16, 8]
+    rows = store.rows("SELECT chosen FROM tasks ORDER BY id")
+    assert [row[0] for row in rows] == ["random", "gap", "gap", "gap", "random", "gap"]
+    numbers = [sample.number for sample in store.samples()]
+    assert numbers[:8] == [0, 1, 30, 31, 28, 29, 26, 27]  # each the sample that its number says
+    with Store(store.path.with_name("all.db"), synced=False) as every:
+        list(draw_tasks(every, run.policy, run.config, [""], 16, Drawing(seed=3), "a"))
+        same = {sample.number: load_sample(sample) for sample in every.samples() if sample.source == "tuned"}
+    torch.testing.assert_close(load_sample(store.samples()[2]), same[30])

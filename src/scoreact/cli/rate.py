@@ -18,6 +18,7 @@ from .look import named_prompts
 from .parser import Parser, whole
 
 if TYPE_CHECKING:
+    from ..feedback.drawing import ChoosePairs
     from ..feedback.page import Progressing
     from ..feedback.store import Store
 
@@ -42,6 +43,9 @@ def rate_arguments(parser: Parser) -> None:
     add("--against", choices=["reference", "itself"],
         help="what the model now is compared with [default: the reference of a run, else itself]")  # fmt: skip
     add("--noise", choices=["other", "same"], default="other", help="of model and reference [default other]")
+    add("--choose", metavar="REWARD", help="of `reward fit`: four times as many pairs are drawn, and asked are those that tell it "
+        "most, but for one in five at random")  # fmt: skip
+    add("--choose-for", choices=["fit", "dpo"], default="fit", help="dpo: pairs whose winner is plain [default fit]")
     add("--raters", type=whole(1), default=1, metavar="INT", help="people who answer each [default 1]")
     add(
         "--repeats",
@@ -64,6 +68,8 @@ def rate_arguments(parser: Parser) -> None:
     parser.belongs("prompt_column", "prompts")
     parser.belongs("noise", "mode", "pairs", "rank4")
     parser.belongs("against", "mode", "pairs", "rank4")
+    parser.belongs("choose", "mode", "pairs")
+    parser.belongs("choose_for", "choose")
 
 
 def rate(options: argparse.Namespace) -> int:
@@ -79,7 +85,9 @@ def rate(options: argparse.Namespace) -> int:
     ready = given.is_file() and given.suffix == ".db"
     if ready:
         taken = [
-            name for name in ("out", "mode", "pairs", "prompts", "against", "noise", "weights") if name in options.given
+            name
+            for name in ("out", "mode", "pairs", "prompts", "against", "noise", "weights", "choose")
+            if name in options.given
         ]
         if taken:
             raise SettingError(f"--{taken[0]} is for samples that are drawn, and {given} is a store; leave it out.")
@@ -129,7 +137,7 @@ def _drawing(options: argparse.Namespace, store: Store) -> Iterator[int]:
 
     kind, name, folder = MODES[options.mode], os.path.normpath(options.source), Path(options.source)
     if holds_pictures(folder):
-        for unused in ("prompts", "against", "noise", "weights"):
+        for unused in ("prompts", "against", "noise", "weights", "choose"):
             if unused in options.given:
                 raise SettingError(f"--{unused} is of a model, and {folder} is a folder of pictures; leave it out.")
         own = f"{folder.resolve()}{os.sep}"
@@ -158,7 +166,22 @@ def _drawing(options: argparse.Namespace, store: Store) -> Iterator[int]:
     digest = digest_of(policy.model)  # type: ignore[arg-type]
     missing = options.pairs - tasks_of(store, kind, lambda sample: (sample.model, sample.digest) == (name, digest))
     how = Drawing(kind, against, options.noise, options.seed)
-    return draw_tasks(store, policy, source.config, prompts, max(0, missing), how, name, tuned)
+    choose = None if options.choose is None else _choosing(options)
+    return draw_tasks(store, policy, source.config, prompts, max(0, missing), how, name, tuned, choose)
+
+
+def _choosing(options: argparse.Namespace) -> ChoosePairs:
+    import torch
+
+    from ..feedback.choosing import choosing_by
+    from ..rewards.bradley_terry import BradleyTerryReward
+    from ..rewards.learned import open_learned
+
+    reward = open_learned(options.choose)
+    if not isinstance(reward, BradleyTerryReward):
+        raise SettingError(f"--choose {options.choose} is a reward of another kind; give one of `scoreact reward fit`.")
+    generator = torch.Generator().manual_seed(options.seed)
+    return choosing_by(reward, generator, "gap" if options.choose_for == "dpo" else "information")
 
 
 def _draw(drawing: Iterator[int], store: Store, progress: Progressing) -> None:

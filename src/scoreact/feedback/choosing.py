@@ -1,15 +1,15 @@
 """Which pairs to ask about next: those that say most about the weights, those whose winner is plain, and always some at random.
 
 An answer of probability p to a pair whose psi differ by d adds p (1 - p) d d^T to the information about w, so its gain is
-1/2 log(1 + p (1 - p) d^T S d) and S loses a rank-one part: greedy D-optimal design (Chaloner & Verdinelli 1995). Only pairs drawn
-at random may judge a reward: the others were chosen because the fit is unsure of them. Knows no store and no model.
+1/2 log(1 + p (1 - p) d^T S d) and S loses a rank-one part: greedy D-optimal design (Chaloner & Verdinelli 1995). Only pairs
+drawn at random may judge a reward: the others were chosen because the fit is unsure of them. Knows no store and no model.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -108,3 +108,16 @@ def _plain(logit: Tensor, candidates: PairCandidates, free: Tensor, count: int) 
         free[best] = False
         rows.append(best)
     return rows
+
+
+def choosing_by(
+    posterior: BradleyTerryReward, generator: torch.Generator, purpose: Literal["information", "gap"] = "information"
+) -> Callable[[Sequence[str], Tensor, Tensor, int], list[tuple[int, Chosen]]]:  # fmt: skip
+    """What `draw_tasks` asks: prompts of P pairs, their decoded samples [P, *D] twice, how many -> `choose_pairs` of them."""
+
+    def choose(prompts: Sequence[str], first: Tensor, second: Tensor, count: int) -> list[tuple[int, Chosen]]:
+        features, rows = posterior.features.in_parts(torch.cat([first, second])), torch.arange(len(prompts))
+        candidates = PairCandidates(features, [*prompts, *prompts], rows, rows + len(prompts))
+        return choose_pairs(posterior, candidates, count, generator, purpose)
+
+    return choose

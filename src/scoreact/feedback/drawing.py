@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..control.policy import Policy
 from ..dynamics.samplers import sampler_by_name
@@ -20,8 +21,12 @@ from ..sampling.draw import balanced, draw, seeds_of
 from ..support.devices import device_of
 from ..support.errors import FeedbackError
 from ..training.config import Config
+from .choosing import Chosen
 from .store import Store, StoredSample
 
+WIDER = 4  # times as many pairs are drawn as asked, where they are chosen
+# (prompts of P pairs, their decoded samples [P, *D] twice, how many to ask) -> which of them, and how each was chosen
+ChoosePairs = Callable[[Sequence[str], Tensor, Tensor, int], list[tuple[int, Chosen]]]
 SIZES = {"pair": 2, "rank": 4, "thumbs": 1, "scores": 1}  # samples a task
 
 
@@ -61,7 +66,7 @@ def tasks_of(store: Store, kind: str, drew: Callable[[StoredSample], bool]) -> i
 
 def draw_tasks(
     store: Store, policy: Policy, config: Config, prompts: Sequence[str], count: int, how: Drawing,
-    model: str, tuned: bool = True,
+    model: str, tuned: bool = True, choose: ChoosePairs | None = None,
 ) -> Iterator[int]:  # fmt: skip
     """Draw samples with the settings of training and ask for `count` comparisons of them; yields how many there are so far.
 
@@ -74,6 +79,7 @@ def draw_tasks(
         how: What is compared.
         model: The text that the store keeps with each sample: a run's folder, a recipe.
         tuned: Whether the policy is more than its reference.
+        choose: Of pairs, which are asked of `WIDER` times as many that are drawn; all that are drawn by default.
 
     Raises:
         ValueError: Before anything is drawn, for a prompt that the model does not know.
@@ -86,9 +92,10 @@ def draw_tasks(
     last = store.rows("SELECT prompt, MAX(number) FROM samples WHERE seed = ? GROUP BY prompt", how.seed)
     following = Counter({row[0]: row[1] + 1 for row in last if row[1] is not None})
     order = torch.Generator().manual_seed(how.seed + sum(following.values()))
-    names = balanced(prompts, count, order)
-    for start in range(0, count, how.at_once):
-        some = names[start : start + how.at_once]
+    wider, at_once = (1, how.at_once) if choose is None else (WIDER, WIDER * how.at_once)
+    names = balanced(prompts, wider * count, order)
+    for start in range(0, len(names), wider * at_once):
+        some = names[start : start + wider * at_once]
         firsts = []
         for prompt in some:
             firsts.append(following[prompt])
@@ -105,18 +112,22 @@ def draw_tasks(
             xs, decoded = draw(network, asked, sampler_by_name(config.solver), ts, seeds, device, sde.noise)
             _check_shape(decoded.shape[1:])
             drawn[reference] = iter(zip(xs[-1].cpu(), decoded.cpu(), strict=True))
+        shown = [[next(drawn[reference]) for reference, _ in members] for _ in some]
+        picks: list[tuple[int, Chosen]] = [(row, "random") for row in range(len(some))]
+        if choose is not None:
+            left, right = (torch.stack([pair[side][1] for pair in shown]) for side in (0, 1))
+            picks = choose(some, left, right, len(some) // wider)
         with store.transaction():
-            for prompt, first in zip(some, firsts, strict=True):
-                ids = []
-                for reference, number in members:
-                    state, sample = next(drawn[reference])
+            for row, chosen in picks:
+                ids, prompt, first = [], some[row], firsts[row]
+                for (reference, number), (state, sample) in zip(members, shown[row], strict=True):
                     ids.append(store.add_sample(
                         sample, prompt, state, source="tuned" if tuned and not reference else "reference", model=model,
                         digest=digests[reference], seed=how.seed, number=first + number, solver=config.solver,
                         steps=config.steps,
                     ))  # fmt: skip
-                store.add_task(ids, how.kind)
-        yield start + len(some)
+                store.add_task(ids, how.kind, chosen)
+        yield (start + len(some)) // wider
 
 
 def _check_shape(shape: Sequence[int]) -> None:
