@@ -43,8 +43,8 @@ def rate_arguments(parser: Parser) -> None:
     add("--against", choices=["reference", "itself"],
         help="what the model now is compared with [default: the reference of a run, else itself]")  # fmt: skip
     add("--noise", choices=["other", "same"], default="other", help="of model and reference [default other]")
-    add("--choose", metavar="REWARD", help="of `reward fit`: four times as many pairs are drawn, and asked are those that tell it "
-        "most, but for one in five at random")  # fmt: skip
+    add("--choose", metavar="REWARD", help="of `reward fit`: four times as many pairs are drawn, those that tell it "
+        "most are asked, and one in five at random")  # fmt: skip
     add("--choose-for", choices=["fit", "dpo"], default="fit", help="dpo: pairs whose winner is plain [default fit]")
     add("--raters", type=whole(1), default=1, metavar="INT", help="people who answer each [default 1]")
     add(
