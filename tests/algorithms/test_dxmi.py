@@ -206,8 +206,10 @@ def test_the_value_is_learned_from_the_end_back(tmp_path: Path) -> None:
     rule, ts = line(tmp_path / "data.npy", time_bonus=0.7)
     path = rollout(rule.policy, rule.sde, ddim, ts, Condition([""] * 512), torch.Generator().manual_seed(3))
     rule.energy = Energy(ByTime(ts, 1), penalty=0.5, rate=0.05, timed=True)
+    found = {}
     for _ in range(200):
-        rule.learn_value(path, torch.Generator().manual_seed(4))
+        found = rule.learn_value(path, torch.Generator().manual_seed(4))
+    assert found["cost/energy_calls"] == 200 * 512 * (2 + 2 * STEPS)  # real and drawn; each state and the next
     values = rule.energy.network.coefficients.detach()[:, 0]
     sigmoid = [1 / (1 + math.exp(-(2 - k))) for k in range(STEPS + 1)]
     wanted = [0.7 * (sigmoid[k] - sigmoid[STEPS]) for k in range(STEPS + 1)]

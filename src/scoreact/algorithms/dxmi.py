@@ -134,7 +134,7 @@ class DxMI(Rule):
             loss = (self.energy(xs[k], here, condition) - target).square().mean()
             self.energy.descend(loss)
             error = loss.detach()
-        return {**metrics, "value/loss": float(error)}
+        return {**metrics, "value/loss": float(error), "cost/energy_calls": float(self.energy.calls)}
 
     def prepare(self, paths: Paths, generator: torch.Generator, rate: float) -> States:
         raise NotImplementedError("dxmi draws its own paths (`rows_for`).")

@@ -101,15 +101,18 @@ class Energy(nn.Module):
         penalty: gamma.
         rate: learning rate (Adam).
         timed: whether the network is told the time of a state; otherwise every state is taken for finished.
+
+    `calls` counts the states it was asked about.
     """
 
     def __init__(self, network: nn.Module, penalty: float = 1.0, rate: float = 1e-3, timed: bool = False) -> None:
         super().__init__()
-        self.network, self.penalty, self.timed = network, penalty, timed
+        self.network, self.penalty, self.timed, self.calls = network, penalty, timed, 0
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=rate)
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """E [B] of states x at times t [B]; 1 is the path's end."""
+        self.calls += len(x)
         energy: Tensor = self.network(x, t if self.timed else torch.ones_like(t), condition)
         return energy.float()
 
@@ -127,10 +130,10 @@ class Energy(nn.Module):
 
     def state(self) -> dict[str, Any]:
         """What must survive a resume."""
-        return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "calls": self.calls}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Put back what `state` gave; the optimiser's numbers may have become texts on the way."""
         self.network.load_state_dict(state["network"])
-        optimizer = state["optimizer"]
+        optimizer, self.calls = state["optimizer"], state["calls"]
         self.optimizer.load_state_dict({**optimizer, "state": {int(k): v for k, v in optimizer["state"].items()}})
