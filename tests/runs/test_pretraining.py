@@ -23,7 +23,8 @@ from scoreact.dynamics.grids import uniform
 from scoreact.dynamics.samplers import SAMPLERS
 from scoreact.recipes.own_model import about_model, make_network, read_about, read_model
 from scoreact.runs import pretraining
-from scoreact.runs.source import find_recipe, recipe_options
+from scoreact.runs.checkpoint import load_checkpoint
+from scoreact.runs.source import find_recipe, recipe_options, source_of_run
 from scoreact.sampling.draw import draw
 from scoreact.support.devices import bfloat16_pays
 from scoreact.support.errors import RunError, RunExists, SettingError
@@ -91,6 +92,9 @@ def test_a_pretraining_that_was_broken_off_goes_on_bit_for_bit(tmp_path: Path, m
     parts = sa.pretrain(tmp_path / "parts", path, labels=True, steps=20, progress=False, resume=True)
     for name, tensor in whole.network.state_dict().items():
         assert torch.equal(tensor, parts.network.state_dict()[name]), name
+    bests = [load_checkpoint(tmp_path / name / "checkpoints")[1]["best"] for name in ("whole", "parts")]
+    assert bests[0]["step"] == bests[1]["step"] == 10
+    assert bests[0]["loss"] == bests[1]["loss"]
     looks = [read_lines(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts")]
     losses = [{line["step"]: line["loss/heldout"] for line in lines} for lines in looks]
     assert losses[1] == {**losses[0], 15: losses[1][15]}
@@ -214,6 +218,8 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
         sa.pretrain(out, path, steps=3, progress=False, resume=True, **{**SMALL, "seed": 1})
     with pytest.raises(RunError, match="begun with other data"):
         sa.pretrain(out, path, labels=True, steps=3, progress=False, resume=True)
+    with pytest.raises(RunError, match="go on with `scoreact pretrain .* --resume-or-start`"):
+        source_of_run(out)
     with pytest.raises(SettingError, match="holds no checkpoint"):
         sa.pretrain(tmp_path / "none", path, steps=3, progress=False, resume=True)
     tensors = read_tensors(out / "model.safetensors")

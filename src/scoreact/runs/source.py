@@ -229,8 +229,14 @@ def _check_number(what: str, value: Any, default: Any) -> None:
 
 def source_of_run(folder: Path) -> Source:
     """The recipe, reward and settings a run was made with. RunError for a folder that is no such run."""
+    from ..recipes.own_model import is_own_model
     from .checkpoint import read_run
 
+    if is_own_model(folder):
+        raise RunError(
+            f"{folder} is no run, it is a model that pretraining made; train it with `scoreact train {folder}`, or go on with "
+            f"`scoreact pretrain {folder} --data ... --resume-or-start`."
+        )
     content = read_run(folder)
     described = content.get("description")
     described = described if isinstance(described, dict) else {}
