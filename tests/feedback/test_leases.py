@@ -166,3 +166,31 @@ def test_what_is_given_back_is_for_others(tmp_path: Path) -> None:
     assert queue.hand_out("bob") == []
     queue.give_back("ann")
     assert rate_all(queue, "bob") == [1, 2]
+
+
+def test_another_question_is_asked_about_what_was_answered_before(tmp_path: Path) -> None:
+    store = store_of(tmp_path, 3)
+    assert rate_all(queue_of(store, questions=["fits"]), "ann") == [1, 2, 3]
+    assert queue_of(store, questions=["fits"]).hand_out("bob") == []
+    both = queue_of(store, questions=["fits", "looks"])
+    assert both.counts("ann")["left"] == 3
+    held = both.hand_out("ann")
+    assert [lease.open for lease in held] == [("looks",)] * 3
+    both.answer("ann", 1, "looks", "tie")
+    looks = queue_of(store, questions=["looks"])
+    assert rate_all(looks, "ann") == [2, 3]
+    assert looks.hand_out("bob") == []
+    fits = queue_of(store, questions=["fits"])
+    assert fits.hand_out("ann") == []
+    assert not fits.undo("ann")  # the last answer is to another question
+    assert len(read_answers(store)) == 6
+
+
+def test_what_is_held_and_no_longer_asked_is_put_down(tmp_path: Path) -> None:
+    store = store_of(tmp_path, 4)
+    both = queue_of(store, questions=["fits", "looks"])
+    both.hand_out("ann")
+    both.answer("ann", 1, "fits", "left")
+    assert [(lease.task.id, lease.open) for lease in queue_of(store, questions=["fits"], wanted=2).hand_out("ann")] == [
+        (2, ("fits",)), (3, ("fits",)), (4, ("fits",)),
+    ]  # fmt: skip

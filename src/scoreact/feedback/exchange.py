@@ -250,7 +250,6 @@ def import_answers(
             task = store.add_task(judgement.samples, "pair" if len(ranks) == 2 else "rank", "imported")
             answer = "left" if ranks[0] < ranks[1] else "right" if ranks[0] > ranks[1] else "tie"
             store.add_answer(task, answer if len(ranks) == 2 else json.dumps(list(ranks)), judgement.rater, question)
-            store.run("UPDATE tasks SET given = 1 WHERE id = ?", task)
             count += 1
         if not count:
             raise FeedbackError(f"{path} holds no comparison that could be read.")

@@ -56,13 +56,16 @@ class TaskQueue:
     ) -> None:
         self.store, self.questions, self.wanted = store, tuple(questions), wanted
         self.repeats, self.seconds, self.chance = repeats, seconds, chance or random.Random()
+        self._asked = json.dumps(self.questions), len(self.questions)
+        self._count()  # other questions may have been asked before
 
     def hand_out(self, rater: str) -> list[Lease]:
         """What the rater holds, the first to be answered first: up to AHEAD tasks, [] when nothing waits for them."""
         with self.store.transaction():
             held = []
             for row in self._held(rater):
-                if row["repeat_of"] is None and self._given(row["task"]) >= self.wanted:  # it was too late for them
+                late = row["repeat_of"] is None and self._given(row["task"]) >= self.wanted
+                if late or not self._open(row):
                     self._return(row["task"], rater)
                 else:
                     held.append(row["task"])
@@ -100,7 +103,8 @@ class TaskQueue:
     def undo(self, rater: str) -> bool:
         """Take back the rater's last answer; whether there was one. Its task is the first in their hands again, as shown."""
         with self.store.transaction():
-            row = self.store.undo(rater)
+            last = self.store.rows(_LAST, rater)
+            row = self.store.undo(rater) if last and last[0]["question"] in self.questions else None
             if row is None:
                 return False
             first = self.store.rows("SELECT MIN(position) FROM leases WHERE rater = ?", rater)[0][0] or 0
@@ -118,11 +122,7 @@ class TaskQueue:
     def counts(self, rater: str) -> dict[str, float]:
         """answered (questions), left (tasks that wait for this rater), seconds (an answer, over their last twenty)."""
         answered = self.store.rows("SELECT COUNT(*) FROM answers WHERE rater = ? AND undone IS NULL", rater)[0][0]
-        left = self.store.rows(
-            "SELECT COUNT(*) FROM tasks WHERE given < ? AND id NOT IN "
-            "(SELECT task FROM answers WHERE rater = ?2 AND undone IS NULL "
-            "EXCEPT SELECT task FROM leases WHERE rater = ?2)", self.wanted, rater,
-        )[0][0]  # fmt: skip
+        left = self.store.rows(f"SELECT COUNT(*) FROM tasks t WHERE {_OPEN}", self.wanted, rater, *self._asked)[0][0]
         last = self.store.rows(
             "SELECT milliseconds FROM answers WHERE rater = ? AND undone IS NULL ORDER BY id DESC LIMIT 20", rater
         )
@@ -150,17 +150,17 @@ class TaskQueue:
     def _return(self, task: int, rater: str) -> None:
         self.store.run("DELETE FROM leases WHERE task = ? AND rater = ?", task, rater)
 
-    def _count(self, task: int) -> None:
-        """Who has answered all of a task: a skip leaves it to others."""
+    def _count(self, task: int | None = None) -> None:
+        """Who has answered all of a task, of every task by default: a skip leaves it to others."""
         self.store.run(
-            "UPDATE tasks SET given = (SELECT COUNT(*) FROM (SELECT rater FROM answers WHERE task = ?1 AND undone IS NULL "
-            "AND repeat_of IS NULL AND answer != 'skip' GROUP BY rater HAVING COUNT(DISTINCT question) >= ?2)) WHERE id = ?1",
-            task, len(self.questions),
+            "UPDATE tasks SET given = (SELECT COUNT(*) FROM (SELECT rater FROM answers WHERE task = tasks.id "
+            f"AND undone IS NULL AND repeat_of IS NULL AND answer != 'skip' AND {_AMONG} GROUP BY rater "
+            "HAVING COUNT(DISTINCT question) = ?4)) WHERE ?1 IS NULL OR id = ?1", task, None, *self._asked,
         )  # fmt: skip
 
     def _lend_next(self, rater: str) -> int | None:
         """Lend another task, a new one or a repeat; its id, or None when nothing waits."""
-        fresh = self.store.rows(_WAITING, self.wanted, rater, time.time())
+        fresh = self.store.rows(_WAITING, self.wanted, rater, *self._asked, time.time())
         if not fresh:
             return None
         repeat = self._repeat(rater) if self.chance.random() < self.repeats else None
@@ -185,12 +185,16 @@ class TaskQueue:
         return self.chance.choice(possible) if possible else None
 
 
+_LAST = "SELECT question FROM answers WHERE rater = ? AND undone IS NULL ORDER BY id DESC LIMIT 1"
 _OWN = "SELECT * FROM answers WHERE task = ? AND rater = ? AND undone IS NULL"
+_AMONG = "question IN (SELECT value FROM json_each(?3))"
+_OPEN = (  # tasks t that more raters are to answer, ?2 among them
+    "given < ?1 AND (SELECT COUNT(DISTINCT question) FROM answers WHERE task = t.id AND rater = ?2 AND undone IS NULL "
+    f"AND repeat_of IS NULL AND {_AMONG}) < ?4"
+)
 _WAITING = (
-    "SELECT * FROM tasks t WHERE given < ?1 "
-    "AND NOT EXISTS (SELECT 1 FROM leases WHERE task = t.id AND rater = ?2) "
-    "AND NOT EXISTS (SELECT 1 FROM answers WHERE task = t.id AND rater = ?2 AND undone IS NULL) "
-    "AND given + (SELECT COUNT(*) FROM leases WHERE task = t.id AND until > ?3 AND repeat_of IS NULL) < ?1 "
+    f"SELECT * FROM tasks t WHERE {_OPEN} AND NOT EXISTS (SELECT 1 FROM leases WHERE task = t.id AND rater = ?2) "
+    "AND given + (SELECT COUNT(*) FROM leases WHERE task = t.id AND until > ?5 AND repeat_of IS NULL) < ?1 "
     "ORDER BY id LIMIT 1"
 )
 _REPEATABLE = (

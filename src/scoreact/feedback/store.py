@@ -10,7 +10,7 @@ Tables (`scoreact_version` in `about` tells which):
     about    key, value
     samples  id, prompt, picture, tensors (files in the folder, or ""), source, model, digest (of its weights), seed, ...
     tasks    id, prompt, kind, samples (JSON list of ids), chosen ("random", "information", "gap", "imported"), time, given
-             (number of raters who have answered every question)
+             (raters who have answered all that was asked last)
     answers  id, task, rater, question, shown, answer, milliseconds, time, repeat_of, undone, key
     leases   task, rater, shown, repeat_of, position, until
 
