@@ -218,7 +218,7 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
         sa.pretrain(out, path, steps=3, progress=False, resume=True, **{**SMALL, "seed": 1})
     with pytest.raises(RunError, match="begun with other data"):
         sa.pretrain(out, path, labels=True, steps=3, progress=False, resume=True)
-    with pytest.raises(RunError, match="go on with `scoreact pretrain .* --resume-or-start`"):
+    with pytest.raises(RunError, match=r"go on with `scoreact pretrain .* --resume-or-start`"):
         source_of_run(out)
     with pytest.raises(SettingError, match="holds no checkpoint"):
         sa.pretrain(tmp_path / "none", path, steps=3, progress=False, resume=True)
