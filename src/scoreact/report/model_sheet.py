@@ -62,9 +62,14 @@ def model_sheet(model: NetworkModel, data: OwnData, path: Path) -> None:
         draw_beside(model, data).savefig(path)
 
 
+def _spread(values: Tensor, count: int) -> Tensor:
+    """At most `count` of them, evenly spread: neighbours may be windows of the same time."""
+    return values[torch.linspace(0, len(values) - 1, min(count, len(values))).round().long()]
+
+
 def _series(model: NetworkModel, data: OwnData) -> Figure:
     """A few of the data above a few samples; a column a channel."""
-    samples, real = samples_of(model, LINES)[:LINES], data.heldout.values[:LINES]
+    samples, real = samples_of(model, LINES)[:LINES], _spread(data.heldout.values, LINES)
     channels = min(PANELS, real.shape[1])
     figure = Figure(figsize=(max(6.0, 3.2 * channels), 4.6), layout="constrained")
     every = figure.subplots(2, channels, sharex=True, sharey="col", squeeze=False)
@@ -79,7 +84,7 @@ def _series(model: NetworkModel, data: OwnData) -> Figure:
 
 def _vectors(model: NetworkModel, data: OwnData) -> Figure:
     """Points in the plane, or a histogram a column."""
-    samples, real = samples_of(model, POINTS), data.train.values[:POINTS]
+    samples, real = samples_of(model, POINTS), _spread(data.train.values, POINTS)
     names = data.columns or tuple(f"column {i + 1}" for i in range(real.shape[1]))
     if real.shape[1] == 2:
         figure = Figure(figsize=(7, 3.6), layout="constrained")
