@@ -177,7 +177,7 @@ def gain(given: Pool, seed: int) -> dict[str, Any]:
         def look(samples: Tensor, condition: Condition, true: Any = true, judge: Any = judge) -> dict[str, float]:
             return {**judge(samples, condition), "judge/truth": float(true(samples, condition).mean())}
 
-        own = {} if name == "true" else {"value_loss": "soft", "surrogate_target": "reward"}
+        own = {} if name == "true" else {"surrogate_target": "reward"}
         result = sa.finetune(
             problem, true if name == "true" else liking, judge=look, config=updated(PLAIN, {**SHORT, **own, "seed": seed}),
             guard="off", progress=False,

@@ -63,7 +63,7 @@ def test_a_fifth_is_drawn_at_random_and_nothing_twice() -> None:
 
 def test_what_is_certain_is_not_asked() -> None:
     """The widest pair would tell most, were its winner not plain."""
-    d = torch.tensor([[40.0, 4.0], [0.0, 1.0], [0.0, 0.5], [0.1, 0.2], [0.0, 0.9]])
+    d = torch.tensor([[20.0, 10.0], [0.0, 1.0], [0.0, 0.5], [0.1, 0.2], [0.0, 0.9]])
     known = posterior(torch.diag(torch.tensor([0.001, 1.0])), torch.tensor([1.0, 0.0]))
     mean, covariance = known.differences(d)
     assert float((mean[0] / (1 + torch.pi * covariance[0, 0] / 8).sqrt()).sigmoid()) > CERTAIN

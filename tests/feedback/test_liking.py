@@ -12,11 +12,12 @@ import torch
 from scoreact.cli.main import main
 from scoreact.feedback.answers import FIRST, read_answers
 from scoreact.feedback.evidence import Evidence, between_raters, read_evidence
-from scoreact.feedback.liking import accuracy_of, basis_of, calibration_of, fit_reward, folds_of
+from scoreact.feedback.liking import accuracy_of, basis_of, calibration_of, fit_reward, folds_of, usual_features
 from scoreact.feedback.preferences import Compared
 from scoreact.feedback.simulated import SimulatedRater, answer_store, simulate
 from scoreact.feedback.store import Store
 from scoreact.rewards import load
+from scoreact.rewards.sample_features import open_features
 from scoreact.support.errors import FeedbackError
 from scoreact.types import Condition
 
@@ -196,3 +197,11 @@ def test_features_that_foretell_are_chosen(tmp_path: Path) -> None:
     assert reward.features.spec == "values"
     accuracy = [c["accuracy"] for c in reward.facts["candidates"]]
     assert accuracy[0] < 0.65 < 0.7 < accuracy[1]
+
+
+def test_what_is_tried_suits_the_samples() -> None:
+    shapes = {(3,): 2, (2, 30): 2, (1, 28, 28): 3, (3, 64, 64): 2, (3, 4, 32, 32): 1}
+    for shape, count in shapes.items():
+        names = usual_features(torch.zeros(2, *shape))
+        assert len(names) == count
+        assert all(len(open_features(name, shape).shape) == len(shape) for name in names)

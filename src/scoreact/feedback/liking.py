@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from ..rewards.bradley_terry import BradleyTerryReward, UtilitySpace
 from ..rewards.sample_features import Features, open_features
@@ -26,7 +27,7 @@ FOLDS = 5
 PRECISIONS = tuple(10 ** (k / 2) for k in range(1, -6, -1))  # of w: |psi|^2 is about 1, so u varies by 0.6 to 18
 MOST = 300  # directions of psi that are fitted; of the others the prior stands
 BINS = 5  # of the calibration
-SHOWN = 12  # samples in a row of the picture
+SHOWN, SIDE = 12, 128  # samples in a row of the picture, and pixels of each
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def fit_reward(
 def usual_features(samples: Tensor) -> tuple[str, ...]:
     """What is tried where nobody names features of decoded samples [N, *D]."""
     if samples.ndim != 4:
-        return ("values", "convolution")
+        return ("values", "convolution") if samples.ndim < 4 else ("convolution",)
     return ("convolution", "pixels", *(("classifier",) if samples.shape[1:] == (1, 28, 28) else ()))
 
 
@@ -219,6 +220,7 @@ def write_liked(reward: BradleyTerryReward, evidence: Evidence, folder: Path) ->
     each = min(SHOWN, len(order) // 2)
     rows = [order[-each:].flip(0), order[:each]]
     sheet = torch.cat([torch.cat(list(samples[row]), 2) for row in rows], 1)
+    sheet = avg_pool2d(sheet, max(1, samples.shape[2] // SIDE))
     path = folder / "liked.png"
     as_picture(sheet).save(path)
     return path
