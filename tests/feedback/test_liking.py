@@ -50,7 +50,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return filled(tmp_path_factory.mktemp("answers") / "preferences.db", 120, RATERS)
 
 
-def test_a_store_becomes_a_reward_that_trains(
+def test_a_store_becomes_a_reward(
     store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -205,3 +205,33 @@ def test_what_is_tried_suits_the_samples() -> None:
         names = usual_features(torch.zeros(2, *shape))
         assert len(names) == count
         assert all(len(open_features(name, shape).shape) == len(shape) for name in names)
+
+
+def test_train_takes_the_folder_and_says_how_unsure_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    with Store("points.db", synced=False) as store, store.transaction():
+        for _ in range(50):
+            store.add_task([store.add_sample(torch.randn(2, generator=generator), "") for _ in range(2)])
+        answer_store(store, lambda x, condition: 3 * x[:, 0], [SimulatedRater(name="ann")], generator)
+    assert main(["reward", "fit", "points.db", "--out", "liking", "--features", "values"]) == 0
+    small = [
+        "--iterations",
+        "2",
+        "--heldout-samples",
+        "64",
+        "--batch-size",
+        "64",
+        "--minibatch-size",
+        "64",
+        "--no-report",
+    ]
+    caution = ["--reward", "liking", "--reward-option", "caution=1.5"]
+    assert main(["train", "gaussian", *caution, "--out", "run", *small]) == 0
+    lines = [json.loads(text) for text in Path("run/metrics.jsonl").read_text().splitlines()]
+    looks = [line for line in lines if "reward/sigma" in line]
+    assert len(looks) >= 2
+    assert all(line["reward/sigma"] > 0 for line in looks)
+    assert "reward/sigma" in capsys.readouterr().out
