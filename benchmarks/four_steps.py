@@ -1,6 +1,6 @@
 """Four steps as good as fifty: the recipe `four-steps` over seeds, beside the pretrained model at four and at fifty steps.
 
-    python benchmarks/four_steps.py --seeds 5 --out benchmarks/four_steps.jsonl     # a minute or two a seed, alone
+    python benchmarks/four_steps.py --seeds 5 --out benchmarks/four_steps.jsonl     # 100 to 130 CPU seconds a seed
     python benchmarks/four_steps.py --table                                         # prints it, and trains nothing
     python benchmarks/four_steps.py --table --write docs/results/four-steps.md      # and puts it there
     python benchmarks/four_steps.py --seeds 1 --picture docs/figures/four-steps.png
@@ -75,7 +75,7 @@ def table(lines: list[dict[str, Any]]) -> str:
     """Markdown: a row a model, solver and number of steps; of several seeds the mean with its 95 % interval."""
     rows = [f"| model | solver, steps | {' | '.join(COLUMNS.values())} |", f"| --- | --- |{' ---: |' * len(COLUMNS)}"]
     keys = dict.fromkeys((line.get("algorithm", "pretrained"), line["solver"], line["steps"]) for line in lines)
-    for kind, solver, steps in keys:
+    for kind, solver, steps in sorted(keys, key=lambda key: key[0] != "pretrained"):
         same = [
             x for x in lines if (x.get("algorithm", "pretrained"), x["solver"], x["steps"]) == (kind, solver, steps)
         ]
@@ -142,9 +142,9 @@ def main() -> int:
             if seed in done and not (options.picture and seed == 0):
                 continue
             model, costs = tuned(seed, settings)
-            if seed not in done:
-                for solver, steps in TUNED:
-                    keep({"seed": seed, **costs, **measured(model, solver, steps)})
+            if seed not in done:  # its lines at once: a killed seed leaves none
+                for line in [{"seed": seed, **costs, **measured(model, solver, steps)} for solver, steps in TUNED]:
+                    keep(line)
             if options.picture and seed == 0:
                 picture(model, options.picture)
             print(f"seed {seed}: {costs}", flush=True)
