@@ -13,6 +13,7 @@ from torch import Tensor
 
 import scoreact as sa
 from scoreact.recipes.base import recipes
+from scoreact.training.critic_price import brief
 
 PAUSE = 0.03  # seconds a sample
 SMALL: dict[str, Any] = {
@@ -46,6 +47,13 @@ def test_of_a_surrogate_and_of_the_reward_itself() -> None:
     assert float(beside[1]) == pytest.approx(64 * float(price[1]) / 1000, rel=0.05)
     (text,), _ = said(slow, algorithm="ctrl", value="residual", value_steps=1, value_first_steps=1, value_batch_size=2)
     assert "is asked at every state, at least 64 times an iteration" in text
+
+
+@pytest.mark.parametrize(
+    ("span", "text"), [(0.00123, "1.2 ms"), (0.242, "242 ms"), (5.61, "5.6 s"), (90.0, "1.5 min"), (7200.0, "2 h")]
+)
+def test_seconds_in_words(span: float, text: str) -> None:
+    assert brief(span) == text
 
 
 def test_where_no_value_is_made_of_the_reward_nothing_is_said() -> None:

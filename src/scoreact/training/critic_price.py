@@ -84,4 +84,6 @@ def brief(span: float) -> str:
     """Seconds to two digits."""
     if span >= 60:
         return f"{span / 60:.2g} min" if span < 6000 else f"{span / 3600:.2g} h"
-    return f"{span:.2g} s" if span >= 1 else f"{1000 * span:.2g} ms"
+    if span >= 1:
+        return f"{span:.2g} s"
+    return f"{1000 * span:.0f} ms" if span >= 0.0095 else f"{1000 * span:.2g} ms"
