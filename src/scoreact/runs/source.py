@@ -77,22 +77,18 @@ class Source:
 
     def description(self, command: str) -> dict[str, Any]:
         """What config.json says of it; `open_source` reads it back."""
+        start = {} if self.start is None else {"start": dict(self.start)}
         return {
-            "recipe": self.recipe.name,
-            "options": self.options,
-            "reward": self.reward,
-            "reward_options": dict(self.reward_options),
-            "command": command,
-            **({} if self.start is None else {"start": dict(self.start)}),
-        }
+            "recipe": self.recipe.name, "options": self.options, "reward": self.reward,
+            "reward_options": dict(self.reward_options), "command": command, **start,
+        }  # fmt: skip
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
 
 
 def find_recipe(name: str | None) -> Recipe:
-    """A ready-made run by name, a model that `pretrain` made or a diffusers pipeline by its folder (or hub name), or the
-    user's own model as file.py:function.
+    """A ready-made run by name, a model of `pretrain` or a pipeline by its folder (or hub name), or file.py:function.
 
     Raises SettingError with the known names, LoadError for a file that is not there or fails.
     """
