@@ -30,6 +30,22 @@ def test_the_arenas_table_is_that_of_its_results() -> None:
     assert "| `ctrl` |" in shown
 
 
+def test_the_table_of_rams_bias_is_that_of_its_runs() -> None:
+    module = benchmark("ram_bias")
+    page = (ROOT / "docs" / "results" / "ram.md").read_text(encoding="utf-8")
+    shown = page.partition("<!-- ram-table -->\n")[2].partition("\n<!-- /ram-table -->")[0]
+    assert shown == module.made(ROOT / "benchmarks" / "ram_bias.jsonl")
+    assert shown.count("| mixture, quadratic |") == 6
+
+
+@pytest.mark.slow
+def test_rams_fixed_point_is_the_optimum_of_a_gaussian_and_a_linear_reward() -> None:
+    found = benchmark("ram_bias").known("Gaussian", "linear", 1.0)
+    assert found["fixed"] == pytest.approx(1.0, abs=0.003)
+    assert found["exact"] == pytest.approx(1.0, abs=0.005)
+    assert found["J_grid"] <= found["J_star"]
+
+
 @pytest.mark.parametrize("task", ["shapes", "counting"])
 def test_the_tables_of_black_boxes_are_those_of_their_runs(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))

@@ -11,7 +11,7 @@ posterior covariance of R and the score, hence
     s = s_ref + grad_x E_theta[R | x_t] / beta.
 The optimum has the value E_theta[R - later costs | x_t] in the place of E_theta[R | x_t]: the later path cost is dropped.
 The tilted law p_ref exp(R / beta) for a Gaussian reference and a linear reward, where the cost depends on no state; to first
-order in 1 / beta for any other.
+order in 1 / beta for any other. How far off it is: docs/results/ram.md.
 Departs from it: the mean reward is that of the other samples, without which a group of n has beta n / (n - 1); the loss in
 other forms of the prediction (`weighting`), at the grid's times; sums over the data in place of means.
 """
