@@ -18,9 +18,8 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -60,8 +59,7 @@ TRAINED = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Measured:
+class Measured(NamedTuple):
     """A policy by quadrature."""
 
     reward: float
