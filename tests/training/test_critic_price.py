@@ -41,7 +41,7 @@ def test_of_a_surrogate_and_of_the_reward_itself() -> None:
     assert "at least 64 times an iteration" in text
     price = re.search(r"A reward takes ([\d.]+) ms here", text)
     assert price is not None
-    assert PAUSE <= float(price[1]) / 1000 < 2 * PAUSE
+    assert PAUSE <= float(price[1]) / 1000 < 8 * PAUSE  # of one sample, not of the batch of 16
     beside = re.search(r"an iteration, ([\d.]+) s beside", text)
     assert beside is not None
     assert float(beside[1]) == pytest.approx(64 * float(price[1]) / 1000, rel=0.05)
