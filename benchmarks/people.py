@@ -1,6 +1,6 @@
 """What a reward of simulated people is worth: the truth is known to them, and the fit has to find it. They are no people.
 
-    python benchmarks/people.py --out people.jsonl          # about 900 s of one core; prints the table from what is there
+    python benchmarks/people.py --out benchmarks/people.jsonl      # prints the table from what is there, and makes what is missing
 
 Raters answer by Davidson's law. On Fashion-MNIST they like plain pictures, by log p(plain | picture); on the recipe `gaussian`
 a point beside the mixture. Each line of the output is one part with one seed, and is not run again.
@@ -280,7 +280,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("people.jsonl"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/people.jsonl"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     lines = [json.loads(text) for text in options.out.read_text().splitlines()] if options.out.exists() else []
