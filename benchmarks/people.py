@@ -1,6 +1,6 @@
 """What a reward of simulated people is worth: the truth is known to them, and the fit has to find it. They are no people.
 
-    python benchmarks/people.py --out benchmarks/people.jsonl      # prints the table from what is there, and makes what is missing
+    python benchmarks/people.py          # makes what is missing in benchmarks/people.jsonl and prints the table
 
 Raters answer by Davidson's law. On Fashion-MNIST they like plain pictures, by log p(plain | picture); on the recipe `gaussian`
 a point beside the mixture. Each line of the output is one part with one seed, and is not run again.
