@@ -76,19 +76,33 @@ def test_a_stored_map_is_refused_where_it_would_be_another(own: Path, monkeypatc
     monkeypatch.chdir(own.parent)
     described = open_features("own.py:network", (3, 2, 2)).described()
     monkeypatch.chdir("/")
-    assert open_described(described, "r").function is not None
+    assert open_described(described, "r", str(own) + ":network").function is not None
     plain = open_features(f"{own}:means", (3, 2, 2)).described()
     own.write_text(OWN.replace("manual_seed(0)", "manual_seed(1)"))
     with pytest.raises(ValueError, match="its code or its weights have changed"):
-        open_described(plain, "r")
+        open_described(plain, "r", f"{own}:means")
     with pytest.raises(ValueError, match=re.escape("liking/reward.json was fitted on other features than ")):
-        open_described(described, "liking/reward.json")
-    own.unlink()
-    with pytest.raises(ValueError, match="which is gone; put that file back"):
-        open_described(described, "r")
+        open_described(described, "liking/reward.json", f"{own}:network")
     named: dict[str, Any] = open_features("convolution", (3, 2, 2)).described()
     with pytest.raises(ValueError, match="its code or its weights have changed"):
         open_described({**named, "digest": "0" * 64}, "r")
+
+
+def test_code_that_only_a_stored_text_names_is_never_run(own: Path, tmp_path: Path) -> None:
+    """A folder that was sent may name any file; it runs where its reader names one that is what it was."""
+    described = open_features(f"{own}:means", (3, 2, 2)).described()
+    own.write_text(OWN + f"\nopen({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    with pytest.raises(
+        ValueError, match=re.escape(f"which is code. It is run where you name it: features={own}:means")
+    ):
+        open_described(described, "sent/reward.json")
+    assert not (tmp_path / "ran").exists()
+    moved = tmp_path / "moved.py"
+    moved.write_text(OWN)
+    x = torch.rand(4, 3, 2, 2)
+    torch.testing.assert_close(open_described(described, "r", f"{moved}:means")(x), x.mean((2, 3)))
+    with pytest.raises(ValueError, match="which is no code of yours"):
+        open_described(open_features("values", (3, 2, 2)).described(), "r", f"{moved}:means")
 
 
 def test_what_is_no_map_is_refused_in_a_sentence(own: Path) -> None:

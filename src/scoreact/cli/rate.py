@@ -46,6 +46,7 @@ def rate_arguments(parser: Parser) -> None:
     add("--choose", metavar="REWARD", help="of `reward fit`: four times as many pairs are drawn, those that tell it "
         "most are asked, and one in five at random")  # fmt: skip
     add("--choose-for", choices=["fit", "dpo"], default="fit", help="dpo: pairs whose winner is plain [default fit]")
+    add("--choose-features", metavar="SPEC", help="your file.py:function, of a reward that sees samples by it")
     add("--raters", type=whole(1), default=1, metavar="INT", help="people who answer each [default 1]")
     add(
         "--repeats",
@@ -70,6 +71,7 @@ def rate_arguments(parser: Parser) -> None:
     parser.belongs("against", "mode", "pairs", "rank4")
     parser.belongs("choose", "mode", "pairs")
     parser.belongs("choose_for", "choose")
+    parser.belongs("choose_features", "choose")
 
 
 def rate(options: argparse.Namespace) -> int:
@@ -177,7 +179,7 @@ def _choosing(options: argparse.Namespace) -> ChoosePairs:
     from ..rewards.bradley_terry import BradleyTerryReward
     from ..rewards.learned import open_learned
 
-    reward = open_learned(options.choose)
+    reward = open_learned(options.choose, features=options.choose_features)
     if not isinstance(reward, BradleyTerryReward):
         raise SettingError(f"--choose {options.choose} is a reward of another kind; give one of `scoreact reward fit`.")
     generator = torch.Generator().manual_seed(options.seed)

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..runs.source import build_policy, open_source, short_name
 from ..support.errors import RewardError, SettingError
+from ..support.loading import is_spec
 from ..support.seeds import LARGEST
 from .parser import Parser, assignments, positive, whole
 
@@ -64,9 +65,10 @@ def discriminate(options: argparse.Namespace) -> int:
         raise SettingError("--labels and --no-labels are both given; leave one out.")
     onto = None
     if options.onto is not None:
-        if {"features", "features_option"} & options.given:
+        own = options.features if is_spec(options.features) else None  # code is named again
+        if "features_option" in options.given or ("features" in options.given and own is None):
             raise SettingError("--features are those of the reward that --onto names; leave them out.")
-        onto = open_learned(options.onto)
+        onto = open_learned(options.onto, features=own)
         if not isinstance(onto, LearnedReward):
             raise RewardError(f"--onto {options.onto} is a reward of another kind; give one that this command made.")
     source = open_source(options.source)

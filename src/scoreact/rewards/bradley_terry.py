@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from torch.nn.functional import normalize
 from ..models.prompt_words import MANY, bag_of_words
 from ..support.errors import RewardError
 from ..types import Condition
-from .sample_features import Features, open_described
+from .sample_features import Features
 
 BIAS = 3.0  # prior standard deviation of a word's offset, that of the features together being 1
 FORM = "bradley_terry"
@@ -148,14 +147,13 @@ class BradleyTerryReward:
 
 
 def from_folder(
-    about: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path
+    about: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str, seen: Features
 ) -> BradleyTerryReward:  # fmt: skip
     """What `BradleyTerryReward.described` told of, made again."""
     words = about["words"]
     space = UtilitySpace(tensors["mean"], tensors["scale"], None if words is None else tuple(words), about["by_word"])
     own = {"form", "features", "by_word", "words", "precision", "digest"}
     return BradleyTerryReward(
-        open_described(about["features"], str(folder)), space, tensors["basis"], tensors["weights"], tensors["covariance"],
-        float(about["precision"]), name=folder.name,
+        seen, space, tensors["basis"], tensors["weights"], tensors["covariance"], float(about["precision"]), name=name,
         facts={key: value for key, value in about.items() if key not in own},
     )  # fmt: skip

@@ -2,8 +2,9 @@
 
     R(x, c) = clip tanh(logit / clip),   logit = weight_c . (phi(x) - mean) + bias_c,   all in nats
 
-reward.json says what it is, what it was made of and how good it is; reward.safetensors holds the numbers. Nothing in a
-folder is run: of the user's own features it names the file, which has to be what it was. Making one is `feedback`'s business.
+reward.json says what it is, what it was made of and how good it is; reward.safetensors holds the numbers. Nothing that a
+folder names is run: of the user's own features it keeps a digest, and whoever opens it names the file. Making one is
+`feedback`'s business.
 """
 
 from __future__ import annotations
@@ -147,16 +148,17 @@ def save_learned(reward: LearnedReward | BradleyTerryReward, folder: Path) -> No
     write_json(folder / ABOUT, {**about, "digest": digest, **reward.facts})
 
 
-def open_learned(folder: str | Path, caution: float | None = None) -> Any:
+def open_learned(folder: str | Path, caution: float | None = None, features: str | None = None) -> Any:
     """The reward in a folder, whatever its form.
 
     Args:
         folder: what `scoreact reward ...` made.
         caution: of one that was fitted to answers: R less so many times its uncertainty.
+        features: of one that sees samples by code of the user's: that file.py:function.
 
     Raises:
         RewardError: no such folder, a damaged one, one of a form that this version does not know, one whose features are
-            no more what they were, or a caution of a reward that knows no uncertainty.
+            code that is not named here or no more what they were, or a caution of a reward that knows no uncertainty.
     """
     place = Path(folder).expanduser()
     if not is_learned(str(place)):
@@ -178,7 +180,7 @@ def open_learned(folder: str | Path, caution: float | None = None) -> Any:
     if about.get("digest") != header.get("digest"):
         raise RewardError(f"{place / ABOUT} and {NUMBERS} are not of one reward; restore both of one copy.")
     try:
-        found = FORMS[form](about, tensors, place)
+        found = FORMS[form](about, tensors, place.name, open_described(about["features"], str(place / ABOUT), features))
     except (KeyError, TypeError, IndexError) as error:
         raise RewardError(
             f"{place / ABOUT} is damaged ({type(error).__name__}: {error}); make the reward anew."
@@ -190,16 +192,16 @@ def open_learned(folder: str | Path, caution: float | None = None) -> Any:
     return dataclasses.replace(found, caution=caution)
 
 
-def _linear(about: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> LearnedReward:
+def _linear(about: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str, seen: Features) -> LearnedReward:
     own = {"form", "features", "classes", "clip", "digest"}
     return LearnedReward(
-        open_described(about["features"], str(folder / ABOUT)), tensors["mean"], tensors["weight"], tensors["bias"],
-        tuple(about["classes"]), float(about["clip"]), tensors.get("real"), folder.name,
+        seen, tensors["mean"], tensors["weight"], tensors["bias"],
+        tuple(about["classes"]), float(about["clip"]), tensors.get("real"), name,
         {key: value for key, value in about.items() if key not in own},
     )  # fmt: skip
 
 
-FORMS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Tensor], Path], Any]] = {
+FORMS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Tensor], str, Features], Any]] = {
     "bradley_terry": bradley_terry.from_folder,
     "linear": _linear,
 }

@@ -100,23 +100,31 @@ def open_features(spec: str, shape: Sequence[int], options: Mapping[str, Any] | 
     return found
 
 
-def open_described(described: Mapping[str, Any], where: str) -> Features:
+def open_described(described: Mapping[str, Any], where: str, named: str | None = None) -> Features:
     """What `Features.described` told of, made again.
 
     Args:
         described: spec, options, shape, digest.
         where: the file that says so, for messages.
+        named: the user's own `file.py:function`, wherever it is now: code that only a stored text names is never run.
 
     Raises:
-        RewardError: it is not there, or is another map than it was.
+        RewardError: code that nobody has named, or another map than it was.
     """
-    place = described["spec"].rpartition(":")[0]
-    if is_spec(described["spec"]) and is_file(place) and not Path(place).is_file():
-        raise RewardError(f"{where} sees samples by {described['spec']}, which is gone; put that file back.")
-    found = open_features(described["spec"], described["shape"], described["options"])
+    spec = described["spec"]
+    if not is_spec(spec) and named is not None:
+        raise RewardError(
+            f"{where} sees samples by {spec}, which is no code of yours; leave the features {named!r} out."
+        )
+    if is_spec(spec) and named is None:
+        raise RewardError(
+            f"{where} sees samples by {spec}, which is code. It is run where you name it: features={spec}, as a "
+            "--reward-option of `scoreact train`."
+        )
+    found = open_features(named or spec, described["shape"], described["options"])
     if found.digest != described["digest"]:
         raise RewardError(
-            f"{where} was fitted on other features than {described['spec']} gives now: its code or its weights have changed. "
+            f"{where} was fitted on other features than {found.spec} gives now: its code or its weights have changed. "
             "Put them back, or make the reward anew."
         )
     return found
