@@ -205,7 +205,7 @@ def test_how_much_of_the_gain_survives(folder: Path, tmp_path: Path, capsys: pyt
         next(policy.model.parameters()).add_(1)
     assert "of other weights than the final ones" in html._survey(run.record, policy)
     assert cli.main(["evaluate", str(folder / "run"), "--survey", "--steps", "3"]) == 2
-    assert "--survey has solvers and steps of its own" in capsys.readouterr().err
+    assert "--survey has solvers, steps and a grid of its own" in capsys.readouterr().err
 
 
 def test_a_run_starts_from_an_export(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
