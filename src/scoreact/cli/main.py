@@ -24,6 +24,7 @@ from . import look, preferences, rate, server
 from .check import check, check_arguments
 from .errors import EXPECTED, sentence_of, warn
 from .grid import grid, grid_arguments
+from .loop import loop, loop_arguments
 from .parser import Parser
 from .pretrain import ABOUT as LEARN
 from .pretrain import SHIPPED, pretrain, pretrain_arguments, pretrain_shipped
@@ -60,6 +61,7 @@ COMMANDS = {
     ),
     "grid": Command("Search the time grid for so many steps of a sampler.", grid_arguments, grid),
     "rate": Command("Let people compare samples on a page, and keep what they answer.", rate.rate_arguments, rate.rate),
+    "loop": Command("People compare, a reward is fitted, a model is tuned, and again.", loop_arguments, loop),
     "preferences import": Command(
         "Add comparisons in another form to a store.", preferences.import_arguments, preferences.import_
     ),

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,22 +70,27 @@ def train_arguments(parser: Parser, config: Config | None = None) -> None:
     add("--accept-changes", **ACCEPT)
     add("--no-report", **NO_REPORT)
     add("--print-config", action="store_true", help="write the settings as YAML and train nothing")
+    setting_arguments(parser, config)
+
+
+def setting_arguments(parser: Parser, config: Config | None = None, taken: Collection[str] = ()) -> None:
+    """An option a setting, with the defaults of these; but for names that mean something else here."""
 
     def setting(field: dataclasses.Field[Any], hint: Any, text: str) -> None:
-        add(
+        group.add_argument(
             *dict.fromkeys([f"--{field.name.replace('_', '-')}", f"--{field.name}"]),
             dest=f"setting:{field.name}", default=None, metavar=setting_metavar(field, hint), help=text,
         )  # fmt: skip
 
     config = config or Config()
-    shown = set()
+    shown = set(taken)
     for heading, fields in setting_groups(config.algorithm):
-        add = parser.add_argument_group(heading).add_argument
+        group = parser.add_argument_group(heading)
         for field, hint in fields:
             shown.add(field.name)
             default = config.rule[field.name] if field.name in config.rule else getattr(config, field.name)
             setting(field, hint, setting_help(field, default).replace("%", "%%"))
-    add = parser.add_argument_group("other rules").add_argument
+    group = parser.add_argument_group("other rules")
     for name in known_rules():  # their settings are taken too, and not shown
         for field, hint in rule_fields(name):
             if field.name not in shown:
@@ -260,8 +265,6 @@ def train(options: argparse.Namespace) -> int:
     if options.print_config:
         print(config_yaml(source.config, source.recipe.name, source.options, source.reward))
         return 0
-    from ..runs.checkpoint import checkpoints
-
     if options.tracker:
         from ..runs.trackers import make_trackers
 
@@ -271,12 +274,22 @@ def train(options: argparse.Namespace) -> int:
     if options.resume_or_start:
         if not options.out:
             raise SettingError("--resume-or-start needs --out, the folder that is looked into.")
-        if checkpoints(Path(options.out) / "checkpoints"):
-            return go_on(source, Path(options.out), options)
+        return start_or_go_on(source, Path(options.out), options)
     with contextlib.nullcontext(Path(options.out)) if options.out else new_folder(source.recipe) as out:
         return run_training(
             dataclasses.replace(source, folder=out), options.command, trackers=options.tracker, report=not options.no_report
         )  # fmt: skip
+
+
+def start_or_go_on(source: Source, out: Path, options: argparse.Namespace) -> int:
+    """Train into a folder, or resume the run that it holds."""
+    from ..runs.checkpoint import checkpoints
+
+    if checkpoints(out / "checkpoints"):
+        return go_on(source, out, options)
+    return run_training(
+        dataclasses.replace(source, folder=out), options.command, trackers=options.tracker, report=not options.no_report
+    )  # fmt: skip
 
 
 def resume_arguments(parser: Parser) -> None:

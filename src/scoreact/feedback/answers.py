@@ -202,7 +202,7 @@ def _numbered(texts: Iterable[str]) -> tuple[list[str], Indices]:
 class Share:
     """`hits` of `count`, with Wilson's interval of 95 %."""
 
-    hits: int
+    hits: float
     count: int
 
     @property
