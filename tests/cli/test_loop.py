@@ -64,7 +64,7 @@ def start(folder: Path) -> tuple[subprocess.Popen[str], int]:
 def test_people_answer_and_the_same_command_goes_on(tmp_path: Path) -> None:
     process, port = start(tmp_path)
     assert answer(process, port, 2) == 2
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)  # SIGINT is ignored where the tests run in the background
     _, error = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "interrupted. The same command goes on." in error
