@@ -184,6 +184,15 @@ def test_a_skipped_pair_is_replaced(tmp_path: Path) -> None:
         assert len(store.rows("SELECT id FROM tasks")) == 8 + 1 + 8
 
 
+def test_features_may_be_code_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("def first(samples):\n    return samples[:, :1]\n")
+    rows = loop_in(tmp_path / "loop", TINY, features=["mine.py:first"]).run()
+    assert rows[1]["won_of"] == 8
+    with Store(tmp_path / "loop" / STORE) as store:
+        assert store.rows("SELECT id FROM tasks WHERE chosen = 'information'")
+
+
 def test_the_verdict_counts_random_pairs_once(tmp_path: Path) -> None:
     with Store(tmp_path / "made.db", synced=False) as store:
 

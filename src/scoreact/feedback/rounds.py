@@ -30,6 +30,7 @@ from ..runs.source import Source, build_policy
 from ..support.errors import FeedbackError, RunExists, SettingError
 from ..support.files import write_json
 from ..support.folders import FolderLock
+from ..support.loading import is_spec
 from .answers import BOTH_BAD, FIRST, TIE, Answers, Share, read_answers
 from .choosing import choosing_by
 from .drawing import ChoosePairs, Drawing, draw_tasks
@@ -131,9 +132,15 @@ class FeedbackLoop:
     def _tuning(self, n: int) -> Source:
         """What round n trains."""
         return dataclasses.replace(
-            self.source, reward=str(self._liking(n).resolve()), reward_options={"caution": self.caution},
+            self.source, reward=str(self._liking(n).resolve()), reward_options={"caution": self.caution, **self._code(n)},
             folder=self.out / f"round-{n}" / "run",
         )  # fmt: skip
+
+    def _code(self, n: int) -> dict[str, str]:
+        """The option that names the user's own features again, where the reward sees samples by them."""
+        spec = read_json(self._liking(n) / "reward.json", []).get("features", {}).get("spec")
+        named = any(is_spec(own) and _with_full_path(own) == spec for own in self.features)
+        return {"features": spec} if named else {}
 
     def _settings(self) -> dict[str, Any]:
         own = {"caution": self.caution, "question": self.question, "features": list(self.features)}
@@ -198,7 +205,10 @@ class FeedbackLoop:
         yield from draw_tasks(*what, against, Drawing(seed=config.seed), self._model(n))
         choose: ChoosePairs | None = None
         if others and n > 1:
-            choose = choosing_by(open_learned(self._liking(n - 1)), torch.Generator().manual_seed(config.seed + n))
+            choose = choosing_by(
+                open_learned(self._liking(n - 1), features=self._code(n - 1).get("features")),
+                torch.Generator().manual_seed(config.seed + n),
+            )
         yield from draw_tasks(
             *what, others, Drawing(against="itself", seed=config.seed), self._model(n), tuned=n > 1, choose=choose
         )
@@ -244,6 +254,11 @@ class FeedbackLoop:
     def _say_rows(self, rows: Sequence[Row]) -> None:
         for line in loop_table(rows):
             self.say(line)
+
+
+def _with_full_path(spec: str) -> str:
+    place, _, name = spec.rpartition(":")
+    return f"{Path(place).expanduser().resolve()}:{name}" if place.endswith(".py") else spec
 
 
 def _lost(asked: Sequence[sqlite3.Row]) -> int:
