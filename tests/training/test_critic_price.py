@@ -15,7 +15,7 @@ import scoreact as sa
 from scoreact.recipes.base import recipes
 from scoreact.training.critic_price import brief
 
-PAUSE = 0.01  # seconds a sample
+PAUSE = 0.02  # seconds a sample
 SMALL: dict[str, Any] = {
     "batch_size": 16, "iterations": 1, "steps": 4, "reference_batches": 1, "heldout_samples": 16, "evaluate_every": 9,
     "minibatch_size": 64, "kl_weight": 1.0,

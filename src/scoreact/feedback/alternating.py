@@ -36,7 +36,9 @@ class AlternatingEnergy(Hook):
     Args:
         model: as before training; its samples are the first that the energy is told from the data.
         data: real examples, everything that `read_data` takes; with labels where the model has classes.
-        steps, solver, grid: of the paths whose ends are the samples.
+        steps: of the paths whose ends are the samples.
+        solver: of these paths.
+        grid: of these paths.
         every: iterations between two rounds of the energy.
         batch_size: real examples, and samples, of one of its steps.
         first_steps: of the energy before training.

@@ -25,8 +25,10 @@ class Evidence:
     """Answers to one question.
 
     Args:
-        samples: Decoded, [N, *D]; prompts: of each, N.
-        pairs, ratings: With rows of `samples` and of `raters`.
+        samples: Decoded, [N, *D].
+        prompts: Of each sample, N.
+        pairs: With rows of `samples` and of `raters`.
+        ratings: With such rows too.
         raters: Their names.
         group: [A] of pairs; a group is left out together when a fit is judged (a task with its repeats, a ranking).
         judges: [A], whether a pair may judge a reward: those drawn at random, or all where none was (`at_random` is False).
