@@ -6,7 +6,7 @@
     scoreact reward discriminate plain --data seen.npz --features classifier --steps 4 --ridge 0.1 --out real
     python benchmarks/few_steps.py train --data fashion_mnist.npz --pictures seen.npz --real real --steps 4 \\
         --out benchmarks/few_steps.jsonl
-    python benchmarks/few_steps.py table --out benchmarks/few_steps.jsonl
+    python benchmarks/few_steps.py table --out benchmarks/few_steps.jsonl --write docs/results/few-steps.md
 
 The judge is the network that no reward and no training used. `baselines` draws the shipped model with every solver at every
 number of steps, on three grids and at three noise levels where the solver has noise. Settings are chosen on pictures of the
@@ -59,6 +59,7 @@ from scoreact.training.pretrain import fit_denoiser
 from scoreact.training.trainer import Trainer
 from scoreact.types import Condition, Metrics
 
+MARKS = ("<!-- few-steps -->\n", "<!-- /few-steps -->\n")
 SAMPLES, CHUNK = 2000, 250
 VALIDATION = 10_000  # the last of the training set
 SEEDS = {"validation": 41, "test": 42}  # of the pictures that are judged
@@ -381,6 +382,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--arms", nargs="+", default=[*ARMS, "more pretraining"])
     parser.add_argument("--out", type=Path, default=Path("few_steps.jsonl"), help="what is in it is not run again")
+    parser.add_argument("--write", type=Path, help="put the tables between the marks of this page")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.part == "baselines":
@@ -392,7 +394,12 @@ def main() -> int:
     elif options.part == "train":
         train(options)
     else:
-        print(tables(resume_lines(options.out)))
+        shown = tables(resume_lines(options.out)) + "\n"
+        print(shown, end="")
+        if options.write:
+            before, _, rest = options.write.read_text(encoding="utf-8").partition(MARKS[0])
+            text = before + MARKS[0] + shown + MARKS[1] + rest.partition(MARKS[1])[2]
+            options.write.write_text(text, encoding="utf-8")
     return 0
 
 

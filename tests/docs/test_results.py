@@ -63,3 +63,12 @@ def test_the_table_of_four_steps_is_that_of_its_runs() -> None:
     lines = (ROOT / "benchmarks" / "four_steps.jsonl").read_text(encoding="utf-8").splitlines()
     assert shown == module.table([json.loads(line) for line in lines])
     assert "| pretrained | ddim 4 |" in shown
+
+
+def test_the_tables_of_few_steps_are_those_of_their_runs() -> None:
+    module = benchmark("few_steps")
+    page = (ROOT / "docs" / "results" / "few-steps.md").read_text(encoding="utf-8")
+    shown = page.partition(module.MARKS[0])[2].partition(module.MARKS[1])[0]
+    lines = (ROOT / "benchmarks" / "few_steps.jsonl").read_text(encoding="utf-8").splitlines()
+    assert shown == module.tables([json.loads(line) for line in lines]) + "\n"
+    assert "| 4 | dpm_solver_pp_2m |" in shown
