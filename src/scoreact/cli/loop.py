@@ -14,7 +14,7 @@ from ..support.errors import SettingError
 from ..training.config import Config, updated
 from .errors import warn
 from .parser import Parser, whole
-from .rate import questions_of
+from .rate import page_arguments, questions_of
 from .train import NO_REPORT, setting_arguments, start_or_go_on, train_source
 
 if TYPE_CHECKING:
@@ -43,15 +43,7 @@ def loop_arguments(parser: Parser) -> None:
     add("--features", action="append", default=[], metavar="SPEC", help="that the reward may see, as of `reward fit`")
     add("--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the recipe")
     add("--prompts", metavar="FILE", help="of a pipeline, as of `train`")
-    add("--host", default="127.0.0.1", metavar="HOST",
-        help="address to listen at; one that others can reach gets a token [default 127.0.0.1]")  # fmt: skip
-    add(
-        "--port",
-        type=whole(0, 65535),
-        default=8700,
-        metavar="INT",
-        help="0 takes a free one, which is printed [default 8700]",
-    )
+    page_arguments(parser)
     add("--no-report", **NO_REPORT)
     setting_arguments(parser, updated(Config(), OWN), ("rounds",))
 

@@ -25,6 +25,14 @@ if TYPE_CHECKING:
 MODES = {"pairs": "pair", "rank4": "rank", "thumbs": "thumbs", "scores": "scores"}
 
 
+def page_arguments(parser: Parser) -> None:
+    """Where the page is served."""
+    parser.add_argument("--host", default="127.0.0.1", metavar="HOST",
+        help="address to listen at; one that others can reach gets a token [default 127.0.0.1]")  # fmt: skip
+    parser.add_argument("--port", type=whole(0, 65535), default=8700, metavar="INT",
+        help="0 takes a free one, which is printed [default 8700]")  # fmt: skip
+
+
 def rate_arguments(parser: Parser) -> None:
     add = parser.add_argument
     add("source", metavar="RUN_DIR|RECIPE|FOLDER|STORE",
@@ -57,15 +65,7 @@ def rate_arguments(parser: Parser) -> None:
     )
     add("--weights", choices=["final", "best"], default="final", help="of the run [default final]")
     add("--seed", type=whole(0, LARGEST), default=0, metavar="INT", help="of the samples and of the sides [default 0]")
-    add("--host", default="127.0.0.1", metavar="HOST",
-        help="address to listen at; one that others can reach gets a token [default 127.0.0.1]")  # fmt: skip
-    add(
-        "--port",
-        type=whole(0, 65535),
-        default=8700,
-        metavar="INT",
-        help="0 takes a free one, which is printed [default 8700]",
-    )
+    page_arguments(parser)
     parser.belongs("prompt_column", "prompts")
     parser.belongs("noise", "mode", "pairs", "rank4")
     parser.belongs("against", "mode", "pairs", "rank4")
