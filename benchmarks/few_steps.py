@@ -92,7 +92,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "ddpo, black box": {"algorithm": "ddpo"},
 }  # fmt: skip
 OF_DXMI: list[dict[str, Any]] = [
-    {"learning_rate": rate, "energy_rate": energy} for rate in (1e-5, 5e-5) for energy in (3e-4, 1e-3)
+    {"learning_rate": rate, "energy_rate": 3e-4, "time_bonus": bonus} for rate in (1e-5, 5e-5) for bonus in (0.0, 1.0)
 ]
 HIDDEN = ("ctrl, black box", "ddpo, black box")
 

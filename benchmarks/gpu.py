@@ -340,7 +340,9 @@ def everything(options: argparse.Namespace) -> None:
     gpu, tests = [sys.executable, str(Path(__file__)), "--steps", "4", *tiny], str(here.parent / "tests")
     few = ["--batches", "4" if options.tiny else "8"]
     parts = [
-        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *(["--collect-only"] if options.tiny else []), tests],
+        # a machine that is lent may lack what other tests import
+        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--continue-on-collection-errors",
+         *(["--collect-only"] if options.tiny else []), tests],
         [*gpu, "--dtype", "bfloat16", *few],
         [*gpu, "--dtype", "bfloat16", "--compute", "bfloat16", *few],
         [*gpu, "--dtype", "float16", *few],
@@ -348,9 +350,13 @@ def everything(options: argparse.Namespace) -> None:
         [*gpu, "--shape", "sdxl", "--dtype", "bfloat16", "--checkpointing", "--batches", "4", "--rows", "4"],
         [*gpu, "--shape", "sd35", "--dtype", "bfloat16", "--checkpointing", "--batches", "4", "--rows", "4"],
     ]  # fmt: skip
-    if (here / "faces.py").exists() and (options.tiny or options.faces):
-        where = ["--tiny"] if options.tiny else [options.faces, "--device", "cuda"]
-        parts.append([sys.executable, str(here / "faces.py"), "train", *where])
+    if options.tiny or options.faces:
+        where = ["--tiny"] if options.tiny else [options.faces, "--device", "cuda", *FACES]
+        for number, settings in enumerate(OF_FACES):
+            picture = ["--picture", str(options.out / f"faces-{number}.png")]
+            parts.append([sys.executable, str(here / "faces.py"), "train", *where, *picture, *settings])
+    if options.only:
+        parts = [part for part in parts if any(options.only in Path(word).name for word in part)]
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{time.strftime('%Y-%m-%d-%H%M', time.gmtime())}{'-tiny' if options.tiny else ''}.md"
     begin = time.perf_counter()
@@ -362,6 +368,19 @@ def everything(options: argparse.Namespace) -> None:
             file.write(f"## {shown}\n\n{text}\n\n{time.perf_counter() - begin:.0f} s so far\n\n")
         print(f"{time.perf_counter() - begin:4.0f} s  {shown}", flush=True)
     print(path)
+
+
+FACES = ["--rows", "32", "--each", "64"] + [
+    word
+    for setting in ("batch_size=32", "minibatch_size=32", "iterations=40", "evaluate_every=20", "heldout_samples=64",
+                    "reference_batches=4", "kl_weight=0.2")
+    for word in ("--setting", setting)
+]  # fmt: skip
+OF_FACES: list[list[str]] = [  # a black box, then with the reward's gradient
+    ["--setting", "algorithm=ctrl_pathwise", "--setting", "value=surrogate", "--setting", "kl_states=64",
+     "--setting", "max_kl=0.5", "--setting", "learning_rate=0.0003"],
+    [],
+]  # fmt: skip
 
 
 def ended(command: list[str], seconds: float) -> str:
@@ -402,6 +421,7 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=470, help="of --all: what is not done by then is cut [470]")
     parser.add_argument("--faces", default="", help="of --all: weights for benchmarks/faces.py")
+    parser.add_argument("--only", default="", help="of --all: the parts with this word in their command")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "gpu", help="of --all: where its file goes")
     options = parser.parse_args()
     options.device = options.device or ("cpu" if options.tiny else "cuda")

@@ -39,14 +39,18 @@ EQUAL_DRAFT: Run = {  # AlignPropTrainer always computes each step again for its
 }  # fmt: skip
 PEER_RATES = {"ddpo": (1e-3, 3e-3, 1e-2, 3e-2), "alignprop": (3e-4, 1e-3, 3e-3)}
 GRADIENT: dict[str, list[Run]] = {  # rules that follow the reward's gradient, as AlignProp does
-    "draft": [{"algorithm": "draft", "last_steps": 5, "learning_rate": 2e-2, "iterations": 12, "kl_share": 0.0}],
+    "draft": [
+        {"algorithm": "draft", "last_steps": 5, "learning_rate": rate, "iterations": 16, "kl_share": 0.0}
+        for rate in (5e-3, 1e-2, 1.5e-2)
+    ],
     "adjoint_matching": [
-        {"algorithm": "adjoint_matching", "minibatch_size": 80, "learning_rate": 1e-2, "iterations": 10}
+        {"algorithm": "adjoint_matching", "minibatch_size": 80, "learning_rate": rate, "iterations": 10}
+        for rate in (2e-3, 4e-3, 1e-2)
     ],
 }
 # of `progress`: each rule's settings, tried on the first seed; the best goes on to the others
 OURS: dict[str, list[Run]] = {
-    "draft": GRADIENT["draft"],
+    "draft": [{"algorithm": "draft", "last_steps": 5, "learning_rate": 2e-2, "iterations": 12, "kl_share": 0.0}],
     "ddpo": [{"algorithm": "ddpo", "minibatch_size": 32, "learning_rate": rate} for rate in (2e-3, 4e-3)],
 }
 HELDOUT, LOOK = 240, 4  # pictures looked at, every LOOK epochs of `progress`

@@ -178,6 +178,28 @@ def test_residual_value_is_the_reward_at_the_end(generator: torch.Generator) -> 
     assert float((middle - reward(x, empty)).abs().mean()) > 0.1
 
 
+def test_a_fit_asks_for_the_reward_of_a_state_once(generator: torch.Generator) -> None:
+    """The paper's value returns to its states thousands of times; with the rewards known it is the same value."""
+    policy, sde = problem()
+    asked: list[int] = []
+
+    def reward(x: torch.Tensor, condition: Condition) -> torch.Tensor:
+        asked.append(len(x))
+        return quadratic_reward(2, 0)(x, condition)
+
+    value = ResidualValue(network(2, "x"), sde, policy, reward)
+    t, x, empty = torch.rand(40, generator=generator), torch.randn(40, 2, generator=generator), Condition([""] * 40)
+    fit = ValueFit(value, kl_weight=1.0, batch_size=16, steps=7, first_steps=9)
+    fit.add(Sample(t, value.inputs_at(t, x, empty), torch.randn(40, generator=generator), empty))
+    fit.fit(generator)
+    rows = torch.arange(40)
+    found = fit.values_at(0, rows)
+    assert sum(asked) == 40
+    torch.testing.assert_close(found, value(t, x, empty))
+    fit.memory[0].rewards.add_(1)  # type: ignore[union-attr]
+    assert bool((fit.values_at(0, rows) > found).all())  # they are what V is made of
+
+
 def test_of_inputs_is_the_value(generator: torch.Generator) -> None:
     policy, sde = problem()
     value = ValueNetwork(network(2), sde, policy)

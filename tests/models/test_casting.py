@@ -157,5 +157,5 @@ def test_on_a_gpu_products_are_float32s_and_the_switches_are_put_back() -> None:
             layer.to("cuda", dtype).requires_grad_(False)
             casting.compute_in_float32(layer)
             exact = type(layer).forward(layer.double(), of(x).double()).float()  # type: ignore[arg-type]
-            assert far(layer.to(dtype)(of(x)), exact) < 1e-6
+            assert far(layer.to(dtype)(of(x)), exact) < 4e-6  # 1.2e-6 on an H100; TF32 has 1e-4
     assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == before

@@ -1,7 +1,7 @@
 """Value networks V(t, x, c) = E[R - beta/2 int_t^1 |u|^2 ds | X_t = x] and their gradients. `value_fit` fits them.
 
-Three forms. `ResidualValue`: c_skip(t) R(x_data_hat, c) + c_out(t) F, the paper's, which spends a reward call per
-evaluation; `surrogate_value` has a stand-in in R's place. `ValueNetwork` alone: F only, seeing x and the reference's
+Three forms. `ResidualValue`: c_skip(t) R(x_data_hat, c) + c_out(t) F, the paper's, which spends a reward call on each state
+and each gradient; `surrogate_value` has a stand-in in R's place. `ValueNetwork` alone: F only, seeing x and the reference's
 x_data_hat; its gradient with respect to x passes through the reference, whose Jacobian is the posterior covariance of
 the data, and so stays on the data's manifold.
 Sources: Zhao et al. 2025 (section 4).
@@ -72,8 +72,12 @@ class ValueNetwork(nn.Module):
         x_data_hat = self.sde.x_data_hat(t, x, reference)
         return x_data_hat if self.inputs == "x_data_hat" else torch.cat([scaled, x_data_hat], dim=1)
 
-    def of_inputs(self, t: Tensor, features: Tensor, condition: Condition) -> Tensor:
-        """V for inputs from `inputs_at`: [B]."""
+    def rewards_at(self, features: Tensor, condition: Condition) -> Tensor | None:
+        """R(x_data_hat, c) [B] where V is made of it, so that a fit asks once for each state; None: V is not."""
+        return None
+
+    def of_inputs(self, t: Tensor, features: Tensor, condition: Condition, rewards: Tensor | None = None) -> Tensor:
+        """V for inputs from `inputs_at`: [B]. rewards: what `rewards_at` says of them, if already known."""
         self.calls += len(t) if self.counted else 0
         return self.link(t, self.network(features, t, condition).float())
 
@@ -136,8 +140,12 @@ class ResidualValue(ValueNetwork):
             )
         self.terminal = terminal
 
-    def of_inputs(self, t: Tensor, features: Tensor, condition: Condition) -> Tensor:
+    def rewards_at(self, features: Tensor, condition: Condition) -> Tensor:
+        return self.terminal(features, condition)
+
+    def of_inputs(self, t: Tensor, features: Tensor, condition: Condition, rewards: Tensor | None = None) -> Tensor:
         self.calls += len(t)
+        rewards = self.terminal(features, condition) if rewards is None else rewards
         angle = 0.5 * math.pi * t
         learned = self.shift + self.scale * self.network(features, t, condition).float()
-        return angle.sin() * self.terminal(features, condition) + angle.cos() * learned
+        return angle.sin() * rewards + angle.cos() * learned

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -63,6 +63,7 @@ class Sample:
     target: Tensor  # [M]
     condition: Condition
     later_costs: Tensor | None = None  # [M] sampled, in units of reward: the reward at the end is target + later_costs
+    rewards: Tensor | None = None  # [M] of x_data_hat, where the value is made of them
 
     @property
     def paths(self) -> int:
@@ -99,8 +100,11 @@ class ValueFit:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
 
     def add(self, sample: Sample) -> None:
-        """Remember one trajectory's states; before the first fit nothing is forgotten (the reference's rollouts)."""
-        self.memory.append(sample)
+        """Remember one trajectory's states; before the first fit nothing is forgotten (the reference's rollouts).
+
+        A value made of R(x_data_hat) asks for it here, once a state: the fits return to each state many times.
+        """
+        self.memory.append(replace(sample, rewards=self._rewards(sample)))
         if self.fitted:
             del self.memory[: -self.replay]
 
@@ -152,8 +156,21 @@ class ValueFit:
 
     def values_at(self, number: int, index: Tensor) -> Tensor:
         """V at rows `index` of the remembered sample `number`."""
-        sample = self.memory[number]
-        return self.value.of_inputs(sample.t[index], sample.features[index], sample.condition[index])
+        return self._value(self.memory[number], index)
+
+    def _value(self, sample: Sample, index: Tensor) -> Tensor:
+        at = sample.t[index], sample.features[index], sample.condition[index]
+        return self.value.of_inputs(*at) if sample.rewards is None else self.value.of_inputs(*at, sample.rewards[index])
+
+    @torch.no_grad()
+    def _rewards(self, sample: Sample) -> Tensor | None:
+        parts = []
+        for rows in torch.arange(len(sample.t), device=sample.t.device).split(self.batch_size):
+            rewards = self.value.rewards_at(sample.features[rows], sample.condition[rows])
+            if rewards is None:
+                return None
+            parts.append(rewards)
+        return torch.cat(parts)
 
     def state_dict(self) -> dict[str, Any]:
         """What must survive a resume besides the network and what is remembered."""
@@ -178,5 +195,5 @@ class ValueFit:
                 sample.t[index], sample.features[index], sample.condition[index], logit_of(log_p)
             )
             return (weight * surprise).sum() / weight.sum()
-        value = self.value.of_inputs(sample.t[index], sample.features[index], sample.condition[index])
+        value = self._value(sample, index)
         return LOSSES[self.loss](value, sample.target[index], self.kl_weight) / float(self.value.scale) ** 2

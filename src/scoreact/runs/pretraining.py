@@ -41,7 +41,7 @@ from .checkpoint import checkpoints, clear, load_checkpoint, save_checkpoint
 from .stopping import Interrupt
 
 MINUTES = 10.0  # of training, where neither these nor steps are given
-FIRST_LOOKS, LOOK_EVERY = (100, 250), 500  # steps
+FIRST_LOOKS, LOOK_EVERY, SPARSER = (100, 250), 500, 2000  # steps; looks grow rarer with each SPARSER of them
 LOOKED_AT, TIMES = 256, 4  # examples in a held-out loss, and times each
 SAVE_SECONDS = 120.0  # between checkpoints, at least
 TELL_SECONDS = 10.0  # between words of progress, at first
@@ -236,7 +236,7 @@ class Pretraining:
             a_step = (now - begin) / (self.step - first)
             left = max(0.0, min(until - now, (last - self.step) * a_step))
             self._pace = {"examples_per_second": self.plan.batch_size / a_step, "left": left}
-            if self.step in FIRST_LOOKS or self.step % LOOK_EVERY == 0:
+            if _looks_at(self.step):
                 self._look(keep=True)
                 told = time.monotonic()
             asked = self._interrupt.asked
@@ -319,6 +319,11 @@ class Pretraining:
         if not (self.out / ABOUT).is_file():
             self._write(self.pretrainer.averaged.state_dict(), self.step)
         save_checkpoint(self.out / "checkpoints", self.step, state)
+
+
+def _looks_at(step: int) -> bool:
+    """About as often in each doubling of the steps: a look costs the same at any pace, and a GPU makes 50 steps a second."""
+    return step in FIRST_LOOKS or step % (LOOK_EVERY * max(1, step // SPARSER)) == 0
 
 
 def _check_free(folder: Path) -> None:

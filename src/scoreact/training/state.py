@@ -38,6 +38,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
                 "features": s.features,
                 "target": s.target,
                 "later_costs": s.later_costs,
+                "rewards": s.rewards,
                 "prompts": list(s.condition.prompts),
             }
             for s in trainer.critic.fitter.memory
@@ -112,7 +113,8 @@ def restore(trainer: Trainer, state: Mapping[str, Any]) -> None:
     if price != trainer.algorithm.kl_weight:
         reprice(price, trainer.algorithm)  # before the memory is back, which was stored at this price
     critic.fitter.memory = [
-        Sample(s["t"], s["features"], s["target"], condition(s["prompts"]), s["later_costs"]) for s in state["memory"]
+        Sample(s["t"], s["features"], s["target"], condition(s["prompts"]), s["later_costs"], s.get("rewards"))
+        for s in state["memory"]
     ]
     trainer.saved = [
         Paths(Trajectory.of(entry, condition(entry["prompts"])), entry["rewards"]) for entry in state["saved"]
