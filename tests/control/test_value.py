@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -18,8 +19,12 @@ from scoreact.dynamics.schedule import VP
 from scoreact.dynamics.sde import SDE, noise_level
 from scoreact.dynamics.solvers import ddim
 from scoreact.models.gaussian_mixture import GaussianMixture
+from scoreact.models.mlp import ResidualModel
 from scoreact.models.value_networks import VectorValue
 from scoreact.recipes.gaussian import linear_reward, mixture, quadratic_reward
+from scoreact.training.config import Config, updated
+from scoreact.training.state import restore, state_of
+from scoreact.training.trainer import Trainer
 from scoreact.types import Condition
 
 BETA = 0.7
@@ -309,3 +314,34 @@ def test_fit_depends_on_the_generator_only() -> None:
 
     assert torch.equal(fitted(1), fitted(1))
     assert not torch.equal(fitted(1), fitted(2))
+
+
+def test_a_run_that_goes_on_knows_the_rewards_of_its_states() -> None:
+    """Bit for bit what the run would have been, and as many reward calls."""
+
+    def trainer() -> Trainer:
+        torch.manual_seed(0)
+        config = updated(Config(), {
+            "algorithm": "ctrl", "value": "residual", "iterations": 3, "batch_size": 8, "steps": 3, "reference_batches": 1,
+            "value_first_steps": 3, "value_steps": 2, "value_batch_size": 16, "value_replay": 2, "value_loss": "soft",
+            "heldout_samples": 2, "device": "cpu",
+        })  # fmt: skip
+        base = mixture(2, 3, 0)
+        return Trainer(
+            ResidualModel(base, dim=2), quadratic_reward(2, 0), [""], lambda: network(2, "x_data_hat"), config
+        )
+
+    whole, first, second = trainer(), trainer(), trainer()
+    for each, count in ((whole, 3), (first, 2)):
+        each.look_at_reference()
+        for _ in range(count):
+            each.iterate()
+    restore(second, copy.deepcopy(state_of(first)))
+    second.iteration = 2  # the checkpoint's number
+    second.iterate()
+    assert second.reward.calls == whole.reward.calls
+    expected, found = state_of(whole), state_of(second)
+    assert all(torch.equal(found["policy"][name], tensor) for name, tensor in expected["policy"].items())
+    assert all(
+        torch.equal(b["rewards"], a["rewards"]) for a, b in zip(expected["memory"], found["memory"], strict=True)
+    )

@@ -181,6 +181,13 @@ def test_scores_see_the_class_and_samples_have_the_datas_unit(tmp_path: Path) ->
     )
 
 
+def test_looks_are_as_many_in_each_doubling() -> None:
+    looks = [step for step in range(1, 2**16) if pretraining._looks_at(step)]
+    assert looks[:6] == [100, 250, 500, 1000, 1500, 2000]
+    for first in (2000, 4000, 8000, 16000, 32000):
+        assert sum(first <= step < 2 * first for step in looks) == 4, first
+
+
 def test_what_is_kept_is_the_best_of_the_held_out_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretraining, "LOOK_EVERY", 50)
     rng = np.random.default_rng(0)

@@ -59,7 +59,7 @@ class SurrogateValue(ValueNetwork):
         surrogate = self.surrogate
         return surrogate.features(surrogate.sees(self.sde.x_data_hat(t, x, reference), policy.model.decode))
 
-    def of_inputs(self, t: Tensor, features: Tensor, condition: Condition, rewards: Tensor | None = None) -> Tensor:
+    def of_inputs(self, t: Tensor, features: Tensor, condition: Condition) -> Tensor:
         weight = knots(t)
         believed = self.network
         assert isinstance(believed, Believed)

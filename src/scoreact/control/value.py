@@ -72,12 +72,8 @@ class ValueNetwork(nn.Module):
         x_data_hat = self.sde.x_data_hat(t, x, reference)
         return x_data_hat if self.inputs == "x_data_hat" else torch.cat([scaled, x_data_hat], dim=1)
 
-    def rewards_at(self, features: Tensor, condition: Condition) -> Tensor | None:
-        """R(x_data_hat, c) [B] where V is made of it, so that a fit asks once for each state; None: V is not."""
-        return None
-
-    def of_inputs(self, t: Tensor, features: Tensor, condition: Condition, rewards: Tensor | None = None) -> Tensor:
-        """V for inputs from `inputs_at`: [B]. rewards: what `rewards_at` says of them, if already known."""
+    def of_inputs(self, t: Tensor, features: Tensor, condition: Condition) -> Tensor:
+        """V for inputs from `inputs_at`: [B]."""
         self.calls += len(t) if self.counted else 0
         return self.link(t, self.network(features, t, condition).float())
 
@@ -140,12 +136,12 @@ class ResidualValue(ValueNetwork):
             )
         self.terminal = terminal
 
-    def rewards_at(self, features: Tensor, condition: Condition) -> Tensor:
-        return self.terminal(features, condition)
+    def of_inputs(self, t: Tensor, features: Tensor, condition: Condition) -> Tensor:
+        return self.of_rewards(t, features, condition, self.terminal(features, condition))
 
-    def of_inputs(self, t: Tensor, features: Tensor, condition: Condition, rewards: Tensor | None = None) -> Tensor:
+    def of_rewards(self, t: Tensor, features: Tensor, condition: Condition, rewards: Tensor) -> Tensor:
+        """V [B] where the rewards [B] of x_data_hat are known already."""
         self.calls += len(t)
-        rewards = self.terminal(features, condition) if rewards is None else rewards
         angle = 0.5 * math.pi * t
         learned = self.shift + self.scale * self.network(features, t, condition).float()
         return angle.sin() * rewards + angle.cos() * learned

@@ -17,7 +17,7 @@ from ..support import distributed
 from ..support.errors import SettingError
 from ..types import Condition, Metrics
 from .advantage import slope
-from .value import ValueNetwork
+from .value import ResidualValue, ValueNetwork
 
 LOOKS = 256  # states at which a fit is measured
 
@@ -160,17 +160,17 @@ class ValueFit:
 
     def _value(self, sample: Sample, index: Tensor) -> Tensor:
         at = sample.t[index], sample.features[index], sample.condition[index]
-        return self.value.of_inputs(*at) if sample.rewards is None else self.value.of_inputs(*at, sample.rewards[index])
+        if isinstance(self.value, ResidualValue) and sample.rewards is not None:  # earlier checkpoints have none
+            return self.value.of_rewards(*at, sample.rewards[index])
+        return self.value.of_inputs(*at)
 
     @torch.no_grad()
     def _rewards(self, sample: Sample) -> Tensor | None:
-        parts = []
-        for rows in torch.arange(len(sample.t), device=sample.t.device).split(self.batch_size):
-            rewards = self.value.rewards_at(sample.features[rows], sample.condition[rows])
-            if rewards is None:
-                return None
-            parts.append(rewards)
-        return torch.cat(parts)
+        """Of x_data_hat at the states, [M], where the value is made of them."""
+        if not isinstance(self.value, ResidualValue):
+            return None
+        parts = torch.arange(len(sample.t), device=sample.t.device).split(self.batch_size)
+        return torch.cat([self.value.terminal(sample.features[rows], sample.condition[rows]) for rows in parts])
 
     def state_dict(self) -> dict[str, Any]:
         """What must survive a resume besides the network and what is remembered."""

@@ -41,7 +41,7 @@ from .checkpoint import checkpoints, clear, load_checkpoint, save_checkpoint
 from .stopping import Interrupt
 
 MINUTES = 10.0  # of training, where neither these nor steps are given
-FIRST_LOOKS, LOOK_EVERY, SPARSER = (100, 250), 500, 2000  # steps; looks grow rarer with each SPARSER of them
+FIRST_LOOKS, LOOK_EVERY, SPARSER = (100, 250), 500, 2000  # steps; looks grow rarer from SPARSER on
 LOOKED_AT, TIMES = 256, 4  # examples in a held-out loss, and times each
 SAVE_SECONDS = 120.0  # between checkpoints, at least
 TELL_SECONDS = 10.0  # between words of progress, at first
@@ -322,8 +322,9 @@ class Pretraining:
 
 
 def _looks_at(step: int) -> bool:
-    """About as often in each doubling of the steps: a look costs the same at any pace, and a GPU makes 50 steps a second."""
-    return step in FIRST_LOOKS or step % (LOOK_EVERY * max(1, step // SPARSER)) == 0
+    """As often in each doubling of the steps, from SPARSER on: a GPU makes 40 steps a second, and a look takes seconds."""
+    doublings = max(0, (step // SPARSER).bit_length() - 1)
+    return step in FIRST_LOOKS or step % (LOOK_EVERY << doublings) == 0
 
 
 def _check_free(folder: Path) -> None:
