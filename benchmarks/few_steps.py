@@ -92,8 +92,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "ddpo, black box": {"algorithm": "ddpo"},
 }  # fmt: skip
 OF_DXMI: list[dict[str, Any]] = [
-    {"learning_rate": rate, "energy_rate": 3e-4, "time_bonus": bonus} for rate in (1e-5, 5e-5) for bonus in (0.0, 1.0)
+    {"learning_rate": rate, "energy_rate": 3e-4, "time_bonus": bonus} for rate in (3e-6, 1e-5) for bonus in (0.0, 1.0)
 ]
+RATES: list[dict[str, Any]] = [{"learning_rate": rate} for rate in (5e-6, 1.5e-5, 5e-5, 1.5e-4)]  # without a kl_weight
 HIDDEN = ("ctrl, black box", "ddpo, black box")
 
 
@@ -260,28 +261,32 @@ def one(arm: str, trial: int, steps: int, seed: int, options: argparse.Namespace
             images, labels = pictures(model, solver, uniform(model.schedule, steps), SEEDS[split])
             found.setdefault(split, {})[solver] = judged.look(images, labels, near=split == "test")
     return {
-        "kind": "train", "arm": arm, "trial": trial, "settings": trials(arm)[trial], "steps": steps, "seed": seed,
+        "kind": "train", "arm": arm, "settings": settings, "steps": steps, "seed": seed,
         "calls": calls, **costs, **found,
     }  # fmt: skip
 
 
 def trials(arm: str) -> list[dict[str, Any]]:
     """The settings that are tried: as many for every arm."""
-    return OF_DXMI if ARMS.get(arm, {}).get("algorithm") == "dxmi" else TRIALS
+    if arm == "more pretraining":
+        return RATES
+    return {"dxmi": OF_DXMI, "ddpo": RATES}.get(ARMS[arm]["algorithm"], TRIALS)
 
 
 def best_trial(lines: list[dict[str, Any]], arm: str, steps: int) -> int:
     """The setting nearest to the validation pictures with its best solver, on the seed of tuning."""
     mine = [x for x in lines if (x["arm"], x["steps"], x["seed"]) == (arm, steps, TUNING_SEED)]
-    return int(min(mine, key=lambda x: min(found["frechet"] for found in x["validation"].values()))["trial"])
+    mine = [x for x in mine if x["settings"] in trials(arm)]
+    best = min(mine, key=lambda x: min(found["frechet"] for found in x["validation"].values()))
+    return trials(arm).index(best["settings"])
 
 
 def train(options: argparse.Namespace) -> None:
     lines = [line for line in resume_lines(options.out) if line["kind"] == "train"]
-    done = {(x["arm"], x["trial"], x["steps"], x["seed"]) for x in lines}
+    done = [(x["arm"], x["settings"], x["steps"], x["seed"]) for x in lines]
 
     def run(arm: str, trial: int, seed: int) -> None:
-        if (arm, trial, options.steps, seed) not in done:
+        if (arm, trials(arm)[trial], options.steps, seed) not in done:
             try:
                 lines.append(one(arm, trial, options.steps, seed, options))
             except ScoreactError as error:
@@ -352,7 +357,9 @@ def tables(lines: list[dict[str, Any]]) -> str:
             grid = x["grid"] if x["kind"] == "baseline" else f"searched, `{x['grid']}`"
             measured = " | ".join(f"{x['test'][name]:.{digits}f}" for name, digits in MEASURES.items())
             rows.append(f"| {steps} | {x['solver']} | {grid} | {x['level']:.2g} | {measured} |")
-    trained = [x for x in lines if x["kind"] == "train" and x["seed"] != TUNING_SEED]
+    trained = [
+        x for x in lines if x["kind"] == "train" and x["seed"] != TUNING_SEED and x["settings"] in trials(x["arm"])
+    ]
     for steps in sorted({x["steps"] for x in trained}):
         heads = [f"tuned at {steps} steps", "seeds", *(f"Frechet, {s}" for s in JUDGED), "solver", "class error", "precision",
                  "recall", "coverage", "reward", "path KL", "iterations", "CPU s"]  # fmt: skip
