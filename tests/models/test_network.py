@@ -268,3 +268,38 @@ def test_an_output_without_a_gradient_is_refused_where_one_is_wanted(lost: str) 
     assert not model.score(t, x, condition).requires_grad, "a reference that nothing asks for"
     with pytest.raises(ModelError, match="carries no gradient"):
         model.score(t, x.requires_grad_(), condition)
+
+
+class AsksForTF32(nn.Module):
+    """Zero, and what torch's switch for convolutions said while it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.said: list[str] = []
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.with_features(x, t)[0]
+
+    def with_features(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        self.said.append(torch.backends.cudnn.conv.fp32_precision)  # type: ignore[attr-defined]
+        return self.weight * x, x
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="torch before 2.9 has another switch")
+@pytest.mark.parametrize(("bfloat16", "said"), [(False, "ieee"), (True, "tf32")])
+def test_float32_on_cuda_is_no_tf32(monkeypatch: pytest.MonkeyPatch, bfloat16: bool, said: str) -> None:
+    """torch makes float32 convolutions in TF32 by default: 11 bits, so that a sample's score depends on its batch."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)  # the switches are there without a GPU too
+    switch: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before, switch.fp32_precision = switch.fp32_precision, "tf32"
+    network = AsksForTF32()
+    model = NetworkModel(network, RectifiedFlow(), prediction.velocity, (2,), bfloat16=bfloat16)
+    t, x, condition = torch.full((3,), 0.5), torch.ones(3, 2), model.condition([""] * 3)
+    try:
+        model.score(t, x, condition)
+        model.features(t, x, condition)
+        assert switch.fp32_precision == "tf32"
+    finally:
+        switch.fp32_precision = before
+    assert network.said == [said, said]

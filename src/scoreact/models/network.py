@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from ..dynamics import prediction as kinds
 from ..dynamics.prediction import Prediction
 from ..dynamics.schedule import Schedule, step_number
+from ..support.devices import tensor_cores
 from ..support.errors import ModelError
 from ..support.names import did_you_mean
 from ..types import Condition
@@ -162,7 +164,7 @@ class NetworkModel(nn.Module):
         return torch.cat([self._one_call(*given)[:count] for given, count in self._calls(t, x, *label)])
 
     def _one_call(self, t: Tensor, x: Tensor, *label: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.use_bfloat16):
+        with self._computing(x.device.type):
             output: Any = self.network(x, t, *label)
         if not isinstance(output, Tensor) or output.shape != x.shape:
             found = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
@@ -176,6 +178,10 @@ class NetworkModel(nn.Module):
             )
         return output.float()
 
+    def _computing(self, device: str) -> contextlib.AbstractContextManager[Any]:
+        """In bfloat16; else in float32 without TF32, torch's default for convolutions, which rounds as float16 does."""
+        return torch.autocast(device, torch.bfloat16) if self.use_bfloat16 else tensor_cores(False)
+
     def _wants_gradient(self, x: Tensor) -> bool:
         return x.requires_grad or any(p.requires_grad for p in self.network.parameters())
 
@@ -183,7 +189,7 @@ class NetworkModel(nn.Module):
         assert isinstance(self.network, HasFeatures)  # `keep_features` has looked
         outputs, features = [], []
         for (t_part, x_part, *rest), count in self._calls(t, x, *label):
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.use_bfloat16):
+            with self._computing(x_part.device.type):
                 output, seen = self.network.with_features(x_part, t_part, *rest)
             outputs.append(output[:count].float())
             features.append(seen[:count].float())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -52,3 +54,25 @@ def bfloat16_pays() -> bool:
     """Whether this CPU has instructions for bfloat16 (AMX or AVX512-BF16), where it is the faster type."""
     names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return any(getattr(torch.cpu, name, lambda: False)() for name in names)
+
+
+@contextlib.contextmanager
+def tensor_cores(allowed: bool) -> Iterator[None]:
+    """Whether float32 products may be made in TF32 meanwhile. torch's default: convolutions yes, matrices no."""
+    if not torch.cuda.is_initialized():
+        yield
+        return
+    switches: list[tuple[Any, str, Any]]
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # since torch 2.9, which refuses to mix it with the older
+        word = "tf32" if allowed else "ieee"
+        switches = [(part, "fp32_precision", word) for part in (torch.backends.cuda.matmul, torch.backends.cudnn.conv)]  # type: ignore[attr-defined]
+    else:
+        switches = [(part, "allow_tf32", allowed) for part in (torch.backends.cuda.matmul, torch.backends.cudnn)]
+    before = [getattr(part, name) for part, name, _ in switches]
+    for part, name, value in switches:
+        setattr(part, name, value)
+    try:
+        yield
+    finally:
+        for (part, name, _), value in zip(switches, before, strict=True):
+            setattr(part, name, value)

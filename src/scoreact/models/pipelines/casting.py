@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn import grad as gradients
 
+from ...support.devices import tensor_cores
+
 Product = Callable[..., Tensor]  # (x, weight, bias or None) -> [B, ...], linear in x and in weight
 
 CONVOLUTIONS: dict[type[nn.Module], tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {  # forward, gradient of x
@@ -118,25 +120,3 @@ def parts(x: Tensor) -> tuple[Tensor, Tensor]:
     """x's first 11 bits, by cutting off the other 13, and what they leave. x float32."""
     high = (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
     return high, x - high
-
-
-@contextlib.contextmanager
-def tensor_cores(allowed: bool) -> Iterator[None]:
-    """Whether float32 products may be made in TF32 meanwhile. torch's default: convolutions yes, matrices no."""
-    if not torch.cuda.is_initialized():
-        yield
-        return
-    switches: list[tuple[Any, str, Any]]
-    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # since torch 2.9, which refuses to mix it with the older
-        word = "tf32" if allowed else "ieee"
-        switches = [(part, "fp32_precision", word) for part in (torch.backends.cuda.matmul, torch.backends.cudnn.conv)]  # type: ignore[attr-defined]
-    else:
-        switches = [(part, "allow_tf32", allowed) for part in (torch.backends.cuda.matmul, torch.backends.cudnn)]
-    before = [getattr(part, name) for part, name, _ in switches]
-    for part, name, value in switches:
-        setattr(part, name, value)
-    try:
-        yield
-    finally:
-        for (part, name, _), value in zip(switches, before, strict=True):
-            setattr(part, name, value)

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ...dynamics.schedule import ShiftedFlow, step_number
+from ...support.devices import tensor_cores
 from ...support.errors import ModelError
 from ...types import Condition
 from .adapters import Adapters
-from .casting import tensor_cores
 from .formats import dtypes_of
 from .prompt_table import MIB, PromptTable
 from .scheduler import read_scheduler, starting_noise
