@@ -29,6 +29,7 @@ from .onnx import OnnxReward
 from .registry import KNOWN, load
 from .text_image import Aesthetic, CLIPScore, HPSv2, ImageReward, PickScore
 from .user import UserReward, adapt
+from .video import SmoothMotion, phase_correlation, temporal_flickering
 from .vision_language import VQAScore
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "Quadratic",
     "Reward",
     "RunningNormaliser",
+    "SmoothMotion",
     "TextRecogniser",
     "UserReward",
     "VQAScore",
@@ -72,7 +74,9 @@ __all__ = [
     "name_of",
     "normalise",
     "of_measure",
+    "phase_correlation",
     "product",
+    "temporal_flickering",
     "threshold",
     "weighted_sum",
 ]

@@ -23,6 +23,7 @@ from .onnx import OnnxReward
 from .remote.client import find
 from .text_image import Aesthetic, CLIPScore, HPSv2, ImageReward, PickScore
 from .user import adapt, from_spec
+from .video import SmoothMotion, temporal_flickering
 from .vision_language import VQAScore
 
 ONNX = "onnx:"  # before the path of an ONNX file
@@ -51,6 +52,8 @@ KNOWN: dict[str, Callable[..., Reward]] = {
     "ocr_log_probability": OCRLogProbability,
     "pickscore": PickScore,
     "quadratic": Quadratic,
+    "smooth_motion": SmoothMotion,
+    "temporal_flickering": temporal_flickering,
     "vqa": VQAScore,
     "zero_shot": ZeroShot,
 }
