@@ -16,9 +16,10 @@ import functools
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +34,24 @@ from torch.nn import functional as F
 SIDE = 32
 
 
+Scorer = Callable[[Tensor, Sequence[str], str], Tensor]  # pictures, their captions, the task's folder -> [B]
+
+
 @dataclass(frozen=True)
 class Task:
     """What the pictures show, and what is said of them. Classes [B] are places in `captions`."""
 
     captions: Sequence[str]
-    draw: Callable[[Tensor, torch.Generator], Tensor]  # classes [B] -> [B, 3, 32, 32] in [0, 1]
+    draw: Callable[[Tensor, torch.Generator], Tensor]  # classes [B] -> [B, 3, H, W] in [0, 1]
     lying_captions: Callable[[Tensor, torch.Generator], Tensor]  # classes drawn -> classes that the captions name
     parts: Mapping[str, Callable[[Tensor], Tensor]]  # what a caption says, part by part: classes -> the part's number
     shown: Sequence[str]  # captions of a picture before and after
+    size: tuple[int, int] = (SIDE, SIDE)  # height and width, multiples of 8
     classifier_steps: int = 600
     batch_norm: bool = False  # in the classifiers
     emphasis: float = 0.0  # extra weight, in the VAE's loss, of a pixel whose colour is not the ground's
+    reward: Scorer | None = None  # None: `reward`, of the folder's classifier
+    readers: Mapping[str, Scorer] = field(default_factory=dict)  # judges beside the folder's: what they find right
 
     def random(self, count: int, generator: torch.Generator) -> Tensor:
         """Drawings of `count` random classes."""
@@ -64,13 +71,12 @@ def other_class(classes: Tensor, count: int, share: float, generator: torch.Gene
 def _classifier(
     widths: Sequence[int], kernel: int, activation: type[nn.Module], classes: int, batch_norm: bool
 ) -> nn.Sequential:
-    """log p(class | picture), [B, 3, 32, 32] in [0, 1] -> [B, classes]."""
+    """log p(class | picture), [B, 3, H, W] in [0, 1] -> [B, classes]; the first pictures, or the weights, fix the size."""
     layers: list[nn.Module] = []
     for before, after in zip((3, *widths), widths, strict=False):
         norm = [nn.BatchNorm2d(after)] if batch_norm else []
         layers += [nn.Conv2d(before, after, kernel, stride=2, padding=kernel // 2), *norm, activation()]
-    features = widths[-1] * (SIDE >> len(widths)) ** 2
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, classes), nn.LogSoftmax(1))
+    return nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(classes), nn.LogSoftmax(1))
 
 
 def rewarding(classes: int, batch_norm: bool = False) -> nn.Sequential:
@@ -126,7 +132,7 @@ def _classes(prompts: Sequence[str], folder: str) -> Tensor:
 
 
 def reward(images: Tensor, prompts: Sequence[str], folder: str) -> Tensor:
-    """log p(caption | picture) of the folder's classifier: [B, 3, 32, 32] in [0, 1] and captions -> [B], nats."""
+    """log p(caption | picture) of the folder's classifier: [B, 3, H, W] in [0, 1] and captions -> [B], nats."""
     found = load_classifier(f"{folder}/reward.safetensors")(images)
     return found.gather(1, _classes(prompts, folder)[:, None]).squeeze(1)
 
@@ -135,11 +141,13 @@ reward.differentiable = True  # type: ignore[attr-defined]
 
 
 def aligned(task: Task, images: Tensor, prompts: Sequence[str], folder: str) -> dict[str, Tensor]:
-    """Whether the held-out judge sees what the caption says, booleans [B]: all of it and each part."""
+    """Whether the held-out judge sees what the caption says, booleans [B]: all of it and each part; then other judges."""
     classes = _classes(prompts, folder)
     with torch.no_grad():
         found = load_classifier(f"{folder}/judge.safetensors")(images).argmax(1)
-    return {"caption": found == classes, **{name: of(found) == of(classes) for name, of in task.parts.items()}}
+    parts = {name: of(found) == of(classes) for name, of in task.parts.items()}
+    others = {name: of(images, prompts, folder) for name, of in task.readers.items()}
+    return {"caption": found == classes, **parts, **others}
 
 
 # --- the pipeline ----------------------------------------------------------------------------------------------------
@@ -151,7 +159,8 @@ def tokenizer(captions: Sequence[str], folder: Path) -> Any:
 
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
     merges: dict[str, str] = {}  # pair -> what it becomes
-    known = sorted({word for caption in captions for word in caption.split()})
+    known = sorted({word for caption in captions for word in re.findall("[a-z]+", caption)})
+    marks = sorted({c for caption in captions for c in caption} - {*letters, " "})
     for word in known:
         parts = [*word[:-1], f"{word[-1]}</w>"]
         while len(parts) > 1:
@@ -162,7 +171,7 @@ def tokenizer(captions: Sequence[str], folder: Path) -> Any:
         return max(len(word) for word in known if word.startswith(merges[pair].removesuffix("</w>")))
 
     first = sorted(merges, key=longest, reverse=True)  # the earlier line wins: else "red" takes the "re" out of "three"
-    tokens = [*letters, *(f"{c}</w>" for c in letters), *merges.values()]
+    tokens = [*letters, *(f"{c}</w>" for c in letters), *marks, *(f"{c}</w>" for c in marks), *merges.values()]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
@@ -175,7 +184,7 @@ def untrained(task: Task, folder: Path) -> Any:
     import diffusers
     import transformers
 
-    words = tokenizer(task.captions, folder / "tokenizer")
+    words, (high, wide) = tokenizer(task.captions, folder / "tokenizer"), (side // 4 for side in task.size)
     text = transformers.CLIPTextModel(
         transformers.CLIPTextConfig(
             vocab_size=len(words), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
@@ -184,11 +193,11 @@ def untrained(task: Task, folder: Path) -> Any:
         )
     )  # fmt: skip
     vae = diffusers.AutoencoderKL(
-        block_out_channels=(16, 32, 32), latent_channels=4, norm_num_groups=8, sample_size=SIDE, layers_per_block=1,
+        block_out_channels=(16, 32, 32), latent_channels=4, norm_num_groups=8, sample_size=max(task.size), layers_per_block=1,
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
     )  # fmt: skip
     unet = diffusers.UNet2DConditionModel(
-        sample_size=SIDE // 4, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
+        sample_size=high if high == wide else (high, wide), block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
         attention_head_dim=2, cross_attention_dim=64, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
@@ -281,6 +290,8 @@ def pretrain(task: Task, folder: Path, vae_steps: int, denoiser_steps: int, clas
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "captions.txt").write_text("\n".join(task.captions) + "\n")
     for name, make, seed in (("reward", rewarding, 10), ("judge", judging, 20)):
+        if name == "reward" and task.reward is not None:
+            continue
         classifier = make(len(task.captions), task.batch_norm)
         accuracy = train_classifier(task, classifier, seed, classifier_steps)
         save_file(classifier.state_dict(), str(folder / f"{name}.safetensors"))
@@ -300,7 +311,7 @@ GUIDANCE = 2.0  # of every picture here: weak, and the same before and after
 
 def judged(task: Task, pictures: Tensor, prompts: Sequence[str], folder: Path) -> dict[str, float]:
     """Shares that the judges find right with 95 % intervals, the reward, and its spread between pictures of one caption."""
-    rewards = reward(pictures, prompts, str(folder)).detach()
+    rewards = (task.reward or reward)(pictures, prompts, str(folder)).detach()
     within = rewards.reshape(len(task.captions), -1).var(1).mean().sqrt()
     row = {"reward": float(rewards.mean()), "reward_within": float(within)}
     for name, right in aligned(task, pictures, prompts, str(folder)).items():
@@ -311,7 +322,7 @@ def judged(task: Task, pictures: Tensor, prompts: Sequence[str], folder: Path) -
 
 def table(task: Task, rows: Mapping[str, dict[str, float]]) -> str:
     lines = [f"| held-out judge sees | {' | '.join(rows)} |", "| --- " * (1 + len(rows)) + "|"]
-    for name in ("caption", *task.parts):
+    for name in ("caption", *task.parts, *task.readers):
         cells = [f"{row[name]:.3f} ± {row[f'{name}_interval']:.3f}" for row in rows.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     for name, label in (("reward", "reward, nats"), ("reward_within", "its standard deviation within a caption")):
@@ -380,7 +391,7 @@ def train(
             print(f"{time.process_time() - begin:5.0f} s  {kind}  {'  '.join(words)}  {metrics.get('text', '')}")
 
     result = sa.finetune(
-        model, rewards.load(reward, folder=str(folder)), task.captions, config=config, out=out, on_event=show,
+        model, rewards.load(task.reward or reward, folder=str(folder)), task.captions, config=config, out=out, on_event=show,
         value_network=lambda: Encoder(model.shape[0], classes=len(task.captions)),
     )  # fmt: skip
     seconds = time.process_time() - begin

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
 import subprocess
 import sys
@@ -155,6 +156,7 @@ def test_the_judge_is_asked_for_each_part(common: Any, counting: Any, tmp_path: 
     """A judge that sees class 7, "three yellow dots", in every picture."""
     judge = common.judging(20)
     with torch.no_grad():
+        judge(torch.rand(1, 3, 32, 32))  # fixes the size
         judge[-2].weight.zero_()
         judge[-2].bias.copy_(torch.eye(20)[7])
     common.save_file(judge.state_dict(), str(tmp_path / "judge.safetensors"))
@@ -206,3 +208,36 @@ def test_a_finished_run_is_not_run_again(side: Any, tmp_path: Path) -> None:
     assert bench(dict(reversed(run.items()))) == found
     with pytest.raises(SystemExit, match="give --peer PYTHON"):
         bench(side.peer("folder", seed=3))
+
+
+def test_a_word_is_drawn_whole(generator: torch.Generator) -> None:
+    """As much ink as its letters have in one of the fonts, a free pixel at each edge, and places that differ."""
+    words = importlib.import_module("words")
+    classes = torch.arange(12).repeat(40)
+    pictures = words.draw(classes, generator)
+    assert pictures.shape == (480, 3, 16, 32)
+    ground = pictures[:, :, :1, :1]
+    edges = torch.cat([pictures[:, :, [0, -1]].flatten(2), pictures[:, :, :, [0, -1]].flatten(2)], 2)
+    assert torch.equal(edges, ground.flatten(2).expand_as(edges))
+    ink = (ground - pictures).sum((2, 3))[:, 0] / (ground - pictures).amax((2, 3))[:, 0]
+    masks = words.letters()[0][classes]  # [B, fonts, 16, 32]
+    expected = masks.sum((2, 3)) / masks.amax((2, 3))
+    assert float((ink[:, None] / expected - 1).abs().amin(1).max()) < 1e-4
+    left = (pictures != ground).any(1).any(1).float().argmax(1)
+    assert len(left.unique()) > 4
+
+
+def test_a_words_probability_is_that_of_all_its_spellings(generator: torch.Generator) -> None:
+    """CTC: the sum over all rows of characters that, with repetitions and blanks left out, are the word."""
+    words = importlib.import_module("words")
+    found = torch.rand(3, 4, 3, generator=generator, dtype=torch.float64).softmax(2)
+    wanted = [[1, 2], [2], [1, 1]]
+    expected = []
+    for row, word in zip(found, wanted, strict=True):
+        ways = [
+            way
+            for way in itertools.product(range(3), repeat=4)
+            if [c for c, before in zip(way, (0, *way), strict=False) if c and c != before] == word
+        ]
+        expected.append(math.log(sum(math.prod(float(row[t, c]) for t, c in enumerate(way)) for way in ways)))
+    assert words.log_spelled(found, wanted).tolist() == pytest.approx(expected, abs=1e-6)
