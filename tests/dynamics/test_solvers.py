@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import scoreact as sa
-from scoreact.dynamics.grids import uniform_log_snr
+from scoreact.dynamics import prediction
+from scoreact.dynamics.grids import uniform, uniform_log_snr
 from scoreact.dynamics.samplers import (
     SAMPLERS,
     Sampler,
@@ -416,10 +417,54 @@ def test_heun_agrees_with_diffusers(karras: bool, generator: torch.Generator) ->
     theirs = diffusers.HeunDiscreteScheduler(**TABLE, use_karras_sigmas=karras)
     theirs.set_timesteps(12)
     levels = torch.cat([theirs.sigmas[:1], theirs.sigmas[1::2]]).double()
-    schedule, ts = RectifiedFlow(), flow_times(levels).float()
+    schedule, ts = (
+        RectifiedFlow(t_min=0.06),
+        flow_times(levels).float(),
+    )  # that begins with some signal, as their table does
     ys = run_theirs(theirs, levels[0].float() * torch.randn(4, 8, generator=generator), heun=True)
     xs = heun(SDE(schedule, noise_level(1.0)), as_score(schedule), ts, ys[0] * ts[0], generator)
     assert relative_difference(xs / ts[:, None, None], ys) < 1e-5
+
+
+def test_heun_on_a_flow_agrees_with_diffusers(generator: torch.Generator) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.FlowMatchHeunDiscreteScheduler()
+    theirs.set_timesteps(8)
+    schedule = RectifiedFlow()
+    theirs.sigmas.clamp_(max=1 - schedule.t_min)  # at pure noise there is no score
+
+    def velocity(x: Tensor) -> Tensor:  # towards the data
+        return torch.tanh(0.9 * x) + 0.3 * x.roll(1, -1)
+
+    def score(t: Tensor, x: Tensor) -> Tensor:
+        return prediction.convert(prediction.velocity, prediction.score, schedule, t, x, velocity(x))
+
+    states = [torch.randn(4, 8, generator=generator)]
+    state, last = states[0], len(theirs.timesteps) - 1
+    for k, t in enumerate(theirs.timesteps):
+        state = theirs.step(-velocity(state), t, state).prev_sample
+        if theirs.state_in_first_order or k == last:
+            states.append(state)
+    ts = 1 - torch.cat([theirs.sigmas[:1], theirs.sigmas[1::2]])
+    xs = heun(SDE(schedule, noise_level(1.0)), score, ts, states[0], generator)
+    assert relative_difference(xs, states) < 1e-5
+
+
+def test_heun_in_few_steps_is_nearer_than_euler_on_a_flow(
+    gaussian_score: GaussianScore, generator: torch.Generator
+) -> None:
+    """At equal network calls, from times at which sigma / alpha is 1,000."""
+    schedule = RectifiedFlow()
+    score, sde = gaussian_score(schedule, MEAN, VARIANCE), SDE(schedule, noise_level(0.0))
+    mean, std = marginal(schedule, torch.tensor(schedule.t_min))
+    x = mean + std * torch.linspace(-2, 2, 9)[:, None]
+    exact = gaussian_flow(schedule, uniform(schedule, 1), x)
+    for steps in (4, 8, 16):
+        errors = [
+            float((sampler(sde, score, uniform(schedule, n), x, generator)[-1] - exact).abs().max())
+            for sampler, n in ((heun, steps), (ode, 2 * steps))
+        ]
+        assert errors[0] < errors[1]
 
 
 @pytest.mark.parametrize("final", ["zero", "sigma_min"])

@@ -2,7 +2,7 @@
 
 They serve sampling, evaluation, and rules without ratio.
 Sources: Karras et al. 2022 (Heun), Lu et al. 2022 (DPM-Solver++, 2211.01095), Bogacki & Shampine 1989 (the adaptive pair).
-The deterministic samplers solve dy/ds = -sigma score in y = x / alpha, s = sigma / alpha, where every schedule is EDM.
+`adaptive_ode` and `heun` solve dy/ds = -sigma score in y = x / alpha, s = sigma / alpha, where every schedule is EDM.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from ..types import ScoreFn
 from .schedule import time_at_log_snr
 from .sde import SDE, noise_level
 from .solvers import SOLVERS, Solver, _eta, ddim
+
+NO_SIGNAL = 0.05  # an alpha below which sigma / alpha is no measure of a step; Stable Diffusion's table begins at 0.068
 
 Sampler = Callable[[SDE, ScoreFn, Tensor, Tensor, torch.Generator], Tensor]  # (..., ts [N+1], x, g) -> [N+1, B, *D]
 
@@ -68,20 +70,29 @@ def ode(sde: SDE, score: ScoreFn, ts: Tensor, x: Tensor, generator: torch.Genera
 
 
 def heun(sde: SDE, score: ScoreFn, ts: Tensor, x: Tensor, generator: torch.Generator) -> Tensor:
-    """Heun's rule in y over s (Karras et al. 2022, Algorithm 1), deterministic. Order 2, 2 N calls.
+    """Heun's rule (Karras et al. 2022, Algorithm 1), deterministic. Order 2, 2 N calls.
 
-    A step that ends without noise is Euler's, alpha x_data_hat: the score is not defined there.
+    In y over s where the schedule begins with some signal; where alpha begins at next to nothing, so that s has no bound, in
+    x / (alpha + sigma) over sigma / (alpha + sigma), which is Heun's rule of a flow's velocity. A step that ends without
+    noise is Euler's, alpha x_data_hat: the score is not defined there.
     """
     alpha, sigma = _levels(sde, ts)
-    s = sigma / alpha
+    flow = float(sde.schedule.alpha(torch.tensor(sde.schedule.t_min, dtype=torch.float64))) < NO_SIGNAL
+    unit = alpha + sigma if flow else alpha
+    s = sigma / unit
+
+    def slope(k: int, x: Tensor) -> Tensor:
+        t = _rows(ts[k], x)
+        found = score(t, x)
+        noise = -sigma[k] * found
+        return noise - sde.x_data_hat(t, x, found) if flow else noise
+
     xs = [x]
     for k in range(len(ts) - 1):
-        y, ds = xs[k] / alpha[k], s[k + 1] - s[k]
-        slope = -sigma[k] * score(_rows(ts[k], x), xs[k])
-        x1 = alpha[k + 1] * (y + ds * slope)
+        y, ds, first = xs[k] / unit[k], s[k + 1] - s[k], slope(k, xs[k])
+        x1 = unit[k + 1] * (y + ds * first)
         if sigma[k + 1] > 0:
-            slope_end = -sigma[k + 1] * score(_rows(ts[k + 1], x), x1)
-            x1 = alpha[k + 1] * (y + ds * (slope + slope_end) / 2)
+            x1 = unit[k + 1] * (y + ds * (first + slope(k + 1, x1)) / 2)
         xs.append(x1)
     return torch.stack(xs)
 
