@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
+import scoreact as sa
 from scoreact.cli.main import main
 from scoreact.feedback.answers import FIRST, read_answers
 from scoreact.feedback.evidence import Evidence, between_raters, read_evidence
@@ -16,6 +19,8 @@ from scoreact.feedback.liking import accuracy_of, basis_of, calibration_of, fit_
 from scoreact.feedback.preferences import Compared
 from scoreact.feedback.simulated import SimulatedRater, answer_store, simulate
 from scoreact.feedback.store import Store
+from scoreact.recipes.base import recipes
+from scoreact.recipes.gaussian import build, mixture
 from scoreact.rewards import load
 from scoreact.rewards.sample_features import open_features
 from scoreact.support.errors import FeedbackError
@@ -234,4 +239,35 @@ def test_train_takes_the_folder_and_says_how_unsure_it_is(
     looks = [line for line in lines if "reward/sigma" in line]
     assert len(looks) >= 2
     assert all(line["reward/sigma"] > 0 for line in looks)
+    # more than a sigma is taken off already
+    assert all(line["reward/cautious"] == pytest.approx(line["reward/heldout"], abs=1e-5) for line in looks)
     assert "reward/sigma" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_guard_speaks_where_the_fitted_reward_rises_and_the_true_one_falls() -> None:
+    """60 answers about a point beside a mixture, and a kl_weight so low that the policy leaves what was rated."""
+
+    def true(x: Tensor) -> Tensor:
+        return 2 - (x - torch.tensor([1.5, 0.5])).square().sum(1)
+
+    generator = torch.Generator().manual_seed(0)
+    samples = mixture(2, 4, 0).sample(120, generator)
+    first = torch.arange(60)
+    pairs = simulate([SimulatedRater()], true(samples).double(), first, first + 60, generator)
+    evidence = Evidence(samples, [""] * 120, pairs, group=first, judges=torch.ones(60, dtype=torch.bool))
+    liking = fit_reward(evidence, ["convolution"])
+    result = sa.finetune(
+        dataclasses.replace(build(), optimum=None), liking, judge=lambda x, condition: {"judge/truth": float(true(x).mean())},
+        config=recipes()["gaussian"].config, kl_weight=0.1, iterations=21, evaluate_every=3, heldout_samples=300, kl_limit=1e4,
+        seed=0, progress=False,
+    )  # fmt: skip
+    looks = [line for line in result.history if line.get("evaluation")]
+    truths = [look["judge/truth"] for look in looks]
+    best = truths.index(max(truths))
+    assert looks[-1]["reward/heldout"] > looks[best]["reward/heldout"]
+    assert truths[-1] < truths[best] - 1  # it was deceived
+    (said,) = [line for line in result.history if line.get("guard") == "uncertainty"]
+    assert said["iteration"] in [look["iteration"] for look in looks[best + 1 : best + 3]]
+    (kept,) = [look["judge/truth"] for look in looks if look["iteration"] == result.best_iteration]
+    assert kept > truths[-1] + 1

@@ -270,6 +270,22 @@ def test_a_metric_of_unknown_direction_is_not_watched() -> None:
     assert guard.look({**bad, "judge/frechet": 11.0, "judge/mean": -9.0}, START, REFERENCE, False)[0] == []
 
 
+def test_a_reward_that_rises_less_than_its_uncertainty() -> None:
+    def one(reward: float, sigma: float) -> Metrics:
+        return evaluation(reward, 0.1, reward__cautious=reward - sigma)
+
+    first, risen, doubtful = one(1.0, 0.5), one(2.0, 1.51), one(2.0, 1.55)  # J's error is 0.02
+    assert guard_of().look(risen, first, REFERENCE, False)[0] == []
+    guard = guard_of()
+    (found,), stop, _ = guard.look(doubtful, first, REFERENCE, False)
+    assert (found.kind, found.limit, stop) == ("uncertainty", 0.5, None)
+    assert "rose to 2, but less one sigma of what the answers leave open it fell from 0.5 to 0.45" in found.text
+    assert not guard.best_is_clean
+    assert guard_of("stop").look(doubtful, first, REFERENCE, False)[1] is not None
+    assert guard_of("off").look(doubtful, first, REFERENCE, False)[0] == []
+    assert guard_of().look(one(0.9, 0.9), first, REFERENCE, False)[0] == []  # a reward that falls deceives nobody
+
+
 @pytest.mark.parametrize("mode", ["off", "warn", "stop"])
 def test_falling_j_while_the_reward_rises(mode: str) -> None:
     guard = guard_of(mode, patience=2)

@@ -79,7 +79,9 @@ def evaluate(
     if isinstance(asked.reward, LearnedReward) and asked.reward.real is not None:
         metrics["reward/auc"] = asked.reward.auc(r)
     if isinstance(asked.reward, BradleyTerryReward):
-        metrics["reward/sigma"] = float(asked.reward.uncertainty(everything, condition).mean())
+        sigma = asked.reward.uncertainty(everything, condition).cpu()
+        metrics["reward/sigma"] = float(sigma.mean())
+        metrics["reward/cautious"] = float((r - max(0.0, 1 - asked.reward.caution) * sigma).mean())
     metrics["sample/diversity"] = diversity(everything, condition, features)
     if judge is not None:
         metrics |= judge(everything, condition)

@@ -35,7 +35,7 @@ BETTER = ("property", "accuracy", "precision", "recall", "coverage", "quality", 
 
 
 class Finding(NamedTuple):
-    """One thing that looks wrong: objective, kl, diversity or a judge's metric; its value and the limit it passed."""
+    """One thing that looks wrong: its kind, or the judge's metric; its value and the limit it passed."""
 
     kind: str
     text: str
@@ -157,6 +157,8 @@ class Guard:
         fell = reward_rises and j < self.score(before) - noise
         self.falling = self.falling + 1 if fell else 0
         findings = [] if self.mode == "off" else self.findings(m, reference)
+        if self.mode != "off" and (unsure := self._unsure(m, before)) is not None:
+            findings.append(unsure)
         clean = not findings
         if fell and self.mode != "off":
             text = (
@@ -254,6 +256,23 @@ class Guard:
                 "reference_batches), or take --algorithm ctrl --value residual, or a rule without a surrogate such as ddpo.",
                 share,
                 BLIND,
+            )
+        return None
+
+    def _unsure(self, m: Metrics, before: Metrics) -> Finding | None:
+        """A learned reward that rises where no answers were given: by less than its own uncertainty.
+
+        One standard error is enough: both evaluations are of the same noise.
+        """
+        lower, then = m.get("reward/cautious", math.nan), before.get("reward/cautious", math.nan)
+        if lower < then - m["objective/J_se"] and m["reward/heldout"] > before["reward/heldout"]:
+            return Finding(
+                "uncertainty",
+                f"the held-out reward rose to {m['reward/heldout']:.3g}, but less one sigma of what the answers leave open it "
+                f"fell from {then:.3g} to {lower:.3g}: the policy goes where no answers were given. Set --reward-option "
+                "caution=1, raise kl_weight, or collect answers there (scoreact rate RUN).",
+                lower,
+                then,
             )
         return None
 
