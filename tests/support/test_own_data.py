@@ -183,6 +183,52 @@ def test_windows_are_rows_in_a_row_and_the_end_is_kept_out(tmp_path: Path) -> No
     )
 
 
+def dated(path: Path, order: slice = slice(None), dates: list[str] | None = None) -> tuple[Path, np.ndarray]:
+    """Sixty days of two levels and a volume, in this order; the levels as they went."""
+    levels = np.exp(np.random.default_rng(3).normal(size=(60, 2)).cumsum(0) / 10)
+    days = dates or [str(day) for day in np.datetime64("2007-02-01") + np.arange(60)]
+    lines = [f"{day},{a:.8f},{b:.8f},{7 * i % 60}" for i, (day, (a, b)) in enumerate(zip(days, levels, strict=True))]
+    return table(path, "\n".join(["Date,a,b,volume", *lines[order]]) + "\n"), levels
+
+
+def test_rows_that_go_back_in_time_are_turned_round_and_columns_are_taken_by_name(tmp_path: Path) -> None:
+    path, levels = dated(tmp_path, slice(None, None, -1))
+    data = read_data(path, window=5, values="returns", columns=["b", "a"])
+    assert (data.columns, data.values) == (("b", "a"), "returns")
+    wanted = np.log(levels[1:6] / levels[:5])[:, ::-1].T.copy()
+    torch.testing.assert_close(data.train.values[0], torch.from_numpy(wanted).float(), atol=1e-5, rtol=0)
+    assert "The rows of own.csv go back in time by column 'Date' and are turned round." in data.notes
+    assert not any("taken to go forward" in note for note in data.notes)
+
+
+def test_a_column_of_times_in_numbers_is_no_channel(tmp_path: Path) -> None:
+    days = [f"{20070201 + i}" for i in range(60)]  # neighbours are one number in float32
+    path, levels = dated(tmp_path, dates=days)
+    data = read_data(path, window=5)
+    assert data.columns == ("a", "b", "volume")
+    torch.testing.assert_close(data.train.values[0, :2], torch.from_numpy(levels[:5].T).float())
+    assert "Column 'Date' of own.csv is the time of a row and no channel." in data.notes
+
+
+def test_rows_without_readable_dates_are_said_to_go_forward(tmp_path: Path) -> None:
+    path, _ = dated(tmp_path, dates=[f"{i % 28 + 1}/{i // 28 + 1}/2007" for i in range(60)])
+    assert any("taken to go forward" in note for note in read_data(path, window=5).notes)
+
+
+def test_a_held_out_window_holds_no_row_that_is_learned_from(tmp_path: Path) -> None:
+    path, levels = dated(tmp_path)
+    data = read_data(path, window=5, columns=["a"])
+    learned = set(data.train.values.flatten().tolist())
+    assert learned.isdisjoint(data.heldout.values.flatten().tolist())
+    assert len(learned) + len(set(data.heldout.values.flatten().tolist())) == len(levels)
+
+
+def unsorted(path: Path) -> Path:
+    days = [str(day) for day in np.datetime64("2007-02-01") + np.arange(60)]
+    days[30], days[31] = days[31], days[30]
+    return dated(path, dates=days)[0]
+
+
 # --- what is refused ---------------------------------------------------------------------------------------------------
 
 
@@ -254,6 +300,18 @@ REFUSED: dict[str, Case] = {
     "returns of negative levels": (lambda p: table(p, rows()), {"window": 4, "values": "returns"}, r"column [ab] is -"),
     "unknown values": (lambda p: table(p, rows()), {"values": "return"}, "Did you mean 'returns'"),
     "a window too long": (lambda p: table(p, rows()), {"window": 15}, "too few for windows of 15"),
+    "rows out of order": (unsorted, {"window": 5}, "line 33: its Date does not go on from the line before; sort"),
+    "a day twice": (lambda p: dated(p, dates=["2007-02-01"] * 2 + [f"2008-01-{i:02d}" for i in range(1, 32)] + [
+        f"2008-03-{i:02d}" for i in range(1, 28)])[0], {"window": 5}, "line 3: its Date"),
+    "no channel but times": (
+        lambda p: table(p, "time,x\n" + "".join(f"{i}.5,a\n" for i in range(60))), {"window": 5}, "no column but"),
+    "an unknown column": (lambda p: table(p, rows()), {"columns": ["c"]}, "has no column 'c'"),
+    "a column of words": (lambda p: dated(p)[0], {"columns": ["a", "Date"]}, "line 2, column Date is '2007-02-01'"),
+    "a column twice": (lambda p: table(p, rows()), {"columns": ["a", "a"]}, "columns name 'a' twice"),
+    "columns of an array": (lambda p: npz(p, data=FLOATS), {"columns": ["a"]}, "columns are of a table"),
+    "columns as one text": (lambda p: table(p, rows()), {"columns": "a"}, "give a list of names"),
+    "labels among the columns": (
+        lambda p: table(p, rows(header="a,label")), {"columns": ["label"], "labels": True}, "is the labels"),
     "labels of windows": (lambda p: table(p, rows(header="a,label")), {"window": 5, "labels": True}, "rows of several labels"),
     "pickles": (lambda p: npz(p, data=np.array([None, {}], dtype=object)), {}, "save it with a numeric dtype"),
     "a damaged npz": (damaged_npz, {}, "damaged or something else"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ def pretrain(
     size: int | None = None,
     window: int | None = None,
     values: str = "levels",
+    columns: Sequence[str] = (),
     minutes: float | None = None,
     steps: int | None = None,
     resume: bool = False,
@@ -43,6 +45,7 @@ def pretrain(
             for; a text: the array or column of that name.
         size: Pictures are scaled and cut to a square of so many pixels.
         window: A table's rows are times, and an example is so many of them in a row. values: "levels" or "returns".
+        columns: Of a table, those to read, in this order; none: every one that holds numbers.
         minutes: Of training, in this call; 10 where no steps are given either.
         steps: Of training, in all.
         resume: Go on with the model in `out`, with the same data. Without it a folder that holds one is refused.
@@ -66,10 +69,10 @@ def pretrain(
         raise SettingError(f"steps is {steps}; give at least 1.")
     source = "" if isinstance(data, OwnData) else str(Path(data).expanduser().resolve())
     if not isinstance(data, OwnData):
-        data = read_data(data, kind=kind, labels=labels, size=size, window=window, values=values)
-    elif kind or labels or size or window or values != "levels":
+        data = read_data(data, kind=kind, labels=labels, size=size, window=window, values=values, columns=columns)
+    elif kind or labels or size or window or columns or values != "levels":
         raise SettingError(
-            "kind, labels, size, window and values belong to a file; leave them out beside data that are read."
+            "kind, labels, size, window, values and columns belong to a file; leave them out beside data that are read."
         )
     told = on_event or (lambda kind, line: None)
     if somebody_looks() if progress is None else progress:

@@ -34,7 +34,7 @@ def check_arguments(parser: Parser) -> None:
     parser.add_argument("--data", metavar="PATH", help="give the reward examples of your own data")
     data_arguments(parser.add_argument_group("data").add_argument)
     parser.belongs("data", "what", "reward")
-    for name in ("labels", "kind", "size", "window", "values"):
+    for name in ("labels", "kind", "size", "window", "values", "columns"):
         parser.belongs(name, "what", "data", "reward")
     parser.belongs("sheet", "what", "model")
     parser.belongs("recipe", "what", "reward")
@@ -85,7 +85,7 @@ def check_reward(options: argparse.Namespace) -> list[str]:
         shape = tuple(decoded.shape[1:])
         what = f"note: tried on {len(decoded)} examples of shape {shape} of {options.data}."
         return [what, *explain(options.name, decoded, condition, options.gradient, **given)]
-    for name in ("labels", "kind", "size", "window", "values"):
+    for name in ("labels", "kind", "size", "window", "values", "columns"):
         if name in options.given:
             raise SettingError(f"--{name} does nothing without --data; leave it out, or give that too.")
     recipe = find_recipe(options.recipe)

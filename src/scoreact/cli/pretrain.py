@@ -37,14 +37,20 @@ def data_arguments(add: Callable[..., Any]) -> None:
     )
     add("--values", default="levels", metavar="NAME", help="of a window: levels, or returns, the logarithm of each level over "
         "the one before [default levels]")  # fmt: skip
+    add("--columns", type=_names, default=(), metavar="A,B", help="of a table, those to read [every one of numbers]")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
 
 
 def data_of(options: argparse.Namespace, path: str) -> OwnData:
     from ..support.own_data import read_data
 
     return read_data(
-        path, kind=options.kind, labels=options.labels, size=options.size, window=options.window, values=options.values
-    )
+        path, kind=options.kind, labels=options.labels, size=options.size, window=options.window, values=options.values,
+        columns=options.columns,
+    )  # fmt: skip
 
 
 def pretrain_arguments(parser: Parser) -> None:
@@ -105,7 +111,8 @@ def pretrain(options: argparse.Namespace) -> int:
     plan = {n: value for n in PretrainPlan.__dataclass_fields__ if (value := getattr(options, n)) is not None}
     learn(
         folder, options.data, kind=options.kind, labels=options.labels, size=options.size, window=options.window,
-        values=options.values, minutes=options.minutes, steps=options.steps, resume=resume, progress=True, **plan,
+        values=options.values, columns=options.columns, minutes=options.minutes, steps=options.steps, resume=resume,
+        progress=True, **plan,
     )  # fmt: skip
     print(f"\nmodel      {folder / 'model.safetensors'}, described in model.json\nsamples    {folder / 'samples.png'}")
     print(f"next       scoreact train {name} --reward my_reward.py:function\n           scoreact sample {name}")

@@ -97,8 +97,8 @@ def about_model(data: OwnData, width: int | None = None) -> dict[str, Any]:
         scaling = {"mean": mean.tolist(), "spread": spread.tolist()}
     return {
         "format": FORMAT, "made_by": "scoreact pretrain", "kind": data.kind, "shape": shape, "classes": list(data.classes),
-        "columns": list(data.columns), "network": network, "schedule": "RectifiedFlow", "prediction": "velocity",
-        "scaling": scaling,
+        "columns": list(data.columns), "values": data.values, "network": network, "schedule": "RectifiedFlow",
+        "prediction": "velocity", "scaling": scaling,
     }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from .table_files import Table, read_table
 
 KINDS = ("pictures", "vectors", "series")
 TABLES = (".csv", ".tsv", ".txt")
+TIMES = ("date", "time", "datetime", "timestamp", "day")  # what a column of times is called, where it holds numbers
 FEWEST = 20  # examples to learn from
 HELD_OUT, MOST_HELD_OUT = 0.1, 2000  # the share kept out of training, and how many at most
 
@@ -52,7 +54,8 @@ class OwnData:
     """What was read.
 
     kind: one of KINDS. train, heldout: to learn from, and kept out. classes: names of the labels, () without. columns: names of
-    a vector's numbers or of a series' channels. notes: sentences on what was left out or changed.
+    a vector's numbers or of a series' channels. notes: sentences on what was left out or changed. values: of windows of a
+    table, levels or returns.
     """
 
     kind: str
@@ -61,6 +64,7 @@ class OwnData:
     classes: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    values: str = "levels"
 
 
 def read_data(
@@ -71,6 +75,7 @@ def read_data(
     size: int | None = None,
     window: int | None = None,
     values: str = "levels",
+    columns: Sequence[str] = (),
 ) -> OwnData:
     """Read a folder of pictures, an .npz or .npy, or a table.
 
@@ -82,6 +87,7 @@ def read_data(
         size: pictures are scaled and cut to a square of so many pixels.
         window: a table's rows are times, and an example is so many of them in a row.
         values: of a table with a window, "levels" as they stand, or "returns", the logarithm of each level over the one before.
+        columns: of a table, those to read, in this order; none: every one that holds numbers.
 
     Returns:
         Train and held-out examples: the file's own split where it has one, else a tenth at random (seed 0), of windows the last
@@ -93,7 +99,7 @@ def read_data(
     path = Path(path).expanduser()
     if kind is not None:
         known_name(kind, KINDS, "unknown kind of data")
-    _check_options(path, kind, size, window, values)
+    _check_options(path, kind, size, window, values, columns)
     if path.is_dir():
         found = _from_folder(path, bool(labels), size)
     elif not path.is_file():
@@ -103,7 +109,7 @@ def read_data(
     elif path.suffix in (".npz", ".npy"):
         found = _from_file(path, kind, labels)
     elif path.suffix in TABLES:
-        found = _from_table(read_table(path, labels), path, kind, window, values)
+        found = _from_table(read_table(path, labels, columns), path, kind, window, values)
     else:
         raise SettingError(
             f"{path} ends in {path.suffix or 'nothing'}; give a folder of pictures, an .npz or .npy, or a table "
@@ -119,7 +125,9 @@ def split_off(examples: Examples) -> tuple[Examples, Examples]:
     return examples[order[count:].sort().values], examples[order[:count].sort().values]
 
 
-def _check_options(path: Path, kind: str | None, size: int | None, window: int | None, values: str) -> None:
+def _check_options(
+    path: Path, kind: str | None, size: int | None, window: int | None, values: str, columns: Sequence[str]
+) -> None:
     """Refuse what would do nothing with this path."""
     known_name(values, ("levels", "returns"), "unknown values")
     table = path.suffix in TABLES and not path.is_dir()
@@ -135,6 +143,10 @@ def _check_options(path: Path, kind: str | None, size: int | None, window: int |
         )
     if window is not None and window < 4:
         raise SettingError(f"window is {window}; give at least 4 rows.")
+    if isinstance(columns, str):
+        raise SettingError(f"columns is the text {columns!r}; give a list of names.")
+    if columns and not table:
+        raise SettingError(f"columns are of a table; {path} is none. Leave them out.")
     if values != "levels" and window is None:
         raise SettingError(f"values {values!r} are of a table with a window; give that too.")
     if kind is not None and path.is_dir() and kind != "pictures":
@@ -216,7 +228,7 @@ def _places(labels: Sequence[str], names: dict[str, int], where: str) -> Tensor:
 def _from_table(table: Table, path: Path, kind: str | None, window: int | None, values: str) -> OwnData:
     if window is not None:
         return _windows(table, path, window, values)
-    numbers = torch.from_numpy(table.numbers)
+    numbers = torch.from_numpy(table.numbers).float()
     names: dict[str, int] = {}
     labels = None
     if table.labels is not None:
@@ -233,6 +245,7 @@ def _windows(table: Table, path: Path, window: int, values: str) -> OwnData:
     """Examples of `window` rows in a row; the last tenth of the time is kept out."""
     if table.labels is not None:
         raise SettingError(f"{path}: a window has rows of several labels; leave labels out, or give a series a row.")
+    table = _forward(table, path)
     numbers = table.numbers
     if values == "returns":
         if (numbers <= 0).any():
@@ -241,7 +254,7 @@ def _windows(table: Table, path: Path, window: int, values: str) -> OwnData:
                 f"{path}, line {table.lines[row]}, column {table.columns[column]} is {numbers[row, column]:g}; returns are of "
                 "levels above 0. Give values levels, or correct it."
             )
-        numbers = np.diff(np.log(numbers.astype(np.float64)), axis=0).astype(np.float32)
+        numbers = np.diff(np.log(numbers), axis=0)
     out = max(round(HELD_OUT * len(numbers)), window)
     if len(numbers) - out < window + FEWEST - 1:
         raise SettingError(
@@ -250,10 +263,52 @@ def _windows(table: Table, path: Path, window: int, values: str) -> OwnData:
         )
     # [time - window + 1, channels, window]
     train, rest = (
-        Examples(torch.from_numpy(part).unfold(0, window, 1).contiguous()) for part in (numbers[:-out], numbers[-out:])
+        Examples(torch.from_numpy(part).float().unfold(0, window, 1).contiguous())
+        for part in (numbers[:-out], numbers[-out:])
     )
     notes = (*table.notes, f"Held out is the end: the windows in the last {out} rows.")
-    return OwnData("series", train, _few(rest), (), table.columns, notes)
+    return OwnData("series", train, _few(rest), (), table.columns, notes, values)
+
+
+def _forward(table: Table, path: Path) -> Table:
+    """The table with its rows in the order of time, as its column of times says; that column is no channel."""
+    named = [i for i, name in enumerate(table.columns) if name.lower() in TIMES]
+    if named:
+        name, times = table.columns[named[0]], table.numbers[:, named[0]].tolist()
+        kept = [i for i in range(len(table.columns)) if i != named[0]]
+        if not kept:
+            raise SettingError(f"{path} has no column but that of times, {name!r}; give a column of numbers.")
+        table = replace(table, numbers=table.numbers[:, kept], columns=tuple(table.columns[i] for i in kept))
+        table.notes.append(f"Column {name!r} of {path.name} is the time of a row and no channel.")
+    else:
+        dated = ((name, parsed) for name, cells in table.words.items() if (parsed := _dates(cells)) is not None)
+        name, times = next(dated, ("", []))
+    if not name:
+        table.notes.append(f"No column of {path.name} is read as dates; its rows are taken to go forward in time.")
+        return table
+    ups = np.diff(np.array(times))
+    if (ups > 0).all():
+        return table
+    if (ups < 0).all():
+        table.notes.append(f"The rows of {path.name} go back in time by column {name!r} and are turned round.")
+        return replace(table, numbers=table.numbers[::-1].copy(), lines=table.lines[::-1])
+    row = int(np.flatnonzero(ups <= 0 if (ups > 0).sum() >= (ups < 0).sum() else ups >= 0)[0]) + 1
+    raise SettingError(
+        f"{path}, line {table.lines[row]}: its {name} does not go on from the line before; sort the rows by time, one a time."
+    )
+
+
+def _dates(cells: Sequence[str]) -> list[float] | None:
+    """Seconds, of cells that are all dates as ISO 8601 writes them; None where one is not."""
+    try:
+        return [_moment(cell.strip()) for cell in cells]
+    except ValueError:
+        return None
+
+
+def _moment(text: str) -> float:
+    moment = datetime.fromisoformat(text)
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
 # --- what every kind is looked through for ----------------------------------------------------------------------------
