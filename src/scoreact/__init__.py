@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from .api.saved_run import open_run as open_run
     from .api.start import finetune as finetune
     from .evaluation.grid_search import search_grid as search_grid
+    from .feedback.classify import classify as classify
     from .feedback.discriminate import discriminate as discriminate
     from .models.base import ScoreModel as ScoreModel
     from .models.lora import lora as lora
@@ -64,6 +65,7 @@ _LATER = {
     "SavedRun": ("api.saved_run", "SavedRun"),
     "ScoreModel": ("models.base", "ScoreModel"),
     "Stop": ("training.loop", "Stop"),
+    "classify": ("feedback.classify", "classify"),
     "discriminate": ("feedback.discriminate", "discriminate"),
     "finetune": ("api.start", "finetune"),
     "load_reward": ("rewards.registry", "load"),

@@ -75,3 +75,51 @@ def test_words_that_do_not_fit_are_refused(points: str, capsys: pytest.CaptureFi
     assert "reward discriminate  Make a reward of data" in capsys.readouterr().out
     assert cli.main(["reward", "discriminat"]) == 2
     assert "Did you mean 'reward discriminate'?" in capsys.readouterr().err
+
+
+def test_labelled_data_become_a_reward_that_a_run_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    x = np.random.default_rng(0).normal(size=(1500, 2))
+    found = ["right" if a > 0.8 else "left" for a, _ in x]
+    Path("points.csv").write_text("a,b,found\n" + "".join(f"{a},{b},{y}\n" for (a, b), y in zip(x, found, strict=True)))
+    words = [
+        "reward",
+        "classify",
+        "--data",
+        "points.csv",
+        "--features",
+        "values",
+        "--labels",
+        "found",
+        "--out",
+        "right",
+    ]
+    assert cli.main([*words, "--target", "maybe"]) == 2
+    assert "unknown class 'maybe'; known: left, right" in capsys.readouterr().err
+    assert cli.main([*words, "--target", "right"]) == 0
+    said = capsys.readouterr().out
+    facts = json.loads(Path("right/reward.json").read_text())
+    row = facts["by_class"][1]
+    assert f"AUC        {row['auc']:.3f} ± " in said
+    assert f"off        {row['calibration_error']:.3f}: " in said
+    assert f"temperature {facts['temperature']:.3g}" in said
+    train = [
+        "train",
+        "gaussian",
+        "--reward",
+        "right",
+        "--iterations",
+        "2",
+        "--steps",
+        "4",
+        "--out",
+        "run",
+        "--no-report",
+    ]
+    small = ["--batch-size", "64", "--reference-batches", "1", "--heldout-samples", "128"]
+    assert cli.main([*train, *small, "--reward-option", "target=left"]) == 0
+    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    share = next(line["reward/share"] for line in lines if "reward/share" in line)
+    assert share > 0.5  # of samples that are not far to the right

@@ -28,7 +28,7 @@ from .loop import loop, loop_arguments
 from .parser import Parser
 from .pretrain import ABOUT as LEARN
 from .pretrain import SHIPPED, pretrain, pretrain_arguments, pretrain_shipped
-from .reward import discriminate, discriminate_arguments, fit, fit_arguments
+from .reward import classify, classify_arguments, discriminate, discriminate_arguments, fit, fit_arguments
 from .train import ABOUT, resume, resume_arguments, train, train_arguments, train_help
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that wait actively halve a small machine
@@ -77,6 +77,9 @@ COMMANDS = {
         "Make a reward of data: how much likelier a sample is there than among the model's own.",
         discriminate_arguments,
         discriminate,
+    ),
+    "reward classify": Command(
+        "Make a reward of labelled data: how probable a class is, given the sample.", classify_arguments, classify
     ),
     "reward fit": Command("Make a reward of what people answered: `rate` collects it.", fit_arguments, fit),
     "reward-server": Command(

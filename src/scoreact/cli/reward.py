@@ -124,6 +124,64 @@ def new_reward(out: Path) -> Path:
     return out
 
 
+def classify_arguments(parser: Parser) -> None:
+    add = parser.add_argument
+    add(
+        "--data",
+        required=True,
+        metavar="PATH",
+        help="labelled examples: a folder of a folder a class, an .npz, a table",
+    )
+    add("--target", required=True, metavar="CLASS", help="the wanted class, as the labels name it")
+    add("--out", required=True, type=Path, metavar="DIR", help="a new folder for the reward")
+    add("--labels", metavar="NAME", help="the array or column of the classes [default labels, label]")
+    add("--kind", metavar="NAME", help="pictures, vectors or series, where the file does not say")
+    add("--size", type=whole(4), metavar="INT", help="of pictures in a folder, pixels a side: the model's own")
+    add("--features", default="convolution", metavar="SPEC", help="what it sees: convolution, pixels, values, classifier, "
+        "imagenet, or file.py:function [default convolution]")  # fmt: skip
+    add("--features-option", action="append", default=[], metavar="NAME=VALUE", help="an option of these features")
+    add("--ridge", type=positive, metavar="FLOAT", help="smoothness of the head [default: by cross-validation]")
+    add("--seed", type=whole(0, LARGEST), default=0, metavar="INT", help="of the folds [default 0]")
+
+
+def classify(options: argparse.Namespace) -> int:
+    """Fit a calibrated classifier and say how good it is."""
+    from ..feedback.classify import classify as fit_classes
+    from ..report.progress import waiting
+
+    out = new_reward(options.out)
+    with waiting("fitting"):
+        reward = fit_classes(
+            options.data, options.target, out, labels=options.labels or True, kind=options.kind, size=options.size,
+            features=options.features, features_options=assignments(options.features_option, "--features-option"),
+            ridge=options.ridge, seed=options.seed,
+        )  # fmt: skip
+    for note in reward.facts["notes"]:
+        print(f"note: {note}")
+    print("\n".join(said_of_classes(reward)))
+    print(
+        f"reward     {out}; `scoreact train ... --reward {out} --kl-weight 1`: the law of the samples given {options.target}"
+    )
+    return 0
+
+
+def said_of_classes(reward: Any) -> list[str]:
+    """What was found, in a few lines."""
+    f, target = reward.facts, reward.target
+    row = f["by_class"][reward.classes.index(target)]
+    chosen = "by cross-validation" if f["ridges"] else "as given"
+    return [
+        f"AUC        {row['auc']:.3f} ± {row['auc_half_width']:.3f} (95 %): so often a held-out {target} is told from another; "
+        f"{100 * row['share']:.0f} % of {f['held_out']:,} are {target}",
+        f"off        {row['calibration_error']:.3f}: its probabilities from the shares found, "
+        f"{row['calibration_error_before']:.3f} before calibration; reliability.png",
+        f"log loss   {f['log_loss']:.3f} nats, {f['log_loss_before']:.3f} before calibration; temperature "
+        f"{reward.temperature:.3g}",
+        f"ridge      {f['ridge']:.3g}, {chosen}; {len(reward.classes)} classes on {len(reward.mean)} features "
+        f"({reward.features.spec}), fitted on {f['fitted_on']:,} examples",
+    ]
+
+
 def fit_arguments(parser: Parser) -> None:
     add = parser.add_argument
     add("store", metavar="STORE", help="answers, as `scoreact rate` keeps them: preferences.db")

@@ -22,6 +22,7 @@ from ..dynamics.solvers import Solver
 from ..rewards.base import Reward
 from ..rewards.bradley_terry import BradleyTerryReward
 from ..rewards.check import Checked, checked, unchanged
+from ..rewards.class_probability import ClassProbability
 from ..rewards.learned import LearnedReward
 from ..rewards.remote.overlap import Scores
 from ..sampling.draw import balanced, draw
@@ -78,6 +79,8 @@ def evaluate(
         metrics[name], metrics[f"{name}_se"] = mean_and_error(values)
     if isinstance(asked.reward, LearnedReward) and asked.reward.real is not None:
         metrics["reward/auc"] = asked.reward.auc(r)
+    if isinstance(asked.reward, ClassProbability):
+        metrics["reward/share"] = float(r.exp().mean())
     if isinstance(asked.reward, BradleyTerryReward):
         sigma = asked.reward.uncertainty(everything, condition).cpu()
         metrics["reward/sigma"] = float(sigma.mean())

@@ -13,7 +13,7 @@ Sources: Sugiyama et al. 2012 (density ratios); DeLong et al. 1988 (the interval
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -99,22 +99,40 @@ def fit_head(sides: Sides, ridge: float, start: Head | None = None) -> Head:
 def cross_validated(
     sides: Sides, generator: torch.Generator, ridges: Sequence[float] = RIDGES
 ) -> tuple[float, list[dict[str, float]]]:
-    """The ridge of the least cross-entropy on examples left out, and what each gave: ridge, loss, loss_se.
+    """The ridge of the least cross-entropy on examples left out, and what each gave: see `search_ridge`."""
+    starts: list[Head | None] = [None] * FOLDS
+
+    def left_out(fold: int, out: Tensor, ridge: float) -> Tensor:
+        head = starts[fold] = fit_head(sides[~out], ridge, starts[fold])
+        left = sides[out]
+        return F.binary_cross_entropy_with_logits(head.logits(left), left.real.double(), reduction="none")
+
+    return search_ridge(left_out, sides.weights(), generator, ridges)
+
+
+def search_ridge(
+    left_out: Callable[[int, Tensor, float], Tensor],
+    weights: Tensor,
+    generator: torch.Generator,
+    ridges: Sequence[float] = RIDGES,
+) -> tuple[float, list[dict[str, float]]]:
+    """The ridge of the least loss on examples left out, and what each gave: ridge, loss, loss_se.
 
     Of the ridges within one standard error of the least loss the largest is taken (Breiman et al. 1984): a head that is
     surer than the examples make it leads what is tuned to it astray.
+
+    Args:
+        left_out: (fold, which of the N are left out [N] bool, ridge) -> their losses under the fit of the others.
+        weights: of the N, [N] float64, summing to one.
+        generator: of the folds.
+        ridges: to try.
     """
-    folds = torch.randperm(len(sides), generator=generator) % FOLDS
-    starts: list[Head | None] = [None] * FOLDS
+    folds = torch.randperm(len(weights), generator=generator) % FOLDS
     table: list[dict[str, float]] = []
     for ridge in sorted(ridges, reverse=True):
-        losses = torch.zeros(len(sides), dtype=torch.float64)
+        losses = torch.zeros_like(weights)
         for fold in range(FOLDS):
-            out = folds == fold
-            head = starts[fold] = fit_head(sides[~out], ridge, starts[fold])
-            left = sides[out]
-            losses[out] = F.binary_cross_entropy_with_logits(head.logits(left), left.real.double(), reduction="none")
-        weights = sides.weights()
+            losses[folds == fold] = left_out(fold, folds == fold, ridge)
         mean = float((weights * losses).sum())
         error = float((weights.square() * (losses - mean).square()).sum().sqrt())
         table.append({"ridge": ridge, "loss": mean, "loss_se": error})

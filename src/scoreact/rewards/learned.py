@@ -21,9 +21,11 @@ from torch import Tensor
 
 from ..support.errors import RewardError, RunError, RunExists
 from ..support.files import read_stored, write_json, write_tensors
+from ..support.names import known_name
 from ..types import Condition
-from . import bradley_terry
+from . import bradley_terry, class_probability
 from .bradley_terry import BradleyTerryReward
+from .class_probability import ClassProbability
 from .image import class_by_prompt
 from .sample_features import Features, open_described
 
@@ -139,7 +141,7 @@ def need_empty(folder: Path) -> None:
         raise RunExists(f"{folder} is not empty, and a reward is never written over another; give another --out.")
 
 
-def save_learned(reward: LearnedReward | BradleyTerryReward, folder: Path) -> None:
+def save_learned(reward: LearnedReward | BradleyTerryReward | ClassProbability, folder: Path) -> None:
     """Write a new folder. Raises RunExists where there is one with something in it."""
     need_empty(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -148,17 +150,21 @@ def save_learned(reward: LearnedReward | BradleyTerryReward, folder: Path) -> No
     write_json(folder / ABOUT, {**about, "digest": digest, **reward.facts})
 
 
-def open_learned(folder: str | Path, caution: float | None = None, features: str | None = None) -> Any:
+def open_learned(
+    folder: str | Path, caution: float | None = None, features: str | None = None, target: str | None = None
+) -> Any:
     """The reward in a folder, whatever its form.
 
     Args:
         folder: what `scoreact reward ...` made.
         caution: of one that was fitted to answers: R less so many times its uncertainty.
         features: of one that sees samples by code of the user's: that file.py:function.
+        target: of a classifier: another class than the one that it was made for.
 
     Raises:
         RewardError: no such folder, a damaged one, one of a form that this version does not know, one whose features are
-            code that is not named here or no more what they were, or a caution of a reward that knows no uncertainty.
+            code that is not named here or no more what they were, a caution of a reward that knows no uncertainty, or a
+            target of one that is no classifier.
     """
     place = Path(folder).expanduser()
     if not is_learned(str(place)):
@@ -185,6 +191,10 @@ def open_learned(folder: str | Path, caution: float | None = None, features: str
         raise RewardError(
             f"{place / ABOUT} is damaged ({type(error).__name__}: {error}); make the reward anew."
         ) from None
+    if target is not None:
+        if not isinstance(found, ClassProbability):
+            raise RewardError(f"reward {folder} is of the form {form!r}, which knows no classes; leave target out.")
+        found = dataclasses.replace(found, target=known_name(str(target), found.classes, "unknown class"))
     if caution is None:
         return found
     if not isinstance(found, BradleyTerryReward):
@@ -203,5 +213,6 @@ def _linear(about: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str, 
 
 FORMS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Tensor], str, Features], Any]] = {
     "bradley_terry": bradley_terry.from_folder,
+    "class_probability": class_probability.class_from_folder,
     "linear": _linear,
 }
