@@ -37,6 +37,7 @@ from .support.errors import (
 from .training.config import Config as Config
 
 if TYPE_CHECKING:
+    from .api.calibrate import calibrate as calibrate
     from .api.new_model import pretrain as pretrain
     from .api.result import Result as Result
     from .api.saved_run import SavedRun as SavedRun
@@ -66,6 +67,7 @@ _LATER = {
     "ScoreModel": ("models.base", "ScoreModel"),
     "Stop": ("training.loop", "Stop"),
     "classify": ("feedback.classify", "classify"),
+    "calibrate": ("api.calibrate", "calibrate"),
     "discriminate": ("feedback.discriminate", "discriminate"),
     "finetune": ("api.start", "finetune"),
     "load_reward": ("rewards.registry", "load"),

@@ -21,6 +21,7 @@ from typing import Any
 from ..support.names import known_name
 from . import bench as arena
 from . import look, preferences, rate, server
+from .calibrate import calibrate, calibrate_arguments
 from .check import check, check_arguments
 from .errors import EXPECTED, sentence_of, warn
 from .grid import grid, grid_arguments
@@ -60,6 +61,9 @@ COMMANDS = {
         "Measure a run: held-out reward, KL, J, other solvers and steps.", look.evaluate_arguments, look.evaluate
     ),
     "grid": Command("Search the time grid for so many steps of a sampler.", grid_arguments, grid),
+    "calibrate": Command(
+        "Tune a model so that statistics of its samples have the means you name.", calibrate_arguments, calibrate
+    ),
     "rate": Command("Let people compare samples on a page, and keep what they answer.", rate.rate_arguments, rate.rate),
     "loop": Command("People compare, a reward is fitted, a model is tuned, and again.", loop_arguments, loop),
     "preferences import": Command(

@@ -87,6 +87,8 @@ def setting_arguments(parser: Parser, config: Config | None = None, taken: Colle
     for heading, fields in setting_groups(config.algorithm):
         group = parser.add_argument_group(heading)
         for field, hint in fields:
+            if field.name in taken:
+                continue
             shown.add(field.name)
             default = config.rule[field.name] if field.name in config.rule else getattr(config, field.name)
             setting(field, hint, setting_help(field, default).replace("%", "%%"))

@@ -25,6 +25,7 @@ from .text_image import Aesthetic, CLIPScore, HPSv2, ImageReward, PickScore
 from .user import adapt, from_spec
 from .video import SmoothMotion, temporal_flickering
 from .vision_language import VQAScore
+from .weighted_statistics import WeightedStatistics
 
 ONNX = "onnx:"  # before the path of an ONNX file
 
@@ -54,6 +55,7 @@ KNOWN: dict[str, Callable[..., Reward]] = {
     "quadratic": Quadratic,
     "smooth_motion": SmoothMotion,
     "temporal_flickering": temporal_flickering,
+    "statistics": WeightedStatistics,
     "vqa": VQAScore,
     "zero_shot": ZeroShot,
 }

@@ -1,0 +1,373 @@
+"""`sa.calibrate`: the model nearest to the pretrained one whose samples have given means of given statistics.
+
+A round draws an ensemble, finds by how much lambda must change (`training.calibration`), and trains to R = lambda . s at
+kl_weight 1 from where the policy stands. The first ensemble is the pretrained model's. The later ones are the tuned model's:
+they make good what training left once it comes no nearer. A step of lambda leaves `LEAST` effective samples, so that distant
+targets are approached in several.
+
+    out/config.json, model.safetensors, ...: the run of the last round; calibration.json, calibration.png; round-1/, ...
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..control.policy import Policy
+from ..dynamics.solvers import SOLVERS
+from ..evaluation.ensemble import Ensemble, by_default, ensemble_of
+from ..evaluation.optimum import mean_and_error
+from ..recipes.base import Problem
+from ..report.calibrated import calibration_lines, draw_calibration
+from ..rewards.weighted_statistics import Spec, Statistic, open_statistics
+from ..runs.checkpoint import check_free
+from ..runs.session import Event
+from ..runs.source import Source
+from ..support.devices import choose_device, device_of
+from ..support.errors import SettingError
+from ..support.files import finite, write_json
+from ..support.seeds import derived
+from ..training.calibration import Dual, Samples
+from ..training.config import Config
+from .calibrated_model import GivenModel, NamedModel, origin_of
+from .result import Result
+from .start import train_problem
+
+LEAST = 100  # effective samples of a round's step; a tenth of the samples, where these are fewer than 1,000
+STILL = (
+    0.8  # share of its distance to the aim that a round must leave behind for the next to train on to the same lambda
+)
+HALF = 0.5  # of the way to an aim: a policy that has not come so far is not trained enough, if it is so many deviations away
+DEAR = 1.5  # times the least KL: a path KL above it is said
+RECORD, PICTURE = "calibration.json", "calibration.png"
+
+
+@dataclass(repr=False)
+class Calibration:
+    """What `calibrate` leaves.
+
+    Args:
+        result: the last round's run, with the tuned policy: `.result.sample()`, `.result.write_back(network)`.
+        facts: the content of calibration.json: met, statistics (a row each), path_kl, least_kl, effective_samples, moved,
+            rounds, notes.
+    """
+
+    result: Result
+    facts: dict[str, Any]
+
+    @property
+    def met(self) -> bool:
+        """Whether every statistic is within the tolerance of its target, on samples that nothing was decided by."""
+        return bool(self.facts["met"])
+
+    @property
+    def weights(self) -> list[float]:
+        """lambda that the policy was trained to."""
+        return [row["weight"] for row in self.facts["statistics"]]
+
+    @property
+    def path_kl(self) -> float:
+        """Of the tuned policy from the pretrained model, nats: how implausible the scenario is, from above."""
+        return float(self.facts["path_kl"])
+
+    def __str__(self) -> str:
+        lines = calibration_lines(self.facts)
+        return "\n".join(lines + [f"run        {self.result.out}"] * (self.result.out is not None))
+
+    __repr__ = __str__
+
+
+def calibrate(
+    model: nn.Module | Problem | Source | str | Path,
+    statistics: Spec | Sequence[Spec],
+    targets: float | Sequence[float] | Tensor,
+    *,
+    tolerance: float = 0.05,
+    samples: int = 4000,
+    rounds: int = 6,
+    also: Spec | Sequence[Spec] = (),
+    prompts: Sequence[str] | Mapping[str, Mapping[str, Any]] = (),
+    out: str | Path | None = None,
+    config: Config | None = None,
+    progress: bool | None = None,
+    on_event: Event | None = None,
+    say: Callable[[str], None] | None = None,
+    report: bool = True,
+    command: str = "scoreact.calibrate",
+    **settings: Any,
+) -> Calibration:
+    """Tune a model so that statistics of its samples have the means that you name, and as little else changes as can be.
+
+    min KL(p | p_ref) with E_p[s_j] = m_j is solved by p_ref exp(sum_j lambda_j s_j) / Z, the law that training to the reward
+    sum_j lambda_j s_j at kl_weight 1 has for its optimum. lambda is found by dual ascent on the pretrained model's samples, and
+    corrected on the tuned model's.
+
+    Args:
+        model: an nn.Module with the members of `ScoreModel`, a `Problem`, or what `scoreact train` takes: a recipe's name, a
+            model's folder, "my_model.py:build"; of a run's folder its tuned model is the one to stay near to. A module that is
+            given is not changed: `result.write_back(network)` puts the outcome into it.
+        statistics: one, or several: functions of samples [B, ...], or (samples, prompts), or (samples, condition), to [B] or
+            [B, k]; "file.py:function", or a known reward's name. A run is opened by its folder alone where all are texts.
+        targets: their means, in the statistic's unit; as many as all statistics have columns.
+        tolerance: how far from its target a mean may be, in standard deviations of the statistic under the pretrained model.
+        samples: of each ensemble; 4 / tolerance^2 at least.
+        rounds: of training, at most; each is as long as the settings say (`iterations`, ...).
+        also: other statistics, whose change is reported.
+        prompts: as of `finetune`, for a module or a Problem.
+        out: the run's folder, new or empty.
+        config, settings: of training. kl_weight is 1: lambda is in nats.
+        progress, on_event: as of `finetune`, of each round. say: told a line a round. report: write report.html.
+        command: what config.json says that the run was made by.
+
+    Returns:
+        What was reached. `str()` of it is the table that `scoreact calibrate` prints. The same seed gives the same bits.
+
+    Raises:
+        SettingError: a target that no finite lambda gives, as it lies at or beyond an end that samples cannot pass; one that
+            the pretrained model meets; statistics that are constant or follow from each other; settings that cannot be used.
+        RewardError: a statistic that is not there or returns something else. RunExists: `out` is in use.
+    """
+    seen = _listed(statistics)
+    goal = _targets(targets)
+    _check(tolerance, samples, rounds, settings)
+    folder = None if out is None else Path(out).expanduser()
+    if folder is not None:
+        check_free(folder)
+    origin = origin_of(model, prompts, config, settings, seen, command)
+    work = _Work(origin, open_statistics(seen), [*open_statistics(_listed(also)), *by_default()], samples)
+    tell = say or ((lambda line: None) if progress is False else print if progress else lambda line: None)
+    before = work.draw(None, 0)
+    names = work.names(before, goal)
+    first = Samples(before.values(names), before.condition, names)
+    whole = first.solve(goal)
+    least = min(LEAST, samples / 10)
+    notes = _feasible(first, names, goal, whole, least)
+    allowed = tolerance * first.std
+    if bool(((first.mean - goal).abs() <= allowed).all()):
+        raise SettingError(
+            f"the pretrained model has these means already, within the tolerance of {tolerance:g} standard deviations "
+            f"({', '.join(f'{name} {m:.4g}' for name, m in zip(names, first.mean.tolist(), strict=True))}); lower it."
+        )
+    for note in notes:
+        tell(f"note: {note}")
+    weights, result, done = torch.zeros(len(goal), dtype=torch.float64), None, list[dict[str, Any]]()
+    here, aim, share, gap, off = first, first.mean, 1.0, 0.0, 0.0
+    for number in range(1, rounds + 1):
+        now = first.distance(here.mean, aim)
+        untrained = now > HALF * gap > HALF**2
+        if now >= STILL * off and not untrained:
+            step, share = here.step(goal, least)
+            weights, aim = weights + step.weights, here.mean + share * (goal - here.mean)
+            now = gap = first.distance(here.mean, aim)
+        off, way = now, "" if share == 1 else f", {share:.0%} of the way"
+        tell(f"round {number}  lambda {_several(weights.tolist())}{way}")
+        part = None if folder is None else folder / f"round-{number}"
+        result = work.train(weights.tolist(), result, part, progress, on_event)
+        drawn = work.draw(result.policy, number)
+        here = Samples(drawn.values(names), drawn.condition, names)
+        kl, kl_se = drawn.path_kl()
+        means = here.mean.tolist()
+        done.append({"weights": weights.tolist(), "share": share, "means": means, "path_kl": kl, "path_kl_se": kl_se})
+        tell(f"round {number}  means {_several(means)} of {_several(goal.tolist())}, path KL {kl:.3g} nats")
+        if bool(((here.mean - goal).abs() <= allowed).all()):
+            break
+    assert result is not None
+    last = [work.draw(policy, -1) for policy in (None, result.policy)]
+    facts = {
+        **_outcome(last, names, goal, allowed), "tolerance": tolerance, "samples": samples, "seed": origin.config.seed,
+        "rounds": done, "notes": notes, "trusted": whole.solved and whole.effective >= least,
+        "least_kl": whole.kl, "least_kl_se": whole.kl_se, "effective_samples": whole.effective,
+    }  # fmt: skip
+    for j, row in enumerate(facts["statistics"]):
+        row["weight"] = float(weights[j])
+        row |= {"first_weight": float(whole.weights[j]), "first_weight_se": float(whole.weights_se[j])}
+    facts["moved"] += _looked_at(result)
+    if facts["trusted"] and facts["path_kl"] > DEAR * facts["least_kl"] + 0.1:
+        notes.append(
+            f"the policy pays {facts['path_kl']:.3g} nats for what {facts['least_kl']:.3g} would buy: training had not settled "
+            f"when lambda was corrected. Give a round more iterations than {origin.config.iterations}."
+        )
+    facts = finite(facts)
+    if folder is not None:
+        result = _settled(result, folder, len(done))
+        write_json(folder / RECORD, facts)
+        draw_calibration(
+            folder / PICTURE, [(name, last[0].columns[name], last[1].columns[name]) for name in names], goal.tolist()
+        )
+        if report:
+            work.origin.report(result)
+    return Calibration(result, facts)
+
+
+# --- what is given -----------------------------------------------------------------------------------------------------
+
+
+def _listed(statistics: Spec | Sequence[Spec]) -> list[Spec]:
+    return [statistics] if isinstance(statistics, str) or callable(statistics) else list(statistics)
+
+
+def _targets(targets: float | Sequence[float] | Tensor) -> Tensor:
+    """[k], finite."""
+    found = torch.as_tensor(targets, dtype=torch.float64).flatten()
+    if not len(found) or not bool(found.isfinite().all()):
+        raise SettingError(f"targets are {found.tolist()}; give a finite number for each statistic.")
+    return found
+
+
+def _check(tolerance: float, samples: int, rounds: int, settings: Mapping[str, Any]) -> None:
+    if not 0 < tolerance < math.inf:
+        raise SettingError(f"tolerance is {tolerance}; give standard deviations above 0, such as 0.05.")
+    if samples < 4 / tolerance**2:
+        raise SettingError(
+            f"samples is {samples}, whose mean is known to {1 / math.sqrt(max(samples, 1)):.2g} standard deviations: too "
+            f"little for a tolerance of {tolerance:g}. Give at least {math.ceil(4 / tolerance**2)}, or a larger tolerance."
+        )
+    if rounds < 1:
+        raise SettingError(f"rounds is {rounds}; give at least 1.")
+    if settings.get("kl_weight", 1.0) != 1.0 or settings.get("target_kl", 0.0) != 0.0:
+        name = "kl_weight" if settings.get("kl_weight", 1.0) != 1.0 else "target_kl"
+        raise SettingError(f"{name} is {settings[name]}, but lambda is what sets the path KL here; leave it out.")
+
+
+def _feasible(first: Samples, names: Sequence[str], goal: Tensor, whole: Dual, least: float) -> list[str]:
+    """Sentences on targets that the pretrained model's samples do not reach. Raises SettingError where nothing can."""
+    beyond = first.beyond(goal)
+    for name, text, bounded in zip(names, beyond, first.bounded(goal), strict=True):
+        if bounded:
+            raise SettingError(
+                f"the target of {name} is {text}, and several samples share that end, as of a share or a count that nothing "
+                "passes: only an infinite lambda would give it. Give a target between the ends."
+            )
+    count, notes = len(first.values), []
+    out = [f"{name} {text}" for name, text in zip(names, beyond, strict=True) if text]
+    if out:
+        notes.append(
+            f"no sample of {count:,} of the pretrained model lies past the target of {'; '.join(out)}: no finite lambda gives "
+            "it on these samples, and it is approached in rounds. A target that no model can have is approached without an end."
+        )
+    elif not whole.solved:
+        notes.append(
+            f"no finite lambda gives {_several(goal.tolist())} together on {count:,} samples of the pretrained model, though "
+            "each alone is within their reach: they are approached in rounds."
+        )
+    elif whole.effective < least:
+        notes.append(
+            f"{count:,} samples of the pretrained model are worth {whole.effective:.0f} at the targets, too few to trust "
+            f"lambda and its KL ({least:.0f} are needed): they are approached in rounds. More samples would tell more."
+        )
+    return notes
+
+
+# --- rounds ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Work:
+    origin: GivenModel | NamedModel
+    statistics: list[Statistic]
+    also: list[Statistic]
+    samples: int
+    reference: Policy | None = None
+    prompts: Sequence[str] = ()
+
+    def draw(self, policy: Policy | None, number: int) -> Ensemble:
+        """An ensemble of a policy, or of the pretrained model; the same noise for the same number."""
+        config = self.origin.config
+        if self.reference is None:
+            problem = self.origin.build([])
+            assert isinstance(problem.model, nn.Module)
+            policy_of_it = Policy(problem.model.to(choose_device(config.device)).eval())
+            self.reference, self.prompts = Policy(policy_of_it.reference, policy_of_it.reference), problem.prompts
+            if self.samples < 20 * len(self.prompts):
+                raise SettingError(
+                    f"samples is {self.samples} for {len(self.prompts)} prompts, and each needs 20 for a Z of its own; give at "
+                    f"least {20 * len(self.prompts)}, or fewer prompts."
+                )
+        policy = policy or self.reference
+        return ensemble_of(
+            policy, config.sde(policy.model.schedule), SOLVERS[config.solver], config.times(policy.model.schedule),
+            [*self.statistics, *self.also], self.prompts, self.samples, derived(config.seed, "calibrate", number),
+            device_of(policy.model),
+        )  # fmt: skip
+
+    def names(self, ensemble: Ensemble, goal: Tensor) -> list[str]:
+        """Of the columns that are calibrated. Raises SettingError for another number of targets."""
+        own = {one.name for one in self.statistics}
+        names = [name for name in ensemble.columns if name.partition("[")[0] in own]
+        if len(names) != len(goal):
+            raise SettingError(
+                f"there are {len(names)} statistics ({', '.join(names)}) and {len(goal)} targets; give one each, in order."
+            )
+        return names
+
+    def train(
+        self, weights: Sequence[float], before: Result | None, folder: Path | None, progress: bool | None,
+        on_event: Event | None,
+    ) -> Result:  # fmt: skip
+        """A round, from the weights that the one before left."""
+        start = None
+        if before is not None:
+            assert isinstance(before.problem.model, nn.Module)
+            assert isinstance(before.policy.model, nn.Module)
+            trained = {name for name, p in before.problem.model.named_parameters() if p.requires_grad}
+            start = {name: p.detach().clone() for name, p in before.policy.model.named_parameters() if name in trained}
+        return train_problem(
+            self.origin.build(weights), self.origin.config, folder, resume=False, extend=False, start=start,
+            description=self.origin.description(weights), progress=progress, on_event=on_event, report=False,
+        )  # fmt: skip
+
+
+def _settled(result: Result, folder: Path, last: int) -> Result:
+    """The last round's run becomes the folder's; of those before it, what was measured and the weights stay."""
+    own = folder / f"round-{last}"
+    for entry in sorted(own.iterdir(), key=lambda path: path.name == "config.json"):  # that makes it a run, at the end
+        entry.rename(folder / entry.name)
+    own.rmdir()
+    for number in range(1, last):
+        shutil.rmtree(folder / f"round-{number}" / "checkpoints", ignore_errors=True)
+    return dataclasses.replace(result, out=folder)
+
+
+# --- the outcome -------------------------------------------------------------------------------------------------------
+
+
+def _outcome(pair: Sequence[Ensemble], names: Sequence[str], goal: Tensor, allowed: Tensor) -> dict[str, Any]:
+    """Of the pretrained and of the tuned model's ensemble, from the same noise."""
+    before, after = pair
+    rows, moved = [], []
+    for name in before.columns:
+        a, b = before.columns[name], after.columns[name]
+        (was, was_se), (now, now_se), (change, change_se) = mean_and_error(a), mean_and_error(b), mean_and_error(b - a)
+        spreads = {"std_before": float(a.std()), "std": float(b.std())}
+        row = {"name": name, "before": was, "before_se": was_se, "after": now, "after_se": now_se, **spreads}
+        if name in names:
+            j = names.index(name)
+            met = abs(now - float(goal[j])) <= float(allowed[j])
+            rows.append({**row, "target": float(goal[j]), "allowed": float(allowed[j]), "met": met})
+        else:
+            moved.append({**row, "change": change, "change_se": change_se})
+    kl, kl_se = after.path_kl()
+    met = all(row["met"] for row in rows)
+    return {"met": met, "statistics": rows, "moved": moved, "path_kl": kl, "path_kl_se": kl_se}
+
+
+def _looked_at(result: Result) -> list[dict[str, Any]]:
+    """Diversity and the judge's metrics, of the evaluations of the last round: its first look is at the pretrained model."""
+    looks = [line for line in result.history if line.get("evaluation")]
+    names = [n for n in result.final if n == "sample/diversity" or (n.startswith("judge/") and not n.endswith("_se"))]
+    return [
+        {"name": name, "before": looks[0][name], "after": result.final[name], "change": result.final[name] - looks[0][name]}
+        for name in names if name in looks[0]
+    ]  # fmt: skip
+
+
+def _several(numbers: Sequence[float]) -> str:
+    return ", ".join(f"{x:.4g}" for x in numbers)
