@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,11 @@ import torch
 from torch import Tensor
 
 import scoreact as sa
+from scoreact.api.result import Sampled
 from scoreact.cli import main as cli
+from scoreact.control.policy import Policy
+from scoreact.dynamics import prediction
+from scoreact.dynamics.schedule import RectifiedFlow
 from scoreact.sampling.steering import METHODS
 
 MODEL = """
@@ -237,3 +242,34 @@ def test_a_picture_is_the_same_whatever_else_is_drawn(run: Path) -> None:
     for method, how in (("smc", {"strength": 2.0}), ("value", {"particles": 2})):
         with pytest.raises(sa.SettingError, match=f"{next(iter(how))} is 2, but {method}"):
             opened.steering(method, **how)
+
+
+class Fading(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rate = torch.nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.rate * x
+
+
+def test_videos_are_drawn_by_so_many_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One first, which says how large a video and the states of its path are."""
+    shape, steps = (3, 4, 8, 8), 2
+    model = sa.NetworkModel(Fading(), RectifiedFlow(), prediction.velocity, shape)
+    sampled = Sampled()
+    sampled.problem, sampled.config = sa.Problem(model, prompts=[""]), sa.Config(steps=steps)
+    policy = Policy(model)
+
+    def parts() -> list[Tensor]:
+        return [part.samples for part in sampled.drawn(policy, None, 9, None, None, 0, False)]
+
+    whole = parts()
+    assert [len(part) for part in whole] == [1, 8]
+    one = 4 * math.prod(shape) * (steps + 2)  # bytes of the states at 0 ... steps and of the decoded video
+    monkeypatch.setattr("scoreact.api.result.MOST_BYTES", 3 * one + 1)
+    few = parts()
+    assert [len(part) for part in few] == [1, 3, 3, 2]
+    monkeypatch.setattr("scoreact.api.result.MOST_BYTES", 10)
+    assert [len(part) for part in parts()] == [1] * 9
+    assert torch.allclose(torch.cat(few), torch.cat(whole), atol=1e-6)

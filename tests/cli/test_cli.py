@@ -660,6 +660,19 @@ def test_many_pictures_have_several_sheets_of_small_ones(tmp_path: Path, monkeyp
     assert thumbnails(rand(2, 3, 200, 100)).shape == (2, 3, 200, 100)
 
 
+def test_videos_become_animated_pictures_without_loss(tmp_path: Path) -> None:
+    videos = rand(2, 3, 5, 12, 9)
+    first, second, index = write_samples([Drawn(videos, ["a", "b"])], tmp_path / "v", 3, {})
+    for path, video in zip((first, second), videos, strict=True):
+        with Image.open(path) as film:
+            assert film.n_frames == 5  # type: ignore[attr-defined]
+            for number in range(5):
+                film.seek(number)
+                pixels = (video[:, number] * 255).round().byte().permute(1, 2, 0).numpy()
+                assert np.array_equal(np.asarray(film.convert("RGB")), pixels)
+    assert [entry["file"] for entry in json.loads(index.read_text())["samples"]] == [first.name, second.name]
+
+
 def test_series_become_an_array_alone(tmp_path: Path) -> None:
     written = write_samples([Drawn(rand(3, 2, 7), ["a"] * 3)], tmp_path / "s", 3, {})
     assert [path.name for path in written] == ["samples.npy", "index.json"]

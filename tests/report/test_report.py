@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import io
 import json
 import math
 import re
+import types
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from scoreact.api.start import finetune
@@ -24,6 +28,7 @@ from scoreact.report import figures
 from scoreact.report import html as report
 from scoreact.report.figures import CURVES, cost_figure, curve_figure, gallery
 from scoreact.report.numbers import aligned, duration, number
+from scoreact.report.pictures import before_and_after
 from scoreact.report.progress import reference_lines
 from scoreact.report.words import headline, warnings
 from scoreact.runs.record import Lines, read_record
@@ -406,6 +411,47 @@ def test_pictures_become_a_gallery_and_a_film_strip(tmp_path: Path, quick: list[
     assert (path / "filmstrip.png").is_file()
     assert "The first 10 of 12 prompts." in page
     assert 'class="note"' not in page
+
+
+def test_videos_become_a_film_and_only_one_is_decoded_at_a_time(tmp_path: Path, quick: list[int]) -> None:
+    problem = pictures([f"prompt {i}" for i in range(6)], (3, 12, 40, 200))
+    path = folder(tmp_path, rising(), problem)
+    decode, alive, most = Pictures.decode, [], [0]
+
+    def watched(self: Pictures, x: Tensor) -> Tensor:
+        most[0] = max(most[0], sum(map(len, (video for kept in alive if (video := kept()) is not None))))
+        video = decode(self, x)
+        alive.append(weakref.ref(video))
+        return video
+
+    policy = Policy(problem.model)
+    model = problem.model
+    model.decode = types.MethodType(watched, model)  # type: ignore[method-assign]
+    policy.reference.decode = types.MethodType(watched, policy.reference)  # type: ignore[method-assign]
+    found = before_and_after(policy, problem, CONFIG)
+    assert len(alive) >= 16  # two of four prompts on both sides
+    assert most[0] <= 1
+    film = Image.open(io.BytesIO(found[0].film or b""))
+    assert film.format == "GIF"
+    assert film.n_frames == 12
+    assert film.size[0] == 4 * (96 + 4) - 4 + 24  # 96 pixels each
+    page = report.write(path, problem).read_text(encoding="utf-8")
+    embedded = base64.b64decode(re.search(r"data:image/gif;base64,([^\"]+)", page)[1])  # type: ignore[index]
+    assert embedded == (path / "samples.gif").read_bytes()
+    assert "left of the gap before" in page
+    assert "The first 4 of 6 prompts." in page
+
+
+def test_a_film_of_long_videos_has_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise, which nothing compresses: fewer frames are shown, the first and the last among them."""
+    monkeypatch.setattr("scoreact.report.pictures.SIDE", 24)
+    monkeypatch.setattr("scoreact.report.pictures.FILM_PIXELS", 100_000)
+    problem = pictures(["a", "b", "c", "d"], (3, 60, 24, 24))
+    found = before_and_after(Policy(problem.model), problem, CONFIG)[0]
+    film = found.film or b""
+    assert Image.open(io.BytesIO(film)).n_frames == 6
+    assert "6 of 60 frames" in found.caption
+    assert len(film) < 125_000
 
 
 @pytest.mark.parametrize("shape", [(7,), (1,), (3, 16)])

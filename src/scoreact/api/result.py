@@ -25,14 +25,15 @@ from ..report.pictures import before_and_after
 from ..report.progress import summary_lines
 from ..runs.record import Record
 from ..runs.samples import Drawn
-from ..sampling.draw import draw, seeds_of
+from ..sampling.draw import draw, prior_of, seeded, seeds_of
 from ..support.devices import device_of
 from ..support.errors import ModelError, SettingError
 from ..support.files import Line
 from ..training.config import Config
 from ..types import Metrics
 
-AT_ONCE = 256  # samples drawn at a time
+AT_ONCE = 256  # samples drawn at a time, or as many fewer as have at most
+MOST_BYTES = 2**29  # with the states of their paths, 512 MiB
 
 
 class Sampled:
@@ -69,10 +70,13 @@ class Sampled:
         with guided(policy, guidance_scale, negative_prompt):
             model.condition(names[::count])  # an unknown prompt is said before any work
             ts, device = self.times(model, steps), device_of(policy.model)
-            for start in range(0, len(names), AT_ONCE):
-                some, end = names[start : start + AT_ONCE], start + AT_ONCE
-                decoded = draw(model, some, sampler, ts, seeds[start:end], device, noise)[1].cpu()
-                yield Drawn(decoded, some, numbers[start:end])
+            noise_of_one = prior_of(model, model.condition(names[:1]), seeded(seeds[:1], device))
+            start, size = 0, 1 if noise_of_one.ndim == 5 else AT_ONCE  # one video says how large they are
+            while start < len(names):
+                some, end = names[start : start + size], start + size
+                xs, decoded = draw(model, some, sampler, ts, seeds[start:end], device, noise)
+                yield Drawn(decoded.cpu(), some, numbers[start:end])
+                start, size = end, max(1, min(AT_ONCE, MOST_BYTES // (xs[:, 0].nbytes + decoded[0].nbytes)))
 
     def names(self, prompts: Sequence[str] | None, count: int) -> list[str]:
         """Prompts, or the problem's own, `count` times each."""

@@ -18,7 +18,7 @@ from torch.nn.functional import avg_pool2d
 
 from ..rewards.bradley_terry import BradleyTerryReward, UtilitySpace
 from ..rewards.sample_features import Features, open_features
-from ..runs.samples import as_picture
+from ..runs.films import as_picture
 from .answers import Share
 from .evidence import Evidence
 from .preferences import Compared, Fitted, fit, log_likelihood

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 import torch
 
 from ..rewards.remote.server import is_loopback
-from ..runs.samples import as_picture
+from ..runs.films import is_video, write_video
 from ..support.errors import FeedbackError
 from .answers import left_share, read_answers, self_agreement
 from .leases import NotLent, TaskQueue
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 MOST_BYTES = 16_384  # of a request's body
 MOST_POINTS = 2_000  # of a series, a channel
-FRAMES_A_SECOND = 8
 COOKIE = "scoreact"
 ASSETS = {"rate.js": "text/javascript", "rate.css": "text/css"}
 QUESTIONS = {  # by name and kind of task; any other question is its own text
@@ -266,13 +265,8 @@ def _asset(name: str) -> bytes:
 
 def _shown(sample: StoredSample) -> dict[str, Any]:
     """The address of a sample, and whether it is a picture or values to plot."""
-    form = "png" if sample.picture is not None or _is_film(load_sample(sample)) else "json"
+    form = "png" if sample.picture is not None or is_video(load_sample(sample).shape) else "json"
     return {"number": sample.id, "form": form, "url": f"/samples/{sample.id}.{form}"}
-
-
-def _is_film(sample: torch.Tensor) -> bool:
-    """[1 or 3, frames, H, W], as video pipelines decode."""
-    return sample.ndim == 4 and sample.shape[0] in (1, 3)
 
 
 def _png(sample: StoredSample) -> bytes:
@@ -283,11 +277,10 @@ def _png(sample: StoredSample) -> bytes:
         except OSError as error:
             raise Turned(404, f"sample {sample.id} cannot be read: {error.strerror}.") from None
     frames = load_sample(sample)
-    if not _is_film(frames):
+    if not is_video(frames.shape):
         raise Turned(404, f"sample {sample.id} is no picture.")
-    first, *others = [as_picture(frame) for frame in frames.transpose(0, 1)]
     content = io.BytesIO()
-    first.save(content, "PNG", save_all=True, append_images=others, duration=1000 // FRAMES_A_SECOND, loop=0)
+    write_video(frames, content)
     return content.getvalue()
 
 

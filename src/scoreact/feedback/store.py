@@ -38,7 +38,7 @@ from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
-from ..runs.samples import as_picture
+from ..runs.films import as_picture
 from ..support.errors import FeedbackError
 from ..support.files import put_in_place, read_tensors
 

@@ -198,7 +198,7 @@ def cost_figure(rows: Sequence[Row]) -> Figure | None:
 # --- pictures --------------------------------------------------------------------------------------------------------
 
 
-def _canvas(rows: Tensor, gap: int, middle: int = 0) -> Tensor:
+def canvas(rows: Tensor, gap: int, middle: int = 0) -> Tensor:
     """Pictures [R, C, channels, H, W] beside each other on white, [height, width, 3]; middle: a gap at half width."""
     count, columns, _, height, width = rows.shape
     canvas = torch.ones(count * (height + gap) - gap, columns * (width + gap) - gap + middle, 3)
@@ -226,7 +226,7 @@ def gallery(prompts: Sequence[str], before: Tensor, after: Tensor) -> Figure:
     height, width = before.shape[2:]
     gap, middle, columns = max(1, width // 14), width // 2, len(before) // len(prompts)
     rows = torch.cat([x.reshape(len(prompts), columns, *x.shape[1:]).cpu() for x in (before, after)], dim=1)
-    figure, axes = _picture_axes(_canvas(rows, gap, middle), 9)
+    figure, axes = _picture_axes(canvas(rows, gap, middle), 9)
     half = columns * (width + gap)
     axes.set_xticks([half / 2, half * 1.5 + middle], ["before", "after"], weight="bold", size=13)
     names = [textwrap.fill(textwrap.shorten(prompt, 60, placeholder="…"), 20) for prompt in prompts]
@@ -238,11 +238,23 @@ def film_strip(times: Sequence[float], strips: Tensor) -> Figure:
     """One denoising, [2, frames, channels, H, W]: the reference above, the tuned model below."""
     height, width = strips.shape[-2:]
     gap = max(1, width // 14)
-    figure, axes = _picture_axes(_canvas(strips, gap), 9)
+    figure, axes = _picture_axes(canvas(strips, gap), 9)
     axes.set_xticks(
         [width / 2 + i * (width + gap) for i in range(len(times))], [f"t = {t:.2f}" for t in times], size=12
     )
     axes.set_yticks([height / 2, height * 1.5 + gap], ["before", "after"], weight="bold", size=12)
+    return figure
+
+
+def video_strips(prompts: Sequence[str], strips: Tensor) -> Figure:
+    """Frames of a video of each prompt, [prompts, 2, frames, 3, H, W]: the reference's above the tuned model's."""
+    height, width = strips.shape[-2:]
+    gap = max(1, width // 14)
+    figure, axes = _picture_axes(canvas(strips.flatten(0, 1), gap), 9)
+    axes.set_xticks([])
+    names = [textwrap.fill(textwrap.shorten(prompt, 60, placeholder="…"), 20) for prompt in prompts]
+    labels = [text for name in names for text in (f"{name}\nbefore", "after")]
+    axes.set_yticks([height / 2 + i * (height + gap) for i in range(len(labels))], labels, size=9)
     return figure
 
 

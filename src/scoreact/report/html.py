@@ -39,7 +39,7 @@ from ..training.config import RECORDS, setting_groups
 from . import figures
 from .figures import CURVES, Curve
 from .numbers import aligned, duration, number, survey_cells
-from .pictures import before_and_after
+from .pictures import Picture, before_and_after
 from .words import before_training, headline, warnings, what_happened
 
 # what reading a folder, sampling, drawing and a user's reward may raise; anything else is a mistake in this file
@@ -65,9 +65,19 @@ def _figure(run: Record, figure: Figure, name: str, alt: str, caption: str, kind
     """Write the figure as NAME.png and embed it."""
     path = run.path / f"{name}.png"
     figure.savefig(path)
-    data = base64.b64encode(path.read_bytes()).decode("ascii")
-    image = f'<img src="data:image/png;base64,{data}" alt="{html.escape(alt)}">'
+    return _embedded(path.read_bytes(), "png", alt, caption, kind)
+
+
+def _embedded(content: bytes, form: str, alt: str, caption: str, kind: str) -> str:
+    data = base64.b64encode(content).decode("ascii")
+    image = f'<img src="data:image/{form};base64,{data}" alt="{html.escape(alt)}">'
     return f'<figure class="{kind}"><div>{image}</div><figcaption>{html.escape(caption)}</figcaption></figure>\n'
+
+
+def _film(run: Record, film: bytes, picture: Picture) -> str:
+    """Write the film as NAME.gif and embed it."""
+    (run.path / f"{picture.name}.gif").write_bytes(film)
+    return _embedded(film, "gif", picture.alt, picture.caption, "wide")
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable[int] = ()) -> str:
@@ -148,8 +158,10 @@ def _load_policy(run: Record, problem: Problem) -> Policy:
 def _samples(run: Record, problem: Problem, policy: Policy) -> str:
     """Before and after from the same noise."""
     found = before_and_after(policy, problem, run.settings)
+    films = "".join(_film(run, picture.film, picture) for picture in found if picture.film is not None)
     kinds = ["wide", *["plot"] * (len(found) - 1)]
-    return "".join(_figure(run, p.figure, p.name, p.alt, p.caption, kind) for p, kind in zip(found, kinds, strict=True))
+    pairs = zip(found, kinds, strict=True)
+    return films + "".join(_figure(run, p.figure, p.name, p.alt, p.caption, kind) for p, kind in pairs)
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from torch import Tensor
 from ..dynamics.grids import uniform
 from ..dynamics.samplers import SAMPLERS
 from ..models.network import NetworkModel
-from ..runs.samples import as_picture, sheet, thumbnails
+from ..runs.films import as_picture
+from ..runs.samples import sheet, thumbnails
 from ..sampling.draw import draw
 from ..support.devices import device_of
 from ..support.own_data import OwnData

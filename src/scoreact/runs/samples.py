@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..support.errors import RunExists
 from ..support.files import write_json
+from .films import as_picture, is_video, write_video
 
 THUMBNAIL = 256  # pixels of a side on a contact sheet, at most
 ON_A_SHEET = 400  # pictures
@@ -47,8 +48,9 @@ class Drawn:
 def write_samples(parts: Iterable[Drawn], folder: Path, columns: int, about: Mapping[str, Any]) -> list[Path]:
     """Write samples and index.json into a new folder as they come; returns the files.
 
-    Pictures [B, 1 or 3, H, W] in [0, 1] become a PNG each, and contact sheets of all; everything else becomes samples.npy, and
-    points and series [B, d] also samples.csv. about: what the index says of all of them.
+    Pictures [B, 1 or 3, H, W] in [0, 1] become a PNG each, and contact sheets of all; videos [B, 1 or 3, frames, H, W] become
+    an animated PNG each; everything else becomes samples.npy, and points and series [B, d] also samples.csv. about: what the
+    index says of all of them.
     Raises RunExists for a folder that holds something.
     """
     if folder.exists() and any(folder.iterdir()):
@@ -64,17 +66,22 @@ def write_samples(parts: Iterable[Drawn], folder: Path, columns: int, about: Map
     for part in parts:
         new = part.entries(len(entries))
         shape = part.samples.shape[1:]
-        if len(shape) == 3 and shape[0] in (1, 3):
-            for entry, picture in zip(new, part.samples, strict=True):
+        is_picture = len(shape) == 3 and shape[0] in (1, 3)
+        if is_picture or is_video(shape):
+            for entry, sample in zip(new, part.samples, strict=True):
                 singles.append(folder / f"{entry['number']:05d}.png")
-                as_picture(picture).save(singles[-1])
+                if is_picture:
+                    as_picture(sample).save(singles[-1])
+                else:
+                    write_video(sample, singles[-1])
                 entry["file"] = singles[-1].name
+        if is_picture:
             small.append(thumbnails(part.samples))
             while sum(map(len, small)) > on_a_sheet:
                 whole = torch.cat(small)
                 sheets.append(_save_sheet(whole[:on_a_sheet], columns, folder, len(sheets)))
                 small = [whole[on_a_sheet:]]
-        else:
+        elif not is_video(shape):
             others.append(part.samples.detach().cpu().numpy())
         entries += new
     if small:
@@ -109,12 +116,6 @@ def _save_sheet(pictures: Tensor, columns: int, folder: Path, number: int) -> Pa
     path = folder / (f"sheet-{number + 1}.png" if number else "sheet.png")
     sheet(pictures, columns).save(path)
     return path
-
-
-def as_picture(picture: Tensor) -> Image.Image:
-    """[1 or 3, H, W] in [0, 1] as a PIL image of its own size."""
-    pixels = (picture.detach().float().clamp(0, 1) * 255).round().byte().cpu().numpy()
-    return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
 
 
 def sheet(images: Tensor, columns: int) -> Image.Image:

@@ -77,16 +77,30 @@ def draw(
     seed: of all, or one for each: a sample is then the same whatever it is drawn with, to rounding.
     noise: of samplers that have any; noise_level(1) by default.
     """
+    xs = draw_states(model, prompts, sampler, ts, seed, device, noise)
+    return xs, model.decode(xs[-1])
+
+
+@torch.no_grad()
+def draw_states(
+    model: ScoreModel,
+    prompts: Sequence[str],
+    sampler: Sampler,
+    ts: Tensor,
+    seed: int | Sequence[int],
+    device: torch.device | None = None,
+    noise: Noise | None = None,
+) -> Tensor:
+    """The states of `draw` alone, [N + 1, B, *D], for who decodes them one after the other."""
     if (
         not isinstance(seed, int) and sampler not in BY_SAMPLE
     ):  # one of the user's takes a generator, and shares its steps
-        paths = [draw(model, [p], sampler, ts, s, device, noise) for p, s in zip(prompts, seed, strict=True)]
-        return torch.cat([xs for xs, _ in paths], dim=1), torch.cat([decoded for _, decoded in paths])
+        paths = [draw_states(model, [p], sampler, ts, s, device, noise) for p, s in zip(prompts, seed, strict=True)]
+        return torch.cat(paths, dim=1)
     place = device or torch.device("cpu")
     generators = seeded([seed] if isinstance(seed, int) else seed, place)
     source: Any = generators[0] if isinstance(seed, int) else generators
     condition = model.condition(prompts)
     x = prior_of(model, condition, source)
     sde = SDE(model.schedule, noise or noise_level(1.0))
-    xs = sampler(sde, lambda t, state: model.score(t, state, condition), ts.to(x.device), x, source)
-    return xs, model.decode(xs[-1])
+    return sampler(sde, lambda t, state: model.score(t, state, condition), ts.to(x.device), x, source)
