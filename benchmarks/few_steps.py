@@ -250,9 +250,8 @@ def one(arm: str, trial: int, steps: int, seed: int, options: argparse.Namespace
     if arm == "more pretraining":
         model, costs = more_pretraining(options.data, settings["learning_rate"], seed, calls)
     else:
-        if ARMS[arm]["algorithm"] == "dxmi":
-            settings = {**settings, "data": str(options.pictures)}
-        model, costs = tuned(arm, settings, load(str(options.real)), steps, seed, calls)
+        data = {"data": str(options.pictures)} if ARMS[arm]["algorithm"] == "dxmi" else {}
+        model, costs = tuned(arm, {**settings, **data}, load(str(options.real)), steps, seed, calls)
     found: dict[str, Any] = {}
     for split, judged in (
         splits(options.data).items() if final else [("validation", splits(options.data)["validation"])]
