@@ -24,6 +24,7 @@ from . import look, preferences, rate, server
 from .calibrate import calibrate, calibrate_arguments
 from .check import check, check_arguments
 from .errors import EXPECTED, sentence_of, warn
+from .facts import facts, facts_arguments
 from .grid import grid, grid_arguments
 from .loop import loop, loop_arguments
 from .parser import Parser
@@ -64,6 +65,7 @@ COMMANDS = {
     "calibrate": Command(
         "Tune a model so that statistics of its samples have the means you name.", calibrate_arguments, calibrate
     ),
+    "facts": Command("Stylised facts of series of returns, beside the data's.", facts_arguments, facts),
     "rate": Command("Let people compare samples on a page, and keep what they answer.", rate.rate_arguments, rate.rate),
     "loop": Command("People compare, a reward is fitted, a model is tuned, and again.", loop_arguments, loop),
     "preferences import": Command(
