@@ -432,8 +432,7 @@ def test_a_file_does_not_import_its_neighbours(tmp_path: Path) -> None:
             "brightnes",
             {},
             r"unknown reward 'brightnes'. Did you mean 'brightness'\? Known: aesthetic, brightness, clip, colorfulness, "
-            r"hps, imagenet, imagereward, jpeg_compressibility, jpeg_incompressibility, linear, ocr, ocr_log_probability, "
-            r"pickscore, quadratic, vqa, zero_shot. "
+            r".*, imagereward, .*, zero_shot. "
             r"Or give 'file.py:name', 'module:name', 'onnx:FILE' or a folder of `scoreact reward`",
         ),
         ("xyz", {}, r"unknown reward 'xyz'. Known: aesthetic, brightness"),

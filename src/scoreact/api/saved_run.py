@@ -23,6 +23,7 @@ from ..models.weights import digest_of, load_weights, reference_digest_of, write
 from ..recipes.base import Problem
 from ..report import html
 from ..report.card import evaluation_of
+from ..rewards.base import is_of_batch
 from ..rewards.check import checked
 from ..runs.checkpoint import load_checkpoint, look_at_weights, read_run
 from ..runs.record import Record, read_record
@@ -281,6 +282,10 @@ class SavedRun(Sampled):
         policy, c, reward = self.policy(weights), self.config, checked(self.problem.reward)
         if method in ("value", "interpolate") and self.source.folder is None:
             raise SettingError(f"steering by {method} needs a run, not a recipe; train one, or use best_of or smc.")
+        if method in ("best_of", "smc") and is_of_batch(self.problem.reward):
+            raise SettingError(
+                f"{method} weighs samples one by one, and reward {reward.name} is of samples together; use value, interpolate."
+            )
         value, kl_weight = None, c.kl_weight
         if self.source.folder is not None and method in ("value", "smc"):
             path = self.folder / ("best" if self.which(weights) == "best" else "") / "value.safetensors"

@@ -29,9 +29,11 @@ def server_arguments(parser: Parser) -> None:
 
 def serve(options: argparse.Namespace) -> int:
     """Listen, load the reward, answer until Ctrl-C."""
+    from ..rewards.base import is_of_batch
     from ..rewards.registry import load
     from ..rewards.remote.server import MEGABYTE, RewardServer, is_loopback
     from ..support.devices import choose_device
+    from ..support.errors import RewardError
 
     if not is_loopback(options.host) and not options.open_to_network:
         raise ValueError(
@@ -57,7 +59,12 @@ def serve(options: argparse.Namespace) -> int:
         try:
             if not is_loopback(options.host):
                 warn("whoever reaches this port can use the reward: there is no authentication.")
-            server.start(load(options.reward, **given), device)
+            reward = load(options.reward, **given)
+            if is_of_batch(reward):
+                raise RewardError(
+                    f"reward {options.reward} is of samples together, and a server is asked in parts; give it to the run."
+                )
+            server.start(reward, device)
             print(f"reward {options.reward} on {device} at {server.url}\nCtrl-C stops it.", flush=True)
             threading.Event().wait()
         except KeyboardInterrupt:

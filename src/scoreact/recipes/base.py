@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..models.base import HasClasses, ScoreModel, TakesPrompts
 from ..rewards.base import NO_REWARD, Reward
+from ..rewards.score_matching import ScoreMatching
 from ..support.errors import SettingError
 from ..training.config import Config
 from ..types import Condition, Metrics
@@ -45,6 +46,8 @@ class Problem:
     labels: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if isinstance(self.reward, ScoreMatching):
+            self.reward.take_model(self.model)  # before training changes it
         if not self.prompts:
             object.__setattr__(
                 self,

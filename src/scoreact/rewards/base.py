@@ -60,6 +60,11 @@ def is_differentiable(reward: Callable[..., Any]) -> bool:
     return bool(getattr(reward, "differentiable", False))
 
 
+def is_of_batch(reward: object) -> bool:
+    """Whether a reward says, by its attribute `of_batch`, that a sample's value depends on the others of its batch."""
+    return bool(getattr(reward, "of_batch", False))
+
+
 def name_of(function: Callable[..., Any]) -> str:
     """A name for messages: the reward's own `name`, else `module:qualified_name`, else its class."""
     if isinstance(function, functools.partial):

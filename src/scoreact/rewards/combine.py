@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..support.errors import RewardError
 from ..types import Condition
-from .base import FunctionReward, Reward, is_differentiable, name_of
+from .base import FunctionReward, Reward, is_differentiable, is_of_batch, name_of
 from .check import part_of
 
 
@@ -36,6 +36,7 @@ class WeightedSum:
         self._parts = dict(parts)
         self.name = " + ".join(f"{weight:g} {name}" for name, (weight, _) in parts.items())
         self.differentiable = all(is_differentiable(reward) for _, reward in parts.values())
+        self.of_batch = any(is_of_batch(reward) for _, reward in parts.values())
 
     def parts(self, samples: Tensor, condition: Condition) -> dict[str, Tensor]:
         """{name: rewards [B]}, each reward called once, unweighted. Raises RewardError naming the part that is not finite."""
@@ -61,6 +62,8 @@ def product(rewards: Sequence[Reward]) -> FunctionReward:
     """R = product of the rewards; meant for rewards >= 0, where one bad part spoils the whole."""
     if not rewards:
         raise RewardError("product got no rewards. Give a list of at least one.")
+    for reward in rewards:
+        _check_of_a_sample("product", reward)
     name = " * ".join(name_of(reward) for reward in rewards)
     parts = [(f"{name_of(reward)} (a part of {name})", reward) for reward in rewards]
     return FunctionReward(
@@ -73,6 +76,7 @@ def product(rewards: Sequence[Reward]) -> FunctionReward:
 def threshold(reward: Reward, at: float) -> FunctionReward:
     """R = 1 where reward >= at, else 0. No gradient; `image.logistic_threshold` is the smooth relative."""
     _check_finite("at", at)
+    _check_of_a_sample("threshold", reward)
 
     def above(x: Tensor, condition: Condition) -> Tensor:
         values = part_of(name_of(reward), reward, x, condition)  # NaN is below nothing
@@ -85,6 +89,7 @@ def clip(reward: Reward, low: float, high: float) -> FunctionReward:
     """R = min(max(reward, low), high); the gradient is zero outside. An end may be infinite."""
     if not low < high:
         raise RewardError(f"clip got low={low} and high={high}; give low < high.")
+    _check_of_a_sample("clip", reward)
     return FunctionReward(
         lambda x, condition: reward(x, condition).clamp(low, high),
         f"clip({name_of(reward)}, {low:g}, {high:g})",
@@ -95,6 +100,7 @@ def clip(reward: Reward, low: float, high: float) -> FunctionReward:
 def normalise(reward: Reward, mean: float, std: float) -> FunctionReward:
     """R = (reward - mean) / std with fixed numbers. The same problem at kl_weight * std."""
     _check_finite("mean", mean)
+    _check_of_a_sample("normalise", reward)
     if not 0 < std < math.inf:
         raise RewardError(f"std is {std}; give a positive number, such as the reward's spread under the reference.")
     return FunctionReward(
@@ -112,6 +118,7 @@ class RunningNormaliser:
     """
 
     def __init__(self, reward: Reward) -> None:
+        _check_of_a_sample("RunningNormaliser", reward)
         self.reward = reward
         self.name = f"running_normaliser({name_of(reward)})"
         self.differentiable = is_differentiable(reward)
@@ -156,3 +163,11 @@ class RunningNormaliser:
 def _check_finite(name: str, value: float) -> None:
     if not math.isfinite(value):
         raise RewardError(f"{name} is {value}; give a finite number.")
+
+
+def _check_of_a_sample(what: str, reward: Reward) -> None:
+    if is_of_batch(reward):
+        raise RewardError(
+            f"{what} got {name_of(reward)}, a reward of samples together, whose values are contributions to a mean; put it "
+            "into a weighted sum."
+        )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..support.errors import RewardError
 from ..types import Condition
-from .base import ReturnedValueError, Reward, is_differentiable, name_of, to_tensor
+from .base import ReturnedValueError, Reward, is_differentiable, is_of_batch, name_of, to_tensor
 from .check import _call, _raised, _wrong_shape, _wrong_values
 from .registry import load
 from .user import UserReward
@@ -132,6 +132,10 @@ def _about_batch(reward: Reward, samples: Tensor, condition: Condition, together
     name = name_of(reward)
     if len(samples) == 1:
         return []
+    if is_of_batch(reward):
+        return [
+            f"note: reward {name} is of samples together: a value is what the sample adds to a measure of its batch."
+        ]
     few = torch.arange(min(SINGLES, len(samples)))
     alone = []
     for i in few:

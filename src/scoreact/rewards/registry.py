@@ -14,6 +14,14 @@ from typing import Any
 
 from ..support.errors import RewardError
 from .base import FunctionReward, Reward, known, name_of
+from .batch import (
+    coverage_reward,
+    diversity_reward,
+    energy_distance_reward,
+    mmd_reward,
+    sliced_wasserstein_reward,
+    vendi_reward,
+)
 from .closed_form import Linear, Quadratic
 from .image import brightness, colorfulness, jpeg_compressibility, jpeg_incompressibility, of_measure
 from .imagenet import ImageNet, ZeroShot
@@ -21,6 +29,7 @@ from .learned import is_learned, open_learned
 from .ocr import OCR, OCRLogProbability
 from .onnx import OnnxReward
 from .remote.client import find
+from .score_matching import ScoreMatching
 from .text_image import Aesthetic, CLIPScore, HPSv2, ImageReward, PickScore
 from .user import adapt, from_spec
 from .video import SmoothMotion, temporal_flickering
@@ -38,6 +47,14 @@ def _colorfulness() -> FunctionReward:
     return of_measure(colorfulness, "colorfulness")
 
 
+OF_A_BATCH: dict[str, Callable[..., Reward]] = {
+    "coverage": coverage_reward,
+    "diversity": diversity_reward,
+    "energy_distance": energy_distance_reward,
+    "mmd": mmd_reward,
+    "sliced_wasserstein": sliced_wasserstein_reward,
+    "vendi": vendi_reward,
+}
 KNOWN: dict[str, Callable[..., Reward]] = {
     "aesthetic": Aesthetic,
     "brightness": _brightness,
@@ -53,11 +70,13 @@ KNOWN: dict[str, Callable[..., Reward]] = {
     "ocr_log_probability": OCRLogProbability,
     "pickscore": PickScore,
     "quadratic": Quadratic,
+    "score_matching": ScoreMatching,
     "smooth_motion": SmoothMotion,
     "temporal_flickering": temporal_flickering,
     "statistics": WeightedStatistics,
     "vqa": VQAScore,
     "zero_shot": ZeroShot,
+    **OF_A_BATCH,
 }
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..support.errors import RewardError
 from ..types import Condition
-from .base import Reward, is_differentiable, name_of
+from .base import Reward, is_differentiable, is_of_batch, name_of
 
 Spec = str | Callable[..., Any]  # what `open_statistic` takes
 
@@ -54,6 +54,10 @@ def open_statistic(spec: Spec) -> Statistic:
     from .registry import load  # which knows this module
 
     found = load(spec)
+    if is_of_batch(found):
+        raise RewardError(
+            f"{name_of(found)} is of samples together, and a statistic is of one; give a function of a sample."
+        )
     return Statistic(found, spec.rpartition(":")[2] if isinstance(spec, str) else name_of(spec).rpartition(":")[2])
 
 

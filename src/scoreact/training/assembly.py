@@ -30,10 +30,11 @@ from ..dynamics import girsanov
 from ..dynamics.sde import SDE
 from ..dynamics.solvers import SOLVERS
 from ..models.base import BatchDependent, HasClasses, ReadsFeatures, ScoreModel
-from ..rewards.base import is_differentiable, name_of
+from ..rewards.base import is_differentiable, is_of_batch, name_of
 from ..rewards.check import Checked, checked
 from ..rewards.sample_features import SIDE
 from ..rewards.user import UserReward
+from ..support import distributed
 from ..support.devices import device_of
 from ..support.errors import Diverged, SettingError
 from ..types import Condition
@@ -141,6 +142,36 @@ def check_idle(config: Config, rule: Rule) -> list[str]:
     if reused > c.reference_batches:
         notes.append(
             f"reuse_reference is {reused}, and the {c.reference_batches} of reference_batches are all that is reused."
+        )
+    return notes
+
+
+def check_batch_reward(config: Config, reward: Checked) -> list[str]:
+    """A reward of samples together is asked for whole batches only. Sentences on what it means; SettingError else."""
+    if not is_of_batch(reward.reward):
+        return []
+    c, what = config, f"reward {reward.name} is of samples together"
+    if c.surrogate or (c.uses("value") and c.value == "residual"):
+        used = f"value {c.value}" if c.uses("value") and c.value in ("residual", "surrogate") else "a surrogate"
+        raise SettingError(
+            f"{what}, and {used} wants the reward of single states; use value network or linear, and reward_gradient exact."
+        )
+    if c.reward_failures:
+        raise SettingError(
+            f"{what}, and reward_failures is {c.reward_failures}: a batch that fails would be asked in halves, which are other "
+            "batches. Set it to 0."
+        )
+    if c.rule.get("samples") == "reference" and c.rule.get("replay", 1) > 1:
+        raise SettingError(
+            f"{what}, and replay is {c.rule['replay']}: what is remembered are contributions to other batches. Set it to 1."
+        )
+    notes = [
+        f"{what}: a sample's value is what it adds to a measure of its batch, and the mean of these values is "
+        "maximised. There is no tilted law, so J* is not to be trusted."
+    ]
+    if distributed.world() > 1:
+        notes.append(
+            f"{what}: each of {distributed.world()} processes has batches of its own, of its share of the samples."
         )
     return notes
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..control.transitions import Paths
 from ..evaluation.optimum import estimate_optimum, optimal_kl
+from ..rewards.base import is_of_batch
 from ..rewards.check import uninformative, unsteady
 from ..rewards.remote.overlap import one_ahead
 from ..support import distributed
@@ -67,7 +68,8 @@ def look_at_reference(trainer: Trainer) -> Metrics:
     rows = torch.tensor([number[prompt] for prompt in prompts], device=asked.device)[asked]
     condition = Condition([trainer.prompts[row] for row in distributed.gathered(rows).tolist()])
     metrics = estimate_optimum(found, condition, beta) | optimal_kl(found, condition, beta)
-    if shown is not None and not _is_of_a_sample(trainer, *shown, float(found.std())):
+    of_batch = is_of_batch(trainer.reward.reward)
+    if of_batch or (shown is not None and not _is_of_a_sample(trainer, *shown, float(found.std()))):
         metrics["objective/trusted"], metrics["objective/unsteady_reward"] = 0.0, 1.0
     if (nothing := uninformative(trainer.reward.name, found, condition)) is not None:
         trainer.notes.append(nothing)

@@ -36,6 +36,7 @@ from .assembly import (
     build_rule,
     build_surrogate,
     build_value,
+    check_batch_reward,
     check_idle,
     check_ratio,
     check_value,
@@ -113,6 +114,7 @@ class Trainer:
         self.unseen_rewards: Tensor | None = None  # the reference's, [B]
         self.failures = Failures(config.reward_failures)
         self.reward: Checked = checked(reward, self.failures)
+        of_batch = check_batch_reward(config, self.reward)
         ready(self.reward)  # one elsewhere that is not there is said now
         self.heldout_reward: Checked = checked(
             reward, self.failures
@@ -136,6 +138,7 @@ class Trainer:
             self.algorithm = build_rule(config, self.critic, self.reward, self.prompts, self.surrogate)
         self.sde = self.algorithm.sde  # a rule may learn its noise
         self.notes = check_idle(config, self.algorithm)  # for the user; taken by whoever says them
+        self.notes += of_batch
         self.notes += check_groups(self.algorithm, config, self.prompts)
         check_steps(self.algorithm, config, self.sde)
         self.notes += check_weights(self.algorithm, config, self.policy, self.sde, self.prompts)

@@ -1,0 +1,176 @@
+"""`calibrate` on a Gaussian mixture, where the nearest law with given means is known: lambda, the means reached, and the price.
+
+    python benchmarks/calibrate.py --out benchmarks/calibrate.jsonl --figure docs/figures/calibrate.png     # 20 runs
+    python benchmarks/calibrate.py --table --out benchmarks/calibrate.jsonl --write docs/howto/calibrate.md
+
+The mixture of the recipe `gaussian`: two dimensions, four components. Targets: the mean of x; of |x|^2; both; the share with
+x > 0, which other weights of the components and their halves give. lambda and KL in closed form are those of the exact law: the
+minimum of log Z(lambda) - lambda . m, Z of the tilted mixture; of the share, of a coin. Samples come from 20 Euler-Maruyama
+steps, whose variance is 2 to 3 % larger. A line a run, with all that `calibration.json` holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+from torch import Tensor
+
+import scoreact as sa
+from scoreact.evaluation.metrics import confidence_interval
+from scoreact.models.gaussian_mixture import GaussianMixture
+from scoreact.recipes.gaussian import build, mixture
+from scoreact.support.files import append_line, resume_lines
+
+MARKS = ("<!-- calibrate -->\n", "<!-- /calibrate -->\n")
+SETTINGS: dict[str, Any] = {
+    "solver": "euler_maruyama", "steps": 20, "iterations": 40, "batch_size": 256, "heldout_samples": 200, "guard": "off",
+    "evaluate_every": 1000, "device": "cpu",
+}  # fmt: skip
+
+
+def x(points: Tensor) -> Tensor:
+    return points[:, 0]
+
+
+def square(points: Tensor) -> Tensor:
+    return points.square().sum(1)
+
+
+def right(points: Tensor) -> Tensor:
+    return (points[:, 0] > 0).float()
+
+
+PROBLEMS: dict[str, tuple[list[Callable[[Tensor], Tensor]], list[float]]] = {
+    "mean": ([x], [0.5]),
+    "size": ([square], [2.2]),
+    "both": ([x, square], [0.5, 2.2]),
+    "share": ([right], [0.8]),
+}
+
+
+def log_z(base: GaussianMixture, names: Sequence[str], weights: Tensor) -> float:
+    linear, quadratic = torch.zeros(2), torch.zeros(2, 2)
+    for name, weight in zip(names, weights.tolist(), strict=True):
+        if name == "x":
+            linear[0] = weight
+        else:
+            quadratic = -2 * weight * torch.eye(2)
+    return base.tilted(linear.double(), quadratic.double(), 1.0)[1]
+
+
+def closed_form(problem: str) -> tuple[list[float], float]:
+    """lambda and the KL of the nearest law, for the exact mixture."""
+    base, (statistics, targets) = mixture(2, 4, 0), PROBLEMS[problem]
+    names, goal = [f.__name__ for f in statistics], torch.tensor(targets, dtype=torch.float64)
+    if problem == "share":
+        std = base.covariances[:, 0, 0].sqrt()
+        p, q = float((base.weights * torch.special.ndtr(base.means[:, 0] / std)).sum()), targets[0]
+        return [math.log(q / (1 - q) * (1 - p) / p)], q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p))
+    weights, step = torch.zeros(len(goal), dtype=torch.float64), 1e-3
+
+    def f(at: Tensor) -> float:
+        return log_z(base, names, at) - float(at @ goal)
+
+    for _ in range(50):  # Newton's, by differences
+        unit = step * torch.eye(len(goal), dtype=torch.float64)
+        gradient = torch.tensor([(f(weights + e) - f(weights - e)) / (2 * step) for e in unit], dtype=torch.float64)
+        hessian = torch.tensor(
+            [[(f(weights + a + b) - f(weights + a - b) - f(weights - a + b) + f(weights - a - b)) / (4 * step**2)
+              for a in unit] for b in unit], dtype=torch.float64,
+        )  # fmt: skip
+        weights = weights - torch.linalg.solve(hessian, gradient)
+    return weights.tolist(), -f(weights)
+
+
+def run(problem: str, seed: int, figure: Path | None) -> dict[str, Any]:
+    statistics, targets = PROBLEMS[problem]
+    begin = time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(seed)
+        out = Path(folder) / "run"
+        found = sa.calibrate(
+            build(width=64), statistics, targets, out=out, report=False, progress=False, seed=seed, **SETTINGS
+        )
+        if figure is not None:
+            shutil.copy(out / "calibration.png", figure)
+    return {"problem": problem, "seed": seed, "seconds": time.process_time() - begin, **found.facts}
+
+
+def cell(values: Sequence[float]) -> str:
+    if len(values) < 2:
+        return f"{values[0]:.3g}"
+    mean, half = confidence_interval(list(values))
+    return f"{mean:.3f} ± {half:.3f}"
+
+
+def table(lines: Sequence[dict[str, Any]]) -> str:
+    """Markdown: a row a statistic; ± are halves of 95 % intervals over seeds."""
+    text = [
+        "| problem | mean of | before | target | reached | lambda, closed form | at first | trained to | KL, closed form "
+        "| least KL | path KL | rounds | met |",
+        "| --- | --- |" + " ---: |" * 11,
+    ]
+    for problem in PROBLEMS:
+        mine = [line for line in lines if line["problem"] == problem]
+        if not mine:
+            continue
+        weights, kl = closed_form(problem)
+        for j, weight in enumerate(weights):
+            rows = [line["statistics"][j] for line in mine]
+            own = [
+                rows[0]["name"],
+                *(cell([row[key] for row in rows]) for key in ("before",)),
+                f"{rows[0]['target']:g}",
+            ]
+            own += [cell([row["after"] for row in rows]), f"{weight:.3f}"]
+            own += [cell([row[key] for row in rows]) for key in ("first_weight", "weight")]
+            whole = ["", "", "", "", ""]
+            if j == 0:
+                whole = [f"{kl:.3f}", *(cell([line[key] for line in mine]) for key in ("least_kl", "path_kl"))]
+                rounds = [len(line["rounds"]) for line in mine]
+                whole += [f"{min(rounds)} to {max(rounds)}", f"{sum(line['met'] for line in mine)} of {len(mine)}"]
+            text.append(f"| {problem if j == 0 else ''} | " + " | ".join([*own, *whole]) + " |")
+    return "\n".join(text) + "\n"
+
+
+def made(file: Path) -> str:
+    """The table of what a run with --out has left."""
+    return table(resume_lines(file))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="JSON lines, one a run; what is there is not repeated")
+    parser.add_argument("--seeds", type=int, default=5, help="runs a problem [default 5]")
+    parser.add_argument("--figure", type=Path, help="histograms of the problem `both`, seed 0")
+    parser.add_argument("--table", action="store_true", help="run nothing, print the table")
+    parser.add_argument("--write", type=Path, help="put the table between the marks of this page")
+    options = parser.parse_args()
+    done = {(line["problem"], line["seed"]) for line in resume_lines(options.out)}
+    for seed in range(0 if options.table else options.seeds):
+        for problem in PROBLEMS:
+            if (problem, seed) not in done:
+                figure = options.figure if (problem, seed) == ("both", 0) else None
+                append_line(options.out, run(problem, seed, figure))
+    shown = made(options.out)
+    print(shown)
+    if options.write is not None:
+        page = options.write.read_text(encoding="utf-8")
+        before, _, rest = page.partition(MARKS[0])
+        options.write.write_text(before + MARKS[0] + shown + MARKS[1] + rest.partition(MARKS[1])[2], encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
