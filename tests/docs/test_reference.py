@@ -25,7 +25,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 SOURCE = DOCS.parent / "src" / "scoreact"
 METRICS = (DOCS / "reference" / "metrics.md").read_text(encoding="utf-8")
 EVENTS = (DOCS / "reference" / "events.md").read_text(encoding="utf-8")
-FAMILIES = "reward|policy|objective|value|q|cost|sample|judge|drift|guard|surrogate"
+FAMILIES = "reward|policy|objective|value|q|cost|sample|judge|drift|guard|surrogate|online"
 SMALL: dict[str, Any] = {
     "iterations": 2, "batch_size": 32, "reference_batches": 2, "heldout_samples": 64, "steps": 4,
     "evaluate_every": 1, "checkpoint_every": 1, "device": "cpu", "kl_weight": 0.5,

@@ -39,6 +39,7 @@ class Rule:
     differentiates_reward: ClassVar[bool] = False
     transitions_only: ClassVar[bool] = True  # its rows are a Batch, so that a step's path KL can be bounded
     minimiser: ClassVar[str] = "adam"  # or natural_gradient
+    off_policy: ClassVar[bool] = False  # what it learns from an older policy's paths leads to the same optimum
 
     policy: Policy
     sde: SDE

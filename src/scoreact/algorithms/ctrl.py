@@ -43,6 +43,7 @@ class ControlRule(Rule):
     """
 
     fits_value = True
+    off_policy = True
 
     trust: float = setting(
         0.0, "Weight of the squared distance to the policy that drew the paths, in units of kl_weight", 0

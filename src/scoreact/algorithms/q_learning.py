@@ -49,6 +49,7 @@ class QLearning(Rule):
     defaults: ClassVar[Mapping[str, Any]] = {"minibatch_size": 1024}
     search: ClassVar[Mapping[str, Any]] = {"trace": (0.5, 1.0, "linear")}
     fits_value = True
+    off_policy = True
 
     regress_on: Literal["action", "action_and_noise"] = setting(
         "action_and_noise",

@@ -46,7 +46,8 @@ from ..support.seeds import checked_seed
 from ..training.config import Config, updated
 from ..types import Metrics
 from .export import export
-from .result import AT_ONCE, Result, Sampled, guided, noise_of, plotted
+from .learns_online import LearnsOnline
+from .result import AT_ONCE, Result, guided, noise_of, plotted
 from .start import problem_of, train_problem
 
 
@@ -105,7 +106,7 @@ class Given:
             )
 
 
-class SavedRun(Sampled):
+class SavedRun(LearnsOnline):
     """A run folder opened again, or a recipe with its pretrained weights. The model is built on first use."""
 
     def __init__(self, source: Source | Given) -> None:

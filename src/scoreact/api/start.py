@@ -11,13 +11,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..evaluation.evaluate import Features, Judge
+from ..feedback.online import OnlineSession, check_off_policy
 from ..models.base import HasReference, ScoreModel
 from ..models.weights import digest_of
 from ..recipes.base import Problem, need_prompts
 from ..recipes.prompts import check_texts, give_metadata
 from ..report import html
 from ..report.progress import Progress, somebody_looks, summary_lines
-from ..rewards.base import NO_REWARD
+from ..rewards.base import NO_REWARD, OUTSIDE
 from ..rewards.registry import load as load_reward
 from ..runs.checkpoint import read_run
 from ..runs.session import Event, Session
@@ -176,12 +177,19 @@ def train_problem(
         model, problem.reward, problem.prompts, problem.value_network, config, problem.judge, problem.features,
         problem.optimum, start, problem.test_prompts,
     )  # fmt: skip
-    session = Session(
+    waits = problem.reward is OUTSIDE and not resume
+    if waits:
+        check_off_policy(config)
+        if out is None:
+            raise SettingError("reward outside makes a run that waits for rewards in its folder; give one with out.")
+    session = (OnlineSession if waits else Session)(
         trainer, out, resume=resume, extend=extend, accept_changes=accept_changes, description=description, hooks=hooks,
         trackers=trackers, notes=noticed,
     )  # fmt: skip
     shows = somebody_looks() if progress is None else progress
-    if shows and distributed.rank() == 0:
+    if isinstance(session, OnlineSession):
+        outcome, report = session.wait(), False
+    elif shows and distributed.rank() == 0:
         with Progress(config.iterations) as screen:
             if resume:
                 screen.resumed(session.history)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..control.policy import Policy
     from ..rewards.base import Reward
     from ..runs.samples import Drawn
+    from ..runs.source import Source
     from ..types import Condition
 
 
@@ -72,6 +73,11 @@ def sample_arguments(parser: Parser) -> None:
         metavar="DIR",
         help="a new or empty folder [default: a new one in RUN_DIR/samples, or in samples]",
     )
+    parser.add_argument(
+        "--for-update",
+        action="store_true",
+        help="hand out samples whose rewards `scoreact update` takes later: drawn as in training, of the present policy",
+    )
     steer = parser.add_argument_group("steering, without training; with --reference the pretrained model").add_argument
     steer(
         "--steer",
@@ -99,6 +105,8 @@ def sample(options: argparse.Namespace) -> int:
     if options.out is not None and options.out.exists() and any(options.out.iterdir()):
         raise SettingError(f"{options.out} is not empty, and samples never overwrite others; give another --out.")
     source = open_source(options.source)
+    if options.for_update:
+        return _hand_out(options, source)
     if options.no_reward and options.steer:
         raise SettingError(
             "--no-reward is for samples that are not steered: a steered one comes with its reward; leave it out."
@@ -160,6 +168,41 @@ def sample(options: argparse.Namespace) -> int:
     return 0
 
 
+HANDED_OUT = ("source", "for_update", "prompts", "prompt_column", "count", "out")  # options that are used there
+
+
+def _hand_out(options: argparse.Namespace, source: Source) -> int:
+    """Samples that the run can learn from later, in a folder with an index of their ids."""
+    from ..api.saved_run import SavedRun
+    from ..report.progress import waiting
+    from ..runs.samples import Drawn, write_samples
+    from ..support.folders import made_folder
+
+    if idle := [name for name in options.given if name not in HANDED_OUT]:
+        raise SettingError(
+            f"--{idle[0].replace('_', '-')} does nothing with --for-update, which draws as in training; leave it out."
+        )
+    run = SavedRun(source)
+    run.which()
+    named = named_prompts(options, run.problem.model)
+    with waiting("sampling"), contextlib.ExitStack() as made:
+        folder = options.out or made.enter_context(
+            made_folder(run.folder / "samples", lambda n: "for-update" + (f"-{n}" if n > 1 else ""))
+        )
+        found = run.hand_out(named, options.count)
+        about = {
+            "source": options.source,
+            "solver": run.config.solver,
+            "steps": run.config.steps,
+            "grid": run.config.grid,
+        }
+        columns = options.count if len(found) > options.count else max(1, round(options.count**0.5))
+        files = write_samples([Drawn(found.samples, found.prompts, ids=found.ids)], folder, columns, about)
+    print(f"{len(found)} samples in {folder}, ids {found.ids[0]} to {found.ids[-1]}: {files[0].name}, {files[-1].name}")
+    print(f"their rewards: `scoreact update {options.source} --rewards FILE`, a .csv with the columns id and reward")
+    return 0
+
+
 def named_prompts(options: argparse.Namespace, model: object) -> list[str] | None:
     """Those of --prompts and --prompt-column, their metadata given to the model; None where there are none."""
     from ..recipes.prompts import TABLES, check_spelling, give_metadata, read_prompts
@@ -184,11 +227,11 @@ def _scored(parts: Iterator[Drawn], policy: Policy, asked: Reward) -> Iterator[D
     """The same with their rewards; without, and with a word, where there is no reward or it fails."""
     import torch
 
-    from ..rewards.base import NO_REWARD
+    from ..rewards.base import NO_REWARD, OUTSIDE
     from ..rewards.check import checked
     from ..support.devices import device_of
 
-    reward = None if asked is NO_REWARD else checked(asked)
+    reward = None if asked in (NO_REWARD, OUTSIDE) else checked(asked)
     for part in parts:
         if reward is not None:
             try:

@@ -32,6 +32,7 @@ from .pretrain import ABOUT as LEARN
 from .pretrain import SHIPPED, pretrain, pretrain_arguments, pretrain_shipped
 from .reward import classify, classify_arguments, discriminate, discriminate_arguments, fit, fit_arguments
 from .train import ABOUT, resume, resume_arguments, train, train_arguments, train_help
+from .update import update, update_arguments
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that wait actively halve a small machine
 
@@ -58,6 +59,7 @@ COMMANDS = {
     "train": Command(ABOUT, train_arguments, train),
     "resume": Command("Continue an interrupted run exactly where it was saved.", resume_arguments, resume),
     "sample": Command("Draw samples of a run or of a recipe's pretrained model.", look.sample_arguments, look.sample),
+    "update": Command("Move a run on from rewards that came from outside.", update_arguments, update),
     "evaluate": Command(
         "Measure a run: held-out reward, KL, J, other solvers and steps.", look.evaluate_arguments, look.evaluate
     ),

@@ -22,6 +22,7 @@ def run_training(
     from ..api.start import train_source as start
     from ..report.numbers import elapsed
     from ..report.progress import Progress, summary_lines
+    from ..rewards.base import OUTSIDE
     from ..runs.record import is_whole
     from ..support.files import read_lines
 
@@ -57,6 +58,11 @@ def run_training(
                 raise
             # the input was good enough to begin: what fails now is the run
             raise Failed(f"{sentence_of(error)} {how_to_resume(out)}") from error
+    if problem.reward is OUTSIDE:
+        print(
+            f"{out} waits for rewards: `scoreact sample {out} --for-update`, then `scoreact update {out} --rewards FILE`"
+        )
+        return 0
     print("\n" + "\n".join(summary_lines(result.history, result.final)))
     if result.stopped:
         print(f"stopped early: {result.stopped}")

@@ -53,6 +53,22 @@ NO_REWARD = FunctionReward(_none, "none")
 """In the place of a reward that has to be given elsewhere."""
 
 
+def _outside(samples: Tensor, condition: Condition) -> Tensor:
+    raise RewardError(
+        "the rewards of this run come from outside, and nothing here can ask for them: hand out samples with "
+        "`scoreact sample RUN --for-update` and bring their rewards with `scoreact update RUN --rewards FILE`."
+    )
+
+
+OUTSIDE = FunctionReward(_outside, "outside")
+"""Of a run whose rewards come later, from a market, users or an experiment."""
+
+
+def outside() -> FunctionReward:
+    """OUTSIDE, by its name."""
+    return OUTSIDE
+
+
 def is_differentiable(reward: Callable[..., Any]) -> bool:
     """Whether a reward says, by its attribute `differentiable`, that its gradient in the samples may be used; else False."""
     if isinstance(reward, functools.partial):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..support.errors import RewardError
-from .base import FunctionReward, Reward, known, name_of
+from .base import FunctionReward, Reward, known, name_of, outside
 from .batch import (
     coverage_reward,
     diversity_reward,
@@ -68,6 +68,7 @@ KNOWN: dict[str, Callable[..., Reward]] = {
     "linear": Linear,
     "ocr": OCR,
     "ocr_log_probability": OCRLogProbability,
+    "outside": outside,
     "pickscore": PickScore,
     "quadratic": Quadratic,
     "score_matching": ScoreMatching,

@@ -27,19 +27,22 @@ class Drawn:
     """Some samples and what each is.
 
     samples: [B, ...]; prompts: B of them; numbers: of each among the samples of its prompt and seed; rewards: [B], where they
-    were asked for.
+    were asked for; ids: of samples that were handed out for rewards from outside.
     """
 
     samples: Tensor
     prompts: Sequence[str]
     numbers: Sequence[int] = ()
     rewards: Tensor | None = None
+    ids: Sequence[int] = ()
 
     def entries(self, first: int) -> list[dict[str, Any]]:
         """What the index says of each."""
         found: list[dict[str, Any]] = [{"number": first + i, "prompt": prompt} for i, prompt in enumerate(self.prompts)]
         for entry, sample in zip(found, self.numbers, strict=False):
             entry["sample"] = sample
+        for entry, number in zip(found, self.ids, strict=False):
+            entry["id"] = number
         for entry, reward in zip(found, [] if self.rewards is None else self.rewards.tolist(), strict=False):
             entry["reward"] = reward if math.isfinite(reward) else None
         return found

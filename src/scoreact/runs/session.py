@@ -78,8 +78,8 @@ class Session(Hook):
         self.trainer, self.on_event, self.hooks = trainer, on_event, tuple(hooks)
         self.out = out if distributed.rank() == 0 else None  # one process writes
         self.history: list[Line] = []
-        self.final: Metrics = {}
-        self.seconds = 0.0
+        self.final, self.seconds = Metrics(), 0.0
+        self.online: dict[str, Any] = {}  # what `feedback.online` remembers
         self.best_iteration: int | None = None
         self._said: set[str] = set()  # the model's notes
         self._looked_at = 0  # the iteration of the last evaluation
@@ -313,7 +313,7 @@ class Session(Hook):
         resuming.check_settings(out, stored, trainer.config, extend)
         trainer.iteration, state = load_checkpoint(out / "checkpoints", trainer.device, problems)
         self._notes += [f"{problem} The run goes on from iteration {trainer.iteration}." for problem in problems]
-        self._looked_at = state.get("looked_at", trainer.iteration)
+        self._looked_at, self.online = state.get("looked_at", trainer.iteration), state.get("online", {})
         resuming.check_processes(out, state.get("processes"))
         self._notes += resuming.check_record(out, stored, state, accept)
         self.digest, notes = resuming.check_reference(out, state.get("digest"), self.digest, trainer)
@@ -344,7 +344,7 @@ class Session(Hook):
     def _checkpoint(self) -> None:
         own = {
             "final": self.final, "best_iteration": self.best_iteration, "seconds": self.seconds, "digest": self.digest,
-            "processes": distributed.world(), "looked_at": self._looked_at, "lines": len(self.history),
+            "processes": distributed.world(), "looked_at": self._looked_at, "lines": len(self.history), "online": self.online,
             "files": self.files, "settings": self.trainer.config.to_dict(), "description": self.description,
         }  # fmt: skip
         state = {**state_of(self.trainer), **own}

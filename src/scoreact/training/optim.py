@@ -7,6 +7,7 @@ Knows gradients and parameters; does not know what the loss means. Sources: King
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,16 +39,19 @@ class StepKL:
         return distributed.mean(float(self.batch.steps * 0.5 * moved.flatten(1).square().sum(1).mean()))
 
 
+TRIES = 6
+
+
 def backtrack(
     parameters: Sequence[nn.Parameter], before: Sequence[Tensor], measure: Callable[[], float], limit: float
 ) -> tuple[float, float]:
     """Go back towards `before` until measure() <= limit; (share of the step kept, measure there).
 
-    The KL is quadratic in the step to first order, which gives the share to try; at most six tries, then the step is dropped.
+    The KL is quadratic in the step to first order, which gives the share to try; at most `TRIES`, then the step is dropped.
     """
     after = [p.detach().clone() for p in parameters]
     share, value = 1.0, measure()
-    for _ in range(6):
+    for _ in range(TRIES):
         if value <= limit:
             return share, value
         share *= min(0.9 * (limit / value) ** 0.5, 0.7) if value < float("inf") else 0.1
@@ -79,6 +83,7 @@ class AdamSteps:
     max_gradient_norm: float = 1e6
     beta2: float = 0.99
     kl_states: int = 512
+    left: Callable[[], float] = lambda: math.inf  # network calls that the step may still make
 
     def __post_init__(self) -> None:
         self.optimizer = torch.optim.Adam(self.parameters, lr=self.learning_rate, betas=(0.9, self.beta2))
@@ -92,9 +97,12 @@ class AdamSteps:
         )
         metrics: Metrics = {}
         norm = torch.zeros(())
+        kept = 0 if step_kl is None else (TRIES + 1) * min(self.kl_states, len(batch))  # of the calls, for the bound
         for _ in range(self.epochs):
             parts = list(batch.minibatches(self.minibatch_size, generator))
             for number, minibatch in enumerate(parts):
+                if self.left() < len(minibatch) + kept:
+                    raise SettingError(_too_few(len(minibatch) + kept - self.left()))
                 loss, metrics = algorithm.loss(minibatch)
                 if not bool(torch.isfinite(loss)):
                     raise Diverged(
@@ -102,7 +110,8 @@ class AdamSteps:
                         f"({self.max_kl}), or clip the reward."
                     )
                 (loss * len(minibatch) / min(len(batch), self.accumulate * self.minibatch_size)).backward()
-                if (number + 1) % self.accumulate == 0 or number + 1 == len(parts):
+                ends = number + 1 == len(parts) or self.left() < len(parts[number + 1]) + kept
+                if (number + 1) % self.accumulate == 0 or ends:
                     distributed.average(p.grad for p in self.parameters)
                     norm = nn.utils.clip_grad_norm_(self.parameters, self.max_gradient_norm)
                     if not bool(torch.isfinite(norm)):
@@ -112,6 +121,10 @@ class AdamSteps:
                         )
                     self.optimizer.step()
                     self.optimizer.zero_grad()
+                if ends:
+                    break
+            if self.left() < min(self.minibatch_size, len(batch)) + kept:
+                break
         metrics["policy/gradient_norm"] = float(norm)
         if step_kl is not None:
             metrics["policy/step_share"], metrics["policy/step_kl"] = backtrack(
@@ -124,6 +137,13 @@ class AdamSteps:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state)
+
+
+def _too_few(missing: float) -> str:
+    return (
+        f"an update may make {missing:,.0f} network calls fewer than its first minibatch and its bound need; raise calls, or "
+        "lower minibatch_size, kl_states or batch_size."
+    )
 
 
 @dataclass

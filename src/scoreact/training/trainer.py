@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..control.policy import Policy
 from ..control.rollout import rollout
 from ..control.trajectory import Trajectory
-from ..control.transitions import Paths
+from ..control.transitions import Paths, Rows
 from ..control.value_fit import ValueFit
 from ..dynamics.solvers import SOLVERS
 from ..evaluation.evaluate import Features, Judge, evaluate, rewards_of
@@ -177,11 +177,21 @@ class Trainer:
             drawn |= {name: distributed.mean(value) for name, value in self._drawn(paths).items()}
         if self.iteration == 0 and self.exploration is None:
             check_ratio(self.algorithm, batch)
+        return self._step(batch, drawn, rate, not reused)
+
+    def learn(self, paths: Paths) -> Metrics:
+        """An iteration on paths that were drawn and rewarded elsewhere, of this policy or an older one, at the full rate."""
+        self.critic.fitter.memory.clear()  # these paths are all that V is to know
+        batch = self.algorithm.prepare(paths, self.generator, self.slowed)
+        return self._step(batch, self._drawn(paths), self.slowed, True)
+
+    def _step(self, batch: Rows, drawn: Metrics, rate: float, own: bool) -> Metrics:
+        """Minimise and average; what there is to say of the iteration. own: `drawn` is of a policy, not of the reference."""
         metrics = self.minimise(self.algorithm, batch, self.generator, rate)
         self.average.update(self.policy.model)  # type: ignore[arg-type]
         self.algorithm.moved()
         self.iteration += 1
-        if not reused and sees_kl(self.algorithm) and "policy/kl" in drawn:
+        if own and sees_kl(self.algorithm) and "policy/kl" in drawn:
             self.steer_kl(drawn["policy/kl"], 1)
         if self.config.target_kl > 0:
             drawn["policy/kl_weight"] = self.algorithm.kl_weight
