@@ -66,6 +66,9 @@ def test_a_trained_run_reaches_its_target_at_the_closed_forms_price(tmp_path: Pa
     assert written["path_kl"] == found.path_kl
     assert (tmp_path / "run" / "calibration.png").stat().st_size > 1000
     assert "least KL" in str(found)
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "<h2>Calibration</h2><pre>statistic" in page
+    assert "Histograms of each statistic" in page
     again = sa.open_run(tmp_path / "run", gaussian())
     assert torch.equal(again.sample(count=5), found.result.sample(count=5))
     assert float(again.sample(count=500)[:, 0].mean()) == pytest.approx(0.8, abs=0.2)
@@ -89,6 +92,7 @@ def test_a_distant_target_is_approached_in_rounds_and_seeds_give_the_same_bits(t
     assert run.config.kl_weight == 1.0
     assert run.resume(iterations=2, progress=False).final["reward/heldout/shift"] != 0
     assert run.check()[0].startswith("fine")
+    assert "calibration.json is of other weights" in run.report().read_text(encoding="utf-8")
 
 
 def test_a_run_is_the_pretrained_model_of_the_next(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from ..control.policy import Policy
 from ..dynamics.solvers import SOLVERS
 from ..evaluation.ensemble import Ensemble, by_default, ensemble_of
 from ..evaluation.optimum import mean_and_error
+from ..models.weights import digest_of
 from ..recipes.base import Problem
 from ..report.calibrated import calibration_lines, draw_calibration
 from ..rewards.weighted_statistics import Spec, Statistic, open_statistics
@@ -190,6 +191,8 @@ def calibrate(
         row["weight"] = float(weights[j])
         row |= {"first_weight": float(whole.weights[j]), "first_weight_se": float(whole.weights_se[j])}
     facts["moved"] += _looked_at(result)
+    assert isinstance(result.policy.model, nn.Module)
+    facts["digest"] = digest_of(result.policy.model)
     if facts["trusted"] and facts["path_kl"] > DEAR * facts["least_kl"] + 0.1:
         notes.append(
             f"the policy pays {facts['path_kl']:.3g} nats for what {facts['least_kl']:.3g} would buy: training had not settled "

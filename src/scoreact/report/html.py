@@ -37,6 +37,7 @@ from ..support.files import write_json
 from ..support.settings import fields_of
 from ..training.config import RECORDS, setting_groups
 from . import figures
+from .calibrated import calibration_lines
 from .figures import CURVES, Curve
 from .numbers import aligned, duration, number, survey_cells
 from .pictures import Picture, before_and_after
@@ -213,6 +214,24 @@ def _survey(run: Record, policy: Policy | None) -> str:
     return f'{title}<p class="soft">{html.escape(text)}</p>{_table(header, cells, range(1, 5))}'
 
 
+def _calibrated(run: Record, policy: Policy | None) -> str:
+    """What `scoreact calibrate` reached, where it made the run."""
+    kept = read_json(run.path / "calibration.json", [])
+    if not kept.get("statistics"):
+        return ""
+    title = "<h2>Calibration</h2>"
+    if policy is not None and isinstance(policy.model, nn.Module) and kept.get("digest") != digest_of(policy.model):
+        return title + _note("calibration.json is of other weights than the final ones: the run was continued since.")
+    text, picture = "\n".join(calibration_lines(kept)), run.path / "calibration.png"
+    shown = ""
+    if picture.is_file():
+        shown = _embedded(
+            picture.read_bytes(), "png", "Histograms of each statistic before and after", "Each statistic's law, before "
+            "and after; vertical lines are means.", "wide",
+        )  # fmt: skip
+    return f"{title}<pre>{html.escape(text)}</pre>{shown}"
+
+
 def _judged(run: Record) -> str:
     """What the reward does not know, at the first and the last evaluation; nothing for a problem without a judge."""
     rows = [run.evaluations[0], run.evaluations[-1]] if len(run.evaluations) > 1 else run.evaluations
@@ -314,6 +333,7 @@ def write(run: Path, problem: Problem, policy: Policy | None = None) -> Path:
         f"<h2>Before and after</h2>{samples}",
         f'<h2>Training</h2><div class="plots">{curves}</div>',
         f"<h2>Other step counts and solvers</h2>{transfer}",
+        _piece("Calibration", _calibrated, found, policy),
         _piece("Survey", _survey, found, policy),
         _piece("Judge", _judged, found),
         f"<h2>How to repeat it</h2>{_piece('Origin', _origin, found)}{_piece('Settings', _configuration, found)}",
