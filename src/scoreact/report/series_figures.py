@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from torch import Tensor
 
 from ..evaluation.stylised_facts import series_facts
@@ -20,7 +21,7 @@ def draw_facts(laws: Mapping[str, Tensor], path: Path, lags: int = 20) -> None:
     """Draw laws, name -> windows [N, C, L] of returns, into a PNG file; means over channels. The first is the real one."""
     import matplotlib
 
-    with matplotlib.rc_context({**STYLE, "savefig.dpi": 110}):
+    with matplotlib.rc_context({**STYLE, "savefig.dpi": 90}):
         figure = Figure(figsize=(12, 6.6), layout="constrained")
         density, survival, memory, sizes, lever, together = figure.subplots(2, 3).flat
         real = next(iter(laws.values())).double()
@@ -44,20 +45,22 @@ def draw_facts(laws: Mapping[str, Tensor], path: Path, lags: int = 20) -> None:
         _titles(density, "returns", "standard deviations of the real ones", "density", log="y")
         density.legend()
         _titles(survival, "losses beyond x", "x, standard deviations", "share of days", log="xy")
-        survival.set(xlim=(0.5, None), ylim=(1e-5, 1))
+        survival.set(xlim=(0.5, None), ylim=(1e-5, 1), xticks=[0.5, 1, 2, 5, 10])
         _titles(memory, "autocorrelation of r", "lag, days")
         _titles(sizes, "autocorrelation of |r|", "lag, days")
         _titles(lever, "leverage: r now, r² later", "lag, days")
         for axes in (memory, sizes, lever):
             axes.axhline(0, color="#9aa3ab", linewidth=0.8)
         _titles(together, "correlations of pairs", "real", "law's")
-        together.axline((0.5, 0.5), slope=1, color="#9aa3ab", linewidth=0.8)
+        middle = float(first.correlation.mean())
+        together.axline((middle, middle), slope=1, color="#9aa3ab", linewidth=0.8)
         figure.savefig(path)
 
 
 def _titles(axes: Axes, title: str, x: str, y: str = "", log: str = "") -> None:
     axes.set(title=title, xlabel=x, ylabel=y)
-    if "x" in log:
-        axes.set_xscale("log")
-    if "y" in log:
-        axes.set_yscale("log")
+    for name in log:  # the style has no mathematical text, which a logarithm's own labels are
+        {"x": axes.set_xscale, "y": axes.set_yscale}[name]("log")
+        axis = {"x": axes.xaxis, "y": axes.yaxis}[name]
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
