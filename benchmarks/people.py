@@ -1,6 +1,7 @@
 """What a reward of simulated people is worth: the truth is known to them, and the fit has to find it. They are no people.
 
     python benchmarks/people.py          # makes what is missing in benchmarks/people.jsonl and prints the table
+    python benchmarks/people.py --parts pipeline --pipeline shapes    # a folder of `benchmarks/shapes.py pretrain`
 
 Raters answer by Davidson's law. On Fashion-MNIST they like plain pictures, by log p(plain | picture); on the recipe `gaussian`
 a point beside the mixture. Each line of the output is one part with one seed, and is not run again.
@@ -8,6 +9,7 @@ a point beside the mixture. Each line of the output is one part with one seed, a
     chosen    answers to pairs that `choose_pairs` picks, against pairs at random: accuracy on 1000 other pairs, without noise
     raters    five people of whom one is careless and one leans to the left; a fit that takes them for one person beside it
     gain      the true utility that training gains: to a reward of 500 answers (the five people), and to the true one
+    pipeline  the same as `gain` on a small text-to-image pipeline, where they like a picture that shows its caption
     caution   60 answers and a low kl_weight: the true utility along a run on u - c sigma, c 0, 1 and 2
 """
 
@@ -56,6 +58,11 @@ RATERS = (
 SHORT: dict[str, Any] = {
     "iterations": 14, "reference_batches": 10, "reuse_reference": 10, "batch_size": 128, "minibatch_size": 128,
     "heldout_samples": 200, "evaluate_every": 14,
+}  # fmt: skip
+PIPELINE: dict[str, Any] = {  # with as many rewards as in `black_box.py`
+    "steps": 10, "algorithm": "ctrl_pathwise", "value": "surrogate", "kl_weight": 0.1, "act_until": 0.7, "kl_states": 64,
+    "reference_batches": 6, "minibatch_size": 48, "batch_size": 48, "iterations": 20, "evaluate_every": 20,
+    "average": 0.5, "learning_rate": 4e-3, "heldout_samples": 240,
 }  # fmt: skip
 WANTED = torch.tensor([1.5, 0.5])  # in `caution`
 
@@ -188,6 +195,59 @@ def gain(given: Pool, seed: int) -> dict[str, Any]:
     return found
 
 
+def of_pipeline(folder: Path, seed: int) -> dict[str, Any]:
+    """As `gain`: the truth is log p(caption | picture), answered for 500 pairs of pictures of one caption."""
+    from shapes import TASK
+    from text_to_image import GUIDANCE, reward
+
+    from scoreact import rewards
+    from scoreact.models.pipelines.opening import pipeline_model
+
+    true = rewards.load(reward, folder=str(folder))
+    captions = list(TASK.captions)
+    found: dict[str, Any] = {}
+    liking: BradleyTerryReward | None = None
+    for name in ("answers", "true"):
+        torch.manual_seed(seed)  # of the adapter's initial weights
+        model = pipeline_model(str(folder), lora_rank=4, guidance_scale=GUIDANCE, vae_slicing=False)
+        config = updated(sa.Config(), {**PIPELINE, "seed": seed})
+        if name == "answers":
+            prompts = [captions[i % len(captions)] for i in range(500)] * 2
+            sde, ts, parts = config.sde(model.schedule), config.times(model.schedule), []
+            for k in range(0, 1000, 100):
+                seeds = [1000 * seed + i for i in range(k, k + 100)]
+                drawn = draw(
+                    model, prompts[k : k + 100], sampler_by_name("ddim"), ts, seeds, torch.device("cpu"), sde.noise
+                )
+                parts.append(drawn[1].detach())
+            samples = torch.cat(parts)
+            utility = torch.cat(
+                [true(samples[k : k + 100], Condition(prompts[k : k + 100])) for k in range(0, 1000, 100)]
+            )
+            pairs = simulate(
+                RATERS,
+                utility.double(),
+                torch.arange(500),
+                torch.arange(500) + 500,
+                torch.Generator().manual_seed(seed),
+            )
+            liking = fit_reward(Evidence(
+                samples, prompts, pairs, raters=[r.name for r in RATERS], group=torch.arange(500),
+                judges=torch.ones(500, dtype=torch.bool),
+            ))  # fmt: skip
+            found |= {"accuracy": liking.facts["accuracy"], "features": liking.features.spec}
+
+        def look(samples: Tensor, condition: Condition) -> dict[str, float]:
+            return {"judge/truth": float(true(samples, condition).mean())}
+
+        result = sa.finetune(
+            model, true if name == "true" else liking, captions, judge=look, config=config, guard="off", progress=False
+        )
+        looks = [line for line in result.history if line.get("evaluation")]
+        found[name] = [{key: look[key] for key in ("judge/truth", "policy/kl")} for look in (looks[0], looks[-1])]
+    return found
+
+
 def near(samples: Tensor) -> Tensor:
     """The true utility in `caution`: highest at a point beside the mixture."""
     return 2 - (samples - WANTED.to(samples)).square().sum(1)
@@ -215,7 +275,9 @@ def caution(given: None, seed: int) -> dict[str, Any]:
     return found
 
 
-PARTS: dict[str, Callable[..., dict[str, Any]]] = {"chosen": chosen, "raters": raters, "caution": caution, "gain": gain}
+PARTS: dict[str, Callable[..., dict[str, Any]]] = {
+    "chosen": chosen, "raters": raters, "caution": caution, "gain": gain, "pipeline": of_pipeline,
+}  # fmt: skip
 
 
 # --- the table -----------------------------------------------------------------------------------------------------------
@@ -256,15 +318,17 @@ def table(lines: list[dict[str, Any]]) -> str:
                 f"accuracy of the fit to raters {name}",
                 mean([line["accuracy"][name] for line in of["raters"]]),
             )
-    if of["gain"]:
+    for part, where in (("gain", ""), ("pipeline", ", text to image")):
+        if not of[part]:
+            continue
         gains = {
-            name: [line[name][1]["judge/truth"] - line[name][0]["judge/truth"] for line in of["gain"]]
+            name: [line[name][1]["judge/truth"] - line[name][0]["judge/truth"] for line in of[part]]
             for name in ("true", "answers")
         }
-        row("gain", "true utility gained, to the true utility", mean(gains["true"]))
-        row("gain", "true utility gained, to 500 answers", mean(gains["answers"]))
+        row(part, f"true utility gained, to the true utility{where}", mean(gains["true"]))
+        row(part, f"true utility gained, to 500 answers{where}", mean(gains["answers"]))
         shares = [a / t for a, t in zip(gains["answers"], gains["true"], strict=True)]
-        row("gain", "share of the gain", f"{mean(shares)}; least {min(shares):.2f}")
+        row(part, f"share of the gain{where}", f"{mean(shares)}; least {min(shares):.2f}")
     if of["caution"]:
         for c in ("0", "1", "2"):
             ends = [[line[c][0][1], max(look[1] for look in line[c]), line[c][-1][1]] for line in of["caution"]]
@@ -278,21 +342,26 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("--parts", nargs="+", default=[p for p in PARTS if p != "pipeline"], choices=list(PARTS))
+    parser.add_argument("--pipeline", type=Path, help="folder of the pipeline, for that part")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/people.jsonl"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     lines = [json.loads(text) for text in options.out.read_text().splitlines()] if options.out.exists() else []
-    given: Pool | None = None
+    if "pipeline" in options.parts and options.pipeline is None:
+        parser.error("the part pipeline takes --pipeline FOLDER, one of `benchmarks/shapes.py pretrain`")
+    given: Any = None
     for part in options.parts:
         for seed in range(options.seeds):
             if any((line["part"], line["seed"]) == (part, seed) for line in lines):
                 continue
-            if given is None and part != "caution":
+            if given is None and part not in ("caution", "pipeline"):
                 given = pool()
             begin = time.process_time()
-            lines.append({"part": part, "seed": seed, **PARTS[part](given, seed)})
+            lines.append(
+                {"part": part, "seed": seed, **PARTS[part](options.pipeline if part == "pipeline" else given, seed)}
+            )
             with options.out.open("a") as file:
                 file.write(json.dumps(lines[-1]) + "\n")
             print(f"{part}, seed {seed}: {time.process_time() - begin:.0f} s", file=sys.stderr, flush=True)

@@ -368,38 +368,51 @@ def look_at(task: Task, folder: Path, each: int, guidance: float) -> None:
     print(table(task, rows))
 
 
-def train(
-    task: Task, folder: Path, out: Path | None, picture: Path | None, each: int, settings: dict[str, Any]
-) -> None:
-    """Fine-tune an adapter of rank 8 to the reward; print the held-out judge's view before and after."""
+def tuned(
+    task: Task, folder: Path, out: Path | None, each: int, settings: dict[str, Any], quiet: bool = False
+) -> tuple[dict[str, Any], dict[str, tuple[dict[str, float], Tensor]]]:
+    """Fine-tune an adapter of rank 8 to the reward: costs, and the held-out judge's view and pictures before and after."""
     import scoreact as sa
     from scoreact import rewards
     from scoreact.models.pipelines.opening import pipeline_model
     from scoreact.models.value_networks import Encoder
-    from scoreact.report.figures import gallery
     from scoreact.training.config import updated
 
-    torch.manual_seed(0)  # of the adapter's initial weights
-    model = pipeline_model(str(folder), lora_rank=8, guidance_scale=GUIDANCE, vae_slicing=False)
     config = updated(sa.Config(), settings, below=SETTINGS)
+    torch.manual_seed(config.seed)  # of the adapter's initial weights
+    model = pipeline_model(str(folder), lora_rank=8, guidance_scale=GUIDANCE, vae_slicing=False)
     begin = time.process_time()
 
     def show(kind: str, metrics: dict[str, float]) -> None:
-        if kind in ("iteration", "evaluation", "guard"):
+        if kind in ("iteration", "evaluation", "guard") and not quiet:
             kept = ("iteration", "reward/mean", "reward/heldout", "policy/kl", "objective/J", "objective/recovered")
             words = [f"{name} {metrics[name]:.3g}" for name in kept if name in metrics]
             print(f"{time.process_time() - begin:5.0f} s  {kind}  {'  '.join(words)}  {metrics.get('text', '')}")
 
     result = sa.finetune(
-        model, rewards.load(task.reward or reward, folder=str(folder)), task.captions, config=config, out=out, on_event=show,
-        value_network=lambda: Encoder(model.shape[0], classes=len(task.captions)),
+        model, rewards.load(task.reward or reward, folder=str(folder)), task.captions, config=config, out=out,
+        on_event=show, value_network=lambda: Encoder(model.shape[0], classes=len(task.captions)), progress=False,
     )  # fmt: skip
-    seconds = time.process_time() - begin
+    looks = [line for line in result.history if "cost/reward_calls" in line]
+    costs = {
+        "cpu": time.process_time() - begin, "kl": result.final["policy/kl"], "stopped": result.stopped,
+        "reward_calls": looks[-1]["cost/reward_calls"], "network_calls": looks[-1]["cost/network_calls"],
+    }  # fmt: skip
     views = {"before": look(task, result.policy.reference, folder, each, config.steps)}
     views["after"] = look(task, result.policy.model, folder, each, config.steps)
-    kl, reference = result.final["policy/kl"], result.reference
+    return costs, views
+
+
+def train(
+    task: Task, folder: Path, out: Path | None, picture: Path | None, each: int, settings: dict[str, Any]
+) -> None:
+    """Fine-tune to the reward, and print the held-out judge's view before and after."""
+    from scoreact.report.figures import gallery
+
+    costs, views = tuned(task, folder, out, each, settings)
     print(
-        f"\nCPU seconds {seconds:.0f}; path KL {kl:.2f} nats; J* {reference['objective/J_star']:.3f}; {result.stopped}"
+        f"\nCPU seconds {costs['cpu']:.0f}; path KL {costs['kl']:.2f} nats; {costs['reward_calls']:.0f} reward calls; "
+        f"{costs['stopped'] or 'ran to its end'}"
     )
     print(table(task, {name: row for name, (row, _) in views.items()}))
     if picture is not None:

@@ -3,9 +3,10 @@
     pip install -e '.[diffusers,onnx]' -c constraints.txt
     pip download --no-deps rapidocr-onnxruntime==1.4.4
     unzip -jp rapidocr_onnxruntime-1.4.4-*.whl '*/ch_PP-OCRv4_rec_infer.onnx' > words/ocr.onnx
-    python benchmarks/words.py pretrain words       # minutes on one CPU thread; writes a diffusers folder
+    python benchmarks/words.py pretrain words --vae-steps 1500 --denoiser-steps 5000       # ten minutes on one CPU thread
     python benchmarks/words.py look words           # needs the program tesseract
     python benchmarks/words.py train words --picture docs/results/words.png
+    python benchmarks/words.py rules words --out benchmarks/words.jsonl --page docs/results/words.md
 
 The reward is log p(word | picture) of the trained recogniser of PP-OCRv4 (Apache-2.0), by CTC, with its gradient. Judges are
 a classifier of drawings and tesseract. Pictures are 16x32 pixels of a word of three letters in one of three fonts, captions
@@ -15,6 +16,7 @@ the folder is and how it is made.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import re
 import subprocess
@@ -31,7 +33,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))  # a reward's file is run without its folder on the path
-from text_to_image import Task, main, other_class
+from text_to_image import Task, main, other_class, tuned
+
+from scoreact.support.files import append_line, resume_lines
 
 HIGH, WIDE = 16, 32
 WORDS = ("cat", "dog", "sun", "sky", "sea", "red", "big", "old", "ten", "box", "fly", "air")
@@ -150,5 +154,87 @@ TASK = Task(
     shown=CAPTIONS[:8],
 )  # fmt: skip
 
+# --- rules side by side ------------------------------------------------------------------------------------------------
+
+SEEDS = 5
+BLACK_BOX: dict[str, Any] = {"iterations": 20, "batch_size": 48, "minibatch_size": 48, "reference_batches": 6}
+RULES: dict[str, dict[str, Any]] = {  # settings of `black_box.py`, which were chosen on other tasks
+    "`draft`, with the reward's gradient": {},
+    "`ctrl_pathwise --value surrogate`, a black box": {
+        **BLACK_BOX, "algorithm": "ctrl_pathwise", "value": "surrogate", "kl_weight": 0.1, "act_until": 0.7, "kl_states": 64,
+        "average": 0.5, "learning_rate": 4e-3, "evaluate_every": 20,
+    },
+    "`ddpo`, a black box": {
+        **BLACK_BOX, "algorithm": "ddpo", "iterations": 40, "batch_size": 32, "minibatch_size": 32, "reference_batches": 1,
+        "learning_rate": 4e-3, "evaluate_every": 40,
+    },
+}  # fmt: skip
+MARKS = ("<!-- words -->\n", "<!-- /words -->\n")
+
+
+def compare(folder: Path, out: Path) -> list[dict[str, Any]]:
+    """Every rule with every seed; what is in the file is not run again."""
+    lines = resume_lines(out)
+    for seed in range(SEEDS):
+        for rule, settings in RULES.items():
+            if any((line["rule"], line["seed"], line["settings"]) == (rule, seed, settings) for line in lines):
+                continue
+            costs, views = tuned(TASK, folder, None, 20, {**settings, "seed": seed}, quiet=True)
+            found = {name: row for name, (row, _) in views.items()}
+            lines.append({"rule": rule, "seed": seed, "settings": settings, **costs, **found})
+            append_line(out, lines[-1])
+            print(f"{rule}, seed {seed}: {costs['cpu']:.0f} CPU s", file=sys.stderr, flush=True)
+    return lines
+
+
+def summary(lines: Sequence[dict[str, Any]]) -> str:
+    """A row a rule: means over seeds, with 95 % intervals by Student's t."""
+    from few_steps import cell
+
+    heads = [
+        "",
+        "seeds",
+        "judge right",
+        "its reader right",
+        "tesseract right",
+        "reward",
+        "path KL",
+        "reward calls",
+        "network calls",
+        "CPU s",
+    ]
+    rows = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
+    seen = (("caption", 3), ("its reader", 3), ("tesseract", 3), ("reward", 2))
+
+    def row(name: str, some: Sequence[dict[str, Any]], when: str, costs: Sequence[str]) -> None:
+        views = [cell([line[when][key] for line in some], digits) for key, digits in seen]
+        rows.append(f"| {name} | {len(some)} | {' | '.join([*views, *costs])} |")
+
+    row("pretrained", [line for line in lines if line["rule"] == lines[0]["rule"]], "before", [""] * 4)
+    for rule in dict.fromkeys(line["rule"] for line in lines):
+        mine = [line for line in lines if line["rule"] == rule and line["settings"] == RULES[rule]]
+        costs = [f"{sum(line[key] for line in mine) / len(mine):,.{digits}f}"
+                 for key, digits in (("kl", 1), ("reward_calls", 0), ("network_calls", 0), ("cpu", 0))]  # fmt: skip
+        row(rule, mine, "after", costs)
+    return "\n".join(rows)
+
+
+def rules() -> None:
+    """The command `rules`."""
+    parser = argparse.ArgumentParser(description="Rules side by side, and their table.")
+    parser.add_argument("command")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/words.jsonl"))
+    parser.add_argument("--page", type=Path, help="put the table between the marks of this page")
+    parser.add_argument("--table", action="store_true", help="of the runs that are there")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    shown = summary(resume_lines(options.out) if options.table else compare(options.folder, options.out)) + "\n"
+    print(shown, end="")
+    if options.page:
+        before, _, rest = options.page.read_text(encoding="utf-8").partition(MARKS[0])
+        options.page.write_text(before + MARKS[0] + shown + MARKS[1] + rest.partition(MARKS[1])[2], encoding="utf-8")
+
+
 if __name__ == "__main__":
-    main(TASK, __doc__)
+    rules() if sys.argv[1:2] == ["rules"] else main(TASK, __doc__)

@@ -72,3 +72,11 @@ def test_the_tables_of_few_steps_are_those_of_their_runs() -> None:
     lines = (ROOT / "benchmarks" / "few_steps.jsonl").read_text(encoding="utf-8").splitlines()
     assert shown == module.tables([json.loads(line) for line in lines]) + "\n"
     assert "| 4 | dpm_solver_pp_2m |" in shown
+
+
+def test_the_table_of_simulated_people_is_that_of_its_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    lines = (ROOT / "benchmarks" / "people.jsonl").read_text(encoding="utf-8").splitlines()
+    made = importlib.import_module("people").table([json.loads(line) for line in lines])
+    assert made in (ROOT / "docs" / "howto" / "liking.md").read_text(encoding="utf-8")
+    assert made.count("text to image | 2 |") == 3
