@@ -22,6 +22,7 @@ from torch import Tensor, rand, tensor
 
 from scoreact import __version__
 from scoreact.algorithms.registry import rules
+from scoreact.api.saved_run import open_run
 from scoreact.cli import main as cli
 from scoreact.cli import train
 from scoreact.evaluation.optimum import estimate_optimum
@@ -690,6 +691,28 @@ def test_evaluate_prints_and_writes(say: Callable[..., Said], a_run: Path) -> No
     assert "solver  steps " in out
     assert sum(line.startswith(("ode ", "heun ")) for line in out.splitlines()) == 4
     assert sentence(say("evaluate", str(a_run), "--solver", "hen"), 2).startswith("unknown solver 'hen'")
+
+
+def test_evaluate_says_whether_samples_are_copies(say: Callable[..., Said], a_run: Path, tmp_path: Path) -> None:
+    """Of a file that holds the tuned model's own samples nine in ten are learned from, to the bit."""
+    own = open_run(a_run).sample(count=400, seed=1)
+    np.savez(tmp_path / "own.npz", data=own.numpy(), labels=np.arange(400) % 2)
+    few = ["evaluate", str(a_run), "--samples", "400", "--steps", "2", "--solver", "ode"]
+    status, out, _ = say(*few, "--data", str(tmp_path / "own.npz"))
+    assert status == 0
+    found = json.loads((a_run / "evaluation.json").read_text())["memorisation"]
+    assert found["tuned"]["generated"] == 0 < found["tuned"]["heldout"]
+    assert found["tuned"]["copies"] > 0.85
+    assert found["pretrained"]["generated"] > 0, "the same noise, another model"
+    assert f"{100 * found['tuned']['copies']:.1f} %" in out
+    assert say(*few, "--data", str(tmp_path / "own.npz"), "--data-class", "1")[0] == 0
+    half = json.loads((a_run / "evaluation.json").read_text())["memorisation"]
+    assert half["pretrained"] == found["pretrained"]
+    assert 0.4 < half["tuned"]["copies"] < found["tuned"]["copies"] - 0.1, "of the other class's there is no copy"
+    assert "unknown class 'x'" in sentence(say(*few, "--data", str(tmp_path / "own.npz"), "--data-class", "x"), 2)
+    assert "--data" in sentence(say("evaluate", str(a_run), "--survey", "--data", "own.npz"), 2)
+    np.save(tmp_path / "wide.npy", np.random.default_rng(0).normal(size=(300, 3)))
+    assert "of shape (3,), and samples of (2,)" in sentence(say(*few, "--data", str(tmp_path / "wide.npy")), 2)
 
 
 def test_report_is_made_anew(say: Callable[..., Said], a_run: Path) -> None:

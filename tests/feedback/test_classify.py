@@ -121,8 +121,8 @@ def test_a_head_that_learned_by_heart_is_calibrated() -> None:
     after, before = (found.facts["by_class"][1][f"calibration_error{word}"] for word in ("", "_before"))
     assert after < 0.06 < 0.2 < before
     assert found.facts["log_loss"] < math.log(2) + 0.02 < found.facts["log_loss_before"]
-    half = calibration(found(x[40:], nothing(1000)).double(), y[40:].bool())[0]
-    assert len(half) == 10
+    odds = found.probability(x[40:]).double().logit()
+    assert calibration(odds, y[40:].bool())[1] < 0.06, "of the reward itself"
 
 
 def test_three_classes_are_those_of_scikit_learns_softmax_regression() -> None:

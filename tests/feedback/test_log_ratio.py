@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from scoreact.feedback.log_ratio import Sides, auc_interval, calibration, cross_validated, fit_head
+from scoreact.evaluation.metrics import auc_interval
+from scoreact.feedback.log_ratio import Sides, calibration, cross_validated, fit_head
 from scoreact.rewards.learned import auc_of
 
 

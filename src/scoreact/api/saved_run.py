@@ -42,9 +42,11 @@ from ..sampling.steering import Steering
 from ..support.devices import choose_device, device_of
 from ..support.errors import RunError, SettingError
 from ..support.files import Line, finite, read_lines, write_json
+from ..support.own_data import OwnData
 from ..support.seeds import checked_seed
 from ..training.config import Config, updated
 from ..types import Metrics
+from .copies import copies_of
 from .export import export
 from .learns_online import LearnsOnline
 from .result import AT_ONCE, Result, guided, noise_of, plotted
@@ -194,12 +196,17 @@ class SavedRun(LearnsOnline):
         seed: int = 1,
         weights: str = "final",
         grid: str | None = None,
+        data: str | Path | OwnData | None = None,
+        data_class: str | None = None,
     ) -> dict[str, Any]:
         """Fresh held-out metrics as trained, and the mean reward with other solvers and steps; kept in evaluation.json.
 
         grid: of those, the run's own where it is left out.
+        data: what the pretrained model learned from, as `pretrain` takes it: how near samples are to it.
+        data_class: the class that the run was tuned to: the tuned model's samples are compared with examples of it alone.
         Returns {"weights", "samples", "seed", "grid", "heldout": metrics with standard errors, "transfer": a row a solver and
-        steps}.
+        steps}, and with data "memorisation": {"pretrained": ..., "tuned": ...}, each
+        what `evaluation.memorisation.Memorisation` names.
         """
         for name in solvers:
             SAMPLERS.setdefault(name, sampler_by_name(name))  # a user's solver is known by its address from here on
@@ -220,6 +227,8 @@ class SavedRun(LearnsOnline):
             "weights": weights_file(self.folder, weights)[1], "samples": count, "seed": seed, "grid": grid,
             "heldout": heldout, "transfer": table,
         }  # fmt: skip
+        if data is not None:
+            found["memorisation"] = copies_of(self, data, count, seed, weights, data_class)
         write_json(self.folder / "evaluation.json", found)
         return found
 

@@ -289,19 +289,31 @@ def evaluate_arguments(parser: Parser) -> None:
         action="store_true",
         help="instead: how much of the gain survives other guidance, steps and solvers; the report then shows it",
     )
+    parser.add_argument(
+        "--data",
+        metavar="PATH",
+        help="what the pretrained model learned from, as of pretrain: says also whether samples are copies of it",
+    )
+    parser.add_argument(
+        "--data-class",
+        metavar="NAME",
+        help="of that: the class that the run was tuned to; tuned samples are compared with examples of it alone",
+    )
     parser.add_argument("--seed", type=whole(0, LARGEST), default=1, metavar="INT", help="of the noise [default 1]")
     parser.add_argument("--weights", choices=["final", "best"], default="final", help="of the run [default final]")
+    parser.belongs("data_class", "data")
 
 
 def evaluate(options: argparse.Namespace) -> int:
     from ..api.saved_run import SavedRun
     from ..dynamics.samplers import sampler_by_name
-    from ..report.numbers import rounded, side_by_side, survey_cells
+    from ..report.numbers import copies_cells, rounded, side_by_side, survey_cells
     from ..report.progress import waiting
 
-    if options.survey and (options.solver or options.steps or options.grid):
+    if options.survey and (options.solver or options.steps or options.grid or options.data):
         raise SettingError(
-            "--survey has solvers, steps and a grid of its own; leave out --solver, --steps and --grid, or --survey."
+            "--survey has solvers, steps and a grid of its own, and looks at no data; leave out --solver, --steps, --grid and "
+            "--data, or --survey."
         )
     solvers, steps = options.solver or ["ddim", "ode", "dpm_solver_pp_2m"], options.steps or [5, 10, 20, 50]
     for name in solvers:
@@ -316,7 +328,16 @@ def evaluate(options: argparse.Namespace) -> int:
         print(f"\n{options.run / 'survey.json'}; `scoreact report {options.run}` shows it")
         return 0
     with waiting("evaluation"):
-        found = run.evaluate(options.samples, solvers, steps, options.seed, options.weights, options.grid)
+        found = run.evaluate(
+            options.samples,
+            solvers,
+            steps,
+            options.seed,
+            options.weights,
+            options.grid,
+            options.data,
+            options.data_class,
+        )
     c, heldout = run.config, found["heldout"]
     print(f"{found['weights']} weights, {found['samples']} samples, as trained ({c.solver}, {c.steps} steps):")
     for name, value in heldout.items():
@@ -329,6 +350,12 @@ def evaluate(options: argparse.Namespace) -> int:
     ]
     print(f"\nmean reward with other solvers and steps on the grid {found['grid']}, same noise for both:")
     print("\n".join(side_by_side(["solver", "steps", "pretrained", "tuned"], cells)))
+    if "memorisation" in found:
+        print("\ndistance to the nearest training example, medians, and that of held-out examples:")
+        print("\n".join(side_by_side(*copies_cells(found["memorisation"]))))
+        print(
+            "new samples of the data's law have 0.5, 0.5 and 1 %; copies have more, smooth ones in the first and third alone"
+        )
     print(f"\n{options.run / 'evaluation.json'}")
     return 0
 

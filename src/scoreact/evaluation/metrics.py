@@ -3,8 +3,8 @@
 Knows feature matrices [N, F] and numbers; does not know pictures or networks (whoever calls extracts the features).
 Computed in float64. A Frechet distance is an "FID" only when the features are Inception's; name the features instead.
 Sources: Heusel et al. 2017 (Frechet distance), Binkowski et al. 2018 (KID), Kynkaanniemi et al. 2019 (precision,
-recall), Naeem et al. 2020 (density, coverage), Friedman & Dieng 2023 (Vendi score), Abramowitz & Stegun 26.7
-(Student's t).
+recall), Naeem et al. 2020 (density, coverage), DeLong et al. 1988 (the interval of an AUC), Friedman & Dieng 2023 (Vendi
+score), Abramowitz & Stegun 26.7 (Student's t).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..rewards.learned import auc_of
 from ..support.devices import in_double
 from ..support.errors import SettingError
 
@@ -195,6 +196,20 @@ def confidence_interval(values: Sequence[float] | Tensor, level: float = 0.95) -
         return float(x[0]), math.nan
     half_width = t_quantile(0.5 + level / 2, len(x) - 1) * float(x.std()) / math.sqrt(len(x))
     return float(x.mean()), half_width
+
+
+def auc_interval(real: Tensor, generated: Tensor) -> tuple[float, float]:
+    """P(real > generated) of values [n] and [m], and the half width of its 95 % interval (DeLong)."""
+    n, m = len(real), len(generated)
+    above = torch.stack([_share_below(value, generated) for value in real.double()])  # of the generated, for each real
+    below = torch.stack([1 - _share_below(value, real) for value in generated.double()])
+    variance = float(above.var() / n + below.var() / m)
+    return auc_of(real, generated), 1.96 * math.sqrt(variance)
+
+
+def _share_below(value: Tensor, values: Tensor) -> Tensor:
+    values = values.double()
+    return (values < value).double().mean() + (values == value).double().mean() / 2
 
 
 def bootstrap_interval(

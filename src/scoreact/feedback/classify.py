@@ -16,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..evaluation.metrics import auc_interval
 from ..rewards.class_probability import ClassProbability
 from ..rewards.learned import need_empty, save_learned
 from ..rewards.sample_features import open_features
 from ..support.errors import SettingError
 from ..support.names import known_name
 from ..support.own_data import OwnData, read_data
-from .log_ratio import FOLDS, auc_interval, calibration, search_ridge
+from .log_ratio import FOLDS, calibration, search_ridge
 from .reliability import draw_reliability
 
 FEWEST = 20  # examples of a class, to learn from and held out

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..dynamics.grids import grid_times
 from ..dynamics.samplers import sampler_by_name
+from ..evaluation.metrics import auc_interval
 from ..models.base import HasClasses, ScoreModel
 from ..models.weights import digest_of
 from ..rewards.learned import LearnedReward, need_empty, save_learned
@@ -29,7 +30,7 @@ from ..support.devices import device_of
 from ..support.errors import SettingError
 from ..support.own_data import Examples, OwnData, read_data
 from ..support.seeds import derived
-from .log_ratio import Head, Sides, auc_interval, calibration, cross_validated, fit_head
+from .log_ratio import Head, Sides, calibration, cross_validated, fit_head
 from .reliability import draw_reliability
 
 AT_ONCE = 256  # samples that are drawn together
@@ -97,9 +98,11 @@ def discriminate(
         raise SettingError(
             f"reward {onto.name} is of the classes {list(onto.classes)}, this one of {list(classes)}; give labels as then."
         )
-    shape = _shape(model)
+    shape = sample_shape(model)
     found = (
-        data if isinstance(data, OwnData) else _read(data, shape, labels if isinstance(labels, str) else bool(classes))
+        data
+        if isinstance(data, OwnData)
+        else examples_like(data, shape, labels if isinstance(labels, str) else bool(classes))
     )
     rows = _rows(found, classes)
     _check_fit(found, shape, classes, rows[0])
@@ -137,14 +140,14 @@ def _classes(model: ScoreModel, labels: bool | str | None) -> tuple[str, ...]:
 
 
 @torch.no_grad()
-def _shape(model: ScoreModel) -> tuple[int, ...]:
+def sample_shape(model: ScoreModel) -> tuple[int, ...]:
     """*D of a decoded sample."""
     prompts = list(model.classes)[:1] if isinstance(model, HasClasses) and model.classes else [""]
     state = model.prior(model.condition(prompts), torch.Generator(device_of(model)).manual_seed(0))
     return tuple(model.decode(state).shape[1:])
 
 
-def _read(data: str | Path, shape: tuple[int, ...], labels: bool | str) -> OwnData:
+def examples_like(data: str | Path, shape: tuple[int, ...], labels: bool | str) -> OwnData:
     """The data, pictures of a folder at the model's own size."""
     kind = KINDS.get(len(shape))
     if kind is None:

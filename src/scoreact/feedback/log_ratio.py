@@ -7,7 +7,7 @@ them apart (Bickel et al. 2007). A head has a weight that all classes share and 
     loss = mean over classes and sides of the cross-entropy + ridge (|shared|^2 + mean_c |own_c|^2)
 
 Knows features [N, F], sides and classes; does not know models, samples or files.
-Sources: Sugiyama et al. 2012 (density ratios); DeLong et al. 1988 (the interval of an AUC).
+Source: Sugiyama et al. 2012 (density ratios).
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from ..rewards.learned import auc_of
 
 RIDGES = tuple(10 ** (k / 2) for k in range(1, -9, -1))  # from a head that says nothing to one that learns by heart
 FOLDS = 4
@@ -141,20 +139,6 @@ def search_ridge(
             break  # it only gets worse from here
     chosen = next(row["ridge"] for row in table if row["loss"] <= best["loss"] + best["loss_se"])
     return chosen, table
-
-
-def auc_interval(real: Tensor, generated: Tensor) -> tuple[float, float]:
-    """P(real > generated) of values [n] and [m], and the half width of its 95 % interval (DeLong)."""
-    n, m = len(real), len(generated)
-    above = torch.stack([_share_below(value, generated) for value in real.double()])  # of the generated, for each real
-    below = torch.stack([1 - _share_below(value, real) for value in generated.double()])
-    variance = float(above.var() / n + below.var() / m)
-    return auc_of(real, generated), 1.96 * math.sqrt(variance)
-
-
-def _share_below(value: Tensor, values: Tensor) -> Tensor:
-    values = values.double()
-    return (values < value).double().mean() + (values == value).double().mean() / 2
 
 
 def calibration(logits: Tensor, real: Tensor, bins: int = 10) -> tuple[list[dict[str, float]], float]:

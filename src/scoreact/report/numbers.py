@@ -70,6 +70,19 @@ def survey_cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[lis
     return ["changed", "before", "after", "gain", "% of the gain"], cells
 
 
+def copies_cells(found: Mapping[str, Mapping[str, float]]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of how near samples are to the training data; see `evaluation.memorisation`."""
+    cells = [
+        [
+            name, f"{row['generated']:.3g}", f"{row['heldout']:.3g}",
+            *(f"{row[word]:.3f} ± {row[f'{word}_half_width']:.3f}" for word in ("closer", "to_training")),
+            f"{100 * row['copies']:.1f} %",
+        ]
+        for name, row in found.items()
+    ]  # fmt: skip
+    return ["", "sample", "held-out", "sample is closer", "training is closer", "very near"], cells
+
+
 def side_by_side(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Columns side by side: the first to the left, the others to the right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
