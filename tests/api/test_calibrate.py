@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import scoreact as sa
 from scoreact.dynamics.schedule import VP
@@ -95,6 +95,19 @@ def test_a_distant_target_is_approached_in_rounds_and_seeds_give_the_same_bits(t
     assert "calibration.json is of other weights" in run.report().read_text(encoding="utf-8")
 
 
+def test_every_round_is_counted_from_the_pretrained_model() -> None:
+    found = sa.calibrate(
+        gaussian(), shift, 30.0, tolerance=0.2, samples=200, rounds=2, **CRITIC | {"learning_rate": 0.1}
+    )
+    reference, tuned = found.result.policy.reference, found.result.policy.model
+    assert isinstance(reference, nn.Module)
+    assert isinstance(tuned, nn.Module)
+    pretrained = gaussian().state_dict()
+    assert all(torch.equal(pretrained[name], value) for name, value in reference.state_dict().items())
+    assert not all(torch.equal(pretrained[name], value) for name, value in tuned.state_dict().items())
+    assert len(found.facts["rounds"]) == 2
+
+
 def test_a_run_is_the_pretrained_model_of_the_next(tmp_path: Path) -> None:
     (tmp_path / "stats.py").write_text(STATISTICS)
     how: dict[str, Any] = {"tolerance": 0.2, "samples": 100, "rounds": 1, **CRITIC}
@@ -120,3 +133,9 @@ def test_what_cannot_be_calibrated_is_said(target: Any, how: dict[str, Any], tex
         sa.calibrate(
             gaussian(), **({"statistics": shift, "targets": target, "tolerance": 0.2, "samples": 200} | TINY | how)
         )
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scoreact.support.distributed.world", lambda: 2)
+    with pytest.raises(sa.SettingError, match="2 processes were started, and a calibration works in one"):
+        sa.calibrate(gaussian(), shift, 1.0)

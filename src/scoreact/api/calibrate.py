@@ -28,10 +28,12 @@ from ..evaluation.optimum import mean_and_error
 from ..models.weights import digest_of
 from ..recipes.base import Problem
 from ..report.calibrated import calibration_lines, draw_calibration
+from ..report.progress import somebody_looks
 from ..rewards.weighted_statistics import Spec, Statistic, open_statistics
 from ..runs.checkpoint import check_free
 from ..runs.session import Event
 from ..runs.source import Source
+from ..support import distributed
 from ..support.devices import choose_device, device_of
 from ..support.errors import SettingError
 from ..support.files import finite, write_json
@@ -43,9 +45,8 @@ from .result import Result
 from .start import train_problem
 
 LEAST = 100  # effective samples of a round's step; a tenth of the samples, where these are fewer than 1,000
-STILL = (
-    0.8  # share of its distance to the aim that a round must leave behind for the next to train on to the same lambda
-)
+SURE = 0.5  # share of the tolerance within which rounds end: other samples of the same policy are then within all of it
+STILL = 0.8  # share of its distance to the aim that a round may leave for the next to train on to the same lambda
 HALF = 0.5  # of the way to an aim: a policy that has not come so far is not trained enough, if it is so many deviations away
 DEAR = 1.5  # times the least KL: a path KL above it is said
 RECORD, PICTURE = "calibration.json", "calibration.png"
@@ -144,7 +145,8 @@ def calibrate(
         check_free(folder)
     origin = origin_of(model, prompts, config, settings, seen, command)
     work = _Work(origin, open_statistics(seen), [*open_statistics(_listed(also)), *by_default()], samples)
-    tell = say or ((lambda line: None) if progress is False else print if progress else lambda line: None)
+    shows = somebody_looks() if progress is None else progress
+    tell = say or (print if shows else lambda line: None)
     before = work.draw(None, 0)
     names = work.names(before, goal)
     first = Samples(before.values(names), before.condition, names)
@@ -178,7 +180,7 @@ def calibrate(
         means = here.mean.tolist()
         done.append({"weights": weights.tolist(), "share": share, "means": means, "path_kl": kl, "path_kl_se": kl_se})
         tell(f"round {number}  means {_several(means)} of {_several(goal.tolist())}, path KL {kl:.3g} nats")
-        if bool(((here.mean - goal).abs() <= allowed).all()):
+        if bool(((here.mean - goal).abs() <= SURE * allowed).all()):
             break
     assert result is not None
     last = [work.draw(policy, -1) for policy in (None, result.policy)]
@@ -233,6 +235,9 @@ def _check(tolerance: float, samples: int, rounds: int, settings: Mapping[str, A
             f"samples is {samples}, whose mean is known to {1 / math.sqrt(max(samples, 1)):.2g} standard deviations: too "
             f"little for a tolerance of {tolerance:g}. Give at least {math.ceil(4 / tolerance**2)}, or a larger tolerance."
         )
+    distributed.start()
+    if distributed.world() > 1:
+        raise SettingError(f"{distributed.world()} processes were started, and a calibration works in one; start one.")
     if rounds < 1:
         raise SettingError(f"rounds is {rounds}; give at least 1.")
     if settings.get("kl_weight", 1.0) != 1.0 or settings.get("target_kl", 0.0) != 0.0:
