@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -208,15 +209,20 @@ def rule_table(lines: list[dict[str, Any]]) -> str:
         mine = [line for line in lines if line.get("rule") == rule]
         if not mine:
             continue
-        lost = sum(line["J"] is None for line in mine)
-        if lost:
+        share = [((line["J"] or -math.inf) - of["J_ref"]) / (of["J_best"] - of["J_ref"]) for line in mine]
+        if lost := sum(value < -1 for value in share):
             rows.append(f"| `{rule}` | {len(mine)} | diverged in {lost} | |")
             continue
-        share = [(line["J"] - of["J_ref"]) / (of["J_best"] - of["J_ref"]) for line in mine]
         rows.append(
             f"| `{rule}` | {len(mine)} | {cell(share, '.2f')} | {statistics.fmean(line['kl'] for line in mine):.2f} |"
         )
     return "\n".join(rows)
+
+
+def made(path: Path = LINES) -> dict[str, str]:
+    """The tables of the page, of the runs in a file."""
+    lines = resume_lines(path)
+    return {"online": stream_table(lines), "online-rules": rule_table(lines)}
 
 
 def draw(lines: list[dict[str, Any]], path: Path) -> None:
@@ -262,7 +268,7 @@ def main() -> None:
     torch.set_num_threads(1)
     lines: list[dict[str, Any]] = resume_lines(options.out)
     if options.what == "table":
-        tables = {"online": stream_table(lines), "online-rules": rule_table(lines)}
+        tables = made(options.out)
         print("\n\n".join(tables.values()))
         if options.write:
             draw(lines, PAGE.parent / PICTURE)

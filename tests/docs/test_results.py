@@ -56,6 +56,14 @@ def test_the_tables_of_black_boxes_are_those_of_their_runs(task: str, monkeypatc
     assert "`DDPOTrainer`" in shown
 
 
+def test_the_tables_of_rewards_from_outside_are_those_of_their_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    page = (ROOT / "docs" / "howto" / "online.md").read_text(encoding="utf-8")
+    for name, table in benchmark("online").made().items():
+        assert page.partition(f"<!-- {name} -->\n")[2].partition(f"\n<!-- /{name} -->")[0] == table
+        assert table.count("\n") > 5
+
+
 def test_the_table_of_four_steps_is_that_of_its_runs() -> None:
     module = benchmark("four_steps")
     page = (ROOT / "docs" / "results" / "four-steps.md").read_text(encoding="utf-8")

@@ -148,6 +148,23 @@ def test_what_cannot_be_right_is_refused_and_changes_nothing(tmp_path: Path) -> 
     assert len(more) == 4
 
 
+def test_a_reward_that_is_no_log_probability_is_refused_where_one_is_wanted(tmp_path: Path) -> None:
+    run = begun(tmp_path / "run", value_loss="log_probability")
+    handed = run.hand_out(count=40)
+    with pytest.raises(FeedbackError, match=r"is 0\.5, and this run takes rewards for log-probabilities"):
+        run.update(handed, [-1.0] * 39 + [0.5])
+    assert run.update(handed, -right(handed.samples).exp()).metrics["online/rewards"] == 40
+
+
+def test_a_damaged_file_of_paths_is_named(tmp_path: Path) -> None:
+    run = begun(tmp_path / "run")
+    handed = run.hand_out(count=40)
+    path = tmp_path / "run" / "online" / "00000000.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(sa.RunError, match=r"00000000\.safetensors cannot be read"):
+        run.update(handed, right(handed.samples))
+
+
 def test_old_paths_are_dropped_and_their_rewards_come_too_late(tmp_path: Path) -> None:
     run = begun(tmp_path / "run", steps=2)
     lost = run.hand_out(count=4)
@@ -196,11 +213,21 @@ def test_an_update_that_is_lost_is_made_again_the_same(tmp_path: Path) -> None:
 
 
 def test_a_training_that_goes_on_keeps_the_window(tmp_path: Path) -> None:
-    settings = {**SMALL, "iterations": 1, "reference_batches": 1, "heldout_samples": 8}
+    settings = {
+        **SMALL,
+        "iterations": 1,
+        "reference_batches": 1,
+        "heldout_samples": 8,
+        "value_loss": "soft",
+        "value_replay": 3,
+    }
     sa.finetune(model(), lambda x: x[:, 0], out=tmp_path / "run", progress=False, report=False, **settings)
     run = sa.open_run(tmp_path / "run", model=model, reward=lambda x: x[:, 0])
     handed = run.hand_out(count=40)
     run.update(handed, right(handed.samples))
+    assert run._online is not None
+    assert run._online._session is not None
+    assert len(run._online._session.trainer.value.memory) == 1  # V knows the window alone, and no path of the training
     run.resume(iterations=4, report=False)
     again = sa.open_run(tmp_path / "run", model=model, reward=lambda x: x[:, 0])
     fresh = again.hand_out(count=4)

@@ -60,7 +60,7 @@ class LearnsOnline(Sampled):
         Args:
             samples: What `hand_out` gave, or the ids of some samples, in any order.
             rewards: One a sample, larger is better; None where there is none yet.
-            window: Rewards that are remembered, the newest; at first 1024. Holds until it is changed, as the next two.
+            window: Rewards that are remembered, the newest; at first 512. Holds until it is changed, as the next two.
             half_life: Number of rewards after which an older one is drawn half as often; at first 0, all alike.
             calls: Network calls that an update may make; at first 0, as many as the run's settings say.
 

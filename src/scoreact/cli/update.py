@@ -24,7 +24,7 @@ def update_arguments(parser: Parser) -> None:
     )
     add("--samples", type=Path, metavar="FOLDER|FILE", help="of `sample --for-update`, or its index.json, where the rewards "
         "are by number or file")  # fmt: skip
-    add("--window", type=whole(1), metavar="INT", help=f"newest rewards that are remembered {BEFORE.format(1024)}")
+    add("--window", type=whole(1), metavar="INT", help=f"newest rewards that are remembered {BEFORE.format(512)}")
     add("--half-life", type=float, metavar="FLOAT", help="rewards after which an older one is drawn half as often; 0: all "
         f"alike {BEFORE.format(0)}")  # fmt: skip
     add("--calls", type=whole(0), metavar="INT", help="network calls that an update may make; 0: as the run's settings say "

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from ..algorithms.registry import rules
@@ -28,8 +29,8 @@ from ..control.transitions import Paths
 from ..runs.checkpoint import checkpoints
 from ..runs.session import Outcome, Session
 from ..support import distributed
-from ..support.errors import FeedbackError, SettingError
-from ..support.files import read_stored, read_tensors, write_tensors
+from ..support.errors import FeedbackError, RunError, SettingError
+from ..support.files import UNREADABLE, read_stored, read_tensors, write_tensors
 from ..support.seeds import derived
 from ..training.config import Config, rule_class
 from ..training.loop import check_kl
@@ -98,11 +99,10 @@ def by_id(pairs: Iterable[tuple[int, float | None]]) -> dict[int, float]:
     for number, reward in pairs:
         if reward is None:
             continue
-        if found.setdefault(int(number), float(reward)) != float(reward) and not math.isnan(
-            reward
-        ):  # NaN is refused later
+        value = float(reward)
+        if found.setdefault(int(number), value) != value and not math.isnan(value):  # NaN is refused later
             raise FeedbackError(
-                f"sample {number} has two rewards, {found[int(number)]:g} and {float(reward):g}; give one, such as their mean."
+                f"sample {number} has two rewards, {found[int(number)]:g} and {value:g}; give one, such as their mean."
             )
     return found
 
@@ -128,7 +128,7 @@ class Online:
         with self._at_work() as session:
             trainer, files = session.trainer, self._files()
             number = max(files, default=-1) + 1
-            first = HandedPaths.of(files[number - 1]).ids.stop if files else 0
+            first = HandedPaths.of(files[number - 1]).ids.stop if files else session.online.get("next", 0)
             policy, model = trainer.averaged(), trainer.policy.model
             generator = torch.Generator(trainer.device).manual_seed(derived(self.config.seed, "handed out", number))
             ts, parts = self.config.times(model.schedule), []
@@ -174,7 +174,10 @@ class Online:
             else:
                 metrics |= self._learn(session, memory, batches, said)
             kept = {i for batch in batches.values() if self._waits(batch, batches, memory) for i in batch.ids}
-            session.online = {**memory.state_dict(), "rewarded": sorted((known | set(new)) & kept)}
+            session.online = {
+                **memory.state_dict(), "rewarded": sorted((known | set(new)) & kept),
+                "next": max(batch.ids.stop for batch in batches.values()),
+            }  # fmt: skip
             session.finish({**metrics, "seconds": session.seconds + time.perf_counter() - begin}, said)
             for number, batch in batches.items():
                 if not kept & set(batch.ids) and number != max(batches):  # the newest says where the ids go on
@@ -188,18 +191,19 @@ class Online:
         """The run as its folder has it, which nobody else changes meanwhile."""
         if distributed.world() > 1:
             raise SettingError("one process learns online; start without torchrun.")
-        session = self._session
-        if session is None or self._seen != self._stamp():
-            session = OnlineSession(self.make(), self.folder, resume=True)
-            session.put_weights()
-        else:
+        session = self._session if self._seen == self._stamp() else None
+        if session is not None:
             session.take()
         self._session = None  # what fails half-way is read anew
         try:
+            if session is None:
+                session = OnlineSession(self.make(), self.folder, resume=True)
+                session.put_weights()
             yield session
             self._session, self._seen = session, self._stamp()
         finally:
-            session.release()
+            if session is not None:
+                session.release()
 
     def _stamp(self) -> str:
         """Of the newest checkpoint."""
@@ -223,6 +227,7 @@ class Online:
         end = max((batch.ids.stop for batch in batches.values()), default=0)
         there = {i for batch in batches.values() for i in batch.ids}
         new, again, late = dict[int, float](), 0, 0
+        logarithms = self.config.uses("value_loss") and self.config.value_loss == "log_probability"
         for number, reward in rewards.items():
             if not 0 <= number < end:
                 raise FeedbackError(
@@ -233,6 +238,11 @@ class Online:
             if not math.isfinite(reward):
                 raise FeedbackError(
                     f"the reward of sample {number} is {reward}; give a finite number, or leave it out."
+                )
+            if logarithms and reward > 0:
+                raise FeedbackError(
+                    f"the reward of sample {number} is {reward:g}, and this run takes rewards for log-probabilities, which are "
+                    "0 at most; bring those, or start a run with value_loss soft."
                 )
             if number in memory.rewards and memory.rewards[number] != reward:
                 raise FeedbackError(
@@ -312,12 +322,13 @@ class HandedPaths:
 
     @classmethod
     def of(cls, path: Path) -> HandedPaths:
-        from safetensors import safe_open
-
-        with safe_open(path, framework="pt") as file:
-            header = dict(file.metadata() or {})
-        first, prompts = int(header["first"]), json.loads(header["prompts"])
-        return cls(path, range(first, first + len(prompts)), prompts, int(header["iteration"]))
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = dict(file.metadata() or {})
+            first, prompts = int(header["first"]), json.loads(header["prompts"])
+            return cls(path, range(first, first + len(prompts)), prompts, int(header["iteration"]))
+        except UNREADABLE as error:
+            raise RunError(f"{path} cannot be read ({' '.join(str(error).split())}); restore a copy of it.") from None
 
     def path_of(self, condition: Condition, device: torch.device) -> Trajectory:
         return Trajectory.of(read_stored(self.path, device)[0], condition)

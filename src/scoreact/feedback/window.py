@@ -31,7 +31,7 @@ class UpdatePlan:
     often; 0: all alike. calls: network calls that an update may make; 0: no bound beside the run's own settings.
     """
 
-    size: int = 1024
+    size: int = 512
     half_life: float = 0.0
     calls: int = 0
 
