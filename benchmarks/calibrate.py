@@ -140,8 +140,14 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
             if j == 0:
                 whole = [f"{kl:.3f}", *(cell([line[key] for line in mine]) for key in ("least_kl", "path_kl"))]
                 rounds = [len(line["rounds"]) for line in mine]
-                whole += [f"{min(rounds)} to {max(rounds)}", f"{sum(line['met'] for line in mine)} of {len(mine)}"]
+                whole += [
+                    " to ".join(map(str, dict.fromkeys((min(rounds), max(rounds))))),
+                    f"{sum(line['met'] for line in mine)} of {len(mine)}",
+                ]
             text.append(f"| {problem if j == 0 else ''} | " + " | ".join([*own, *whole]) + " |")
+    counts = [sum(line["problem"] == problem for line in lines) for problem in PROBLEMS]
+    runs = " to ".join(map(str, dict.fromkeys((min(counts), max(counts)))))
+    text += ["", f"*Runs a problem, a seed each: {runs}. Where there is one, no interval is known.*"]
     return "\n".join(text) + "\n"
 
 

@@ -38,6 +38,14 @@ def test_the_table_of_rams_bias_is_that_of_its_runs() -> None:
     assert shown.count("| mixture, quadratic |") == 6
 
 
+def test_the_table_of_calibrations_is_that_of_its_runs() -> None:
+    module = benchmark("calibrate")
+    page = (ROOT / "docs" / "howto" / "calibrate.md").read_text(encoding="utf-8")
+    shown = page.partition(module.MARKS[0])[2].partition(module.MARKS[1])[0]
+    assert shown == module.made(ROOT / "benchmarks" / "calibrate.jsonl")
+    assert shown.count("| mean |") == 1
+
+
 @pytest.mark.slow
 def test_rams_fixed_point_is_the_optimum_of_a_gaussian_and_a_linear_reward() -> None:
     found = benchmark("ram_bias").known("Gaussian", "linear", 1.0)
