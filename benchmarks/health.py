@@ -2,6 +2,7 @@
 
     scoreact pretrain xray --data pneumonia_mnist.npz --labels --label-dropout 0.5 --width 24 --batch-size 64 --steps 3000
     python benchmarks/health.py run --data pneumonia_mnist.npz --model xray
+    python benchmarks/health.py balance --data pneumonia_mnist.npz --model xray --seeds 1
     python benchmarks/health.py table                   # of benchmarks/health.jsonl; --write puts it into the results page
     python benchmarks/health.py picture --data pneumonia_mnist.npz --model xray
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from scoreact.dynamics.grids import grid_times
 from scoreact.dynamics.samplers import sampler_by_name
 from scoreact.dynamics.schedule import RectifiedFlow
 from scoreact.evaluation.memorisation import memorisation
-from scoreact.evaluation.metrics import kid
+from scoreact.evaluation.metrics import confidence_interval, kid
 from scoreact.models.network import NetworkModel
 from scoreact.recipes.own_model import PictureModel, read_model
 from scoreact.rewards.class_probability import ClassProbability
@@ -220,6 +222,7 @@ def balance(data: Path, folder: Path, seed: int, out: Path, target: float = 0.5)
     def share(samples: Tensor) -> Tensor:
         return it.reward.log_probabilities(samples)[:, 0].exp()
 
+    share.differentiable = True  # type: ignore[attr-defined]  # its gradient is followed
     own = {name: value for name, value in SETTINGS.items() if name != "kl_weight"}
     start = time.process_time()
     found = sa.calibrate(
@@ -258,6 +261,113 @@ def add(path: Path, line: dict[str, Any]) -> None:
         file.write(json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in line.items()}) + "\n")
 
 
+# --- what is shown ------------------------------------------------------------------------------------------------------
+
+NAMES = {
+    "held out": "real, held out", "pretrained": "pretrained, all pictures", "conditional": "pretrained, given the label",
+    "tuned": "tuned to log p(class)", "unbalanced": "pretrained", "balanced": "calibrated",
+}  # fmt: skip
+TAUGHT = ("real", "pretrained", "conditional", "tuned")
+
+
+def over_seeds(rows: list[dict[str, Any]], name: str, scale: float = 1.0, digits: int = 2) -> str:
+    """Mean over seeds and half width of Student's 95 % interval."""
+    values = [scale * row[name] for row in rows if name in row]
+    if not values:
+        return "-"
+    mean, half = confidence_interval(values)
+    return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
+
+
+def tables(rows: list[dict[str, Any]]) -> str:
+    """All of them, of the seeds whose lines are complete."""
+    whole = sorted({row["seed"] for row in rows if row["what"] == "teaches"})
+    kept = [row for row in rows if row["seed"] in whole]
+
+    def of(what: str, name: str) -> list[dict[str, Any]]:
+        return [row for row in kept if row["what"] == what and row["class"] == name]
+
+    header = [
+        "class", "pictures", "its probability, reward's classifier", "its share, judge", "KID", "path KL, nats",
+        "share of J\\* - J_ref", "training is closer", "sample is closer", "very near, %",
+    ]  # fmt: skip
+    found = [f"{len(whole)} seeds: means and 95 % intervals of Student's t over them.", "", *head(header, 2)]
+    for name in CLASSES:
+        for what in ("held out", "pretrained", "conditional", "tuned"):
+            own = of(what, name)
+            near = ["-"] * 3 if what == "held out" else [
+                over_seeds(own, "to_training"), over_seeds(own, "closer"), over_seeds(own, "copies", 100, 1)
+            ]  # fmt: skip
+            cells = [
+                name, NAMES[what], over_seeds(own, "reward_share"), over_seeds(own, "judge_share"),
+                over_seeds(own, "kid", digits=1), over_seeds(own, "kl"), over_seeds(own, "recovered"), *near,
+            ]  # fmt: skip
+            found.append(f"| {' | '.join(cells)} |")
+    classifiers, taught = of("classifiers", "both"), of("teaches", "both")
+    said = {name: over_seeds(classifiers, name, digits=3) for name in classifiers[0] if name not in ("what", "class")}
+    names = zip(TAUGHT, (
+        "real pictures", "pretrained, all pictures, with the labels of the reward's classifier", "pretrained, given the label",
+        "tuned to each class",
+    ), strict=True)  # fmt: skip
+    found += [
+        "",
+        f"The reward's classifier: AUC {said['reward_auc']} on validation pictures, expected calibration error "
+        f"{said['calibration_error']} ({said['calibration_error_before']} before its temperature, {said['temperature']}). "
+        f"The judge: AUC {said['judge_auc_val']} on validation and {said['judge_auc_test']} on test pictures.",
+        "", *head(["a classifier that learned from", "AUC on real test pictures"], 1),
+        *(f"| {what} | {over_seeds(taught, f'{name}_auc', digits=3)} |" for name, what in names),
+    ]  # fmt: skip
+    balanced = [row for row in rows if row["what"] in ("unbalanced", "balanced")]
+    if any(row["what"] == "balanced" for row in balanced):
+        found += ["", balance_table(balanced)]
+    return "\n".join(found) + "\n"
+
+
+def head(names: list[str], texts: int) -> list[str]:
+    """A table's first two lines; the first columns hold texts."""
+    return [f"| {' | '.join(names)} |", f"| {' | '.join(['---'] * texts + ['---:'] * (len(names) - texts))} |"]
+
+
+def balance_table(rows: list[dict[str, Any]]) -> str:
+    seeds = len({row["seed"] for row in rows if row["what"] == "balanced"})
+    header = [
+        "model", "its mean probability, reward's classifier", "its share, judge", "path KL, nats", "least KL",
+        "KID of those without",
+    ]  # fmt: skip
+    found = [f"Share of pictures without a finding, target 0.5; seeds: {seeds}.", "", *head(header, 1)]
+    for what in ("unbalanced", "balanced"):
+        own = [row for row in rows if row["what"] == what]
+        cells = [over_seeds(own, n) for n in ("reward_share", "judge_share", "path_kl", "least_kl")]
+        found.append(f"| {NAMES[what]} | {' | '.join(cells)} | {over_seeds(own, 'kid', digits=1)} |")
+    return "\n".join(found)
+
+
+def write(page: Path, text: str) -> None:
+    before, mark, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not mark or not end:
+        raise SystemExit(f"{page} has no marks {MARKS}.")
+    page.write_text(before + mark + text + end + after, encoding="utf-8")
+
+
+def picture(data: Path, folder: Path, path: Path, columns: int = 8) -> None:
+    """Seed 0: the pretrained model, the same noise tuned to none, and real pictures without a finding."""
+    from matplotlib.figure import Figure
+
+    it = Seed(data, folder, 0)
+    tuned, _ = it.tune(0)
+    rows = {
+        "pretrained": sample(unconditional(folder), "", SAMPLES, 0), "tuned to none": tuned,
+        "real, none": of_class(it.parts["val"], 0),
+    }  # fmt: skip
+    figure = Figure(figsize=(columns * 0.9, 3 * 1.0), layout="constrained")
+    for axes, (name, x) in zip(figure.subplots(3, 1), rows.items(), strict=True):
+        axes.imshow(torch.cat(list(x[:columns, 0]), 1), cmap="gray", vmin=0, vmax=1)
+        axes.set(xticks=[], yticks=[])
+        axes.set_ylabel(name, fontsize=8)
+    figure.savefig(path, dpi=90)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["run", "balance", "table", "picture"])
@@ -270,6 +380,13 @@ def main() -> None:
     if options.what in ("run", "balance"):
         for seed in range(options.seeds):
             {"run": run, "balance": balance}[options.what](options.data, options.model, seed, options.out)
+    elif options.what == "picture":
+        picture(options.data, options.model, PICTURE)
+    else:
+        found = tables(lines(options.out))
+        print(found)
+        if options.write:
+            write(PAGE, found)
 
 
 if __name__ == "__main__":

@@ -81,6 +81,14 @@ def test_the_table_of_four_steps_is_that_of_its_runs() -> None:
     assert "| pretrained | ddim 4 |" in shown
 
 
+def test_the_tables_of_health_are_those_of_their_runs() -> None:
+    module = benchmark("health")
+    page = (ROOT / "docs" / "results" / "health.md").read_text(encoding="utf-8")
+    shown = page.partition(module.MARKS[0])[2].partition(module.MARKS[1])[0]
+    assert shown == module.tables(module.lines(ROOT / "benchmarks" / "health.jsonl"))
+    assert "| none | tuned to log p(class) |" in shown
+
+
 def test_the_tables_of_few_steps_are_those_of_their_runs() -> None:
     module = benchmark("few_steps")
     page = (ROOT / "docs" / "results" / "few-steps.md").read_text(encoding="utf-8")
