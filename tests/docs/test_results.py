@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -104,3 +106,27 @@ def test_the_table_of_simulated_people_is_that_of_its_runs(monkeypatch: pytest.M
     made = importlib.import_module("people").table([json.loads(line) for line in lines])
     assert made in (ROOT / "docs" / "howto" / "liking.md").read_text(encoding="utf-8")
     assert made.count("text to image | 2 |") == 3
+def test_the_tables_of_markets_are_those_of_their_runs() -> None:
+    module = benchmark("markets")
+    page = (ROOT / "docs" / "results" / "markets.md").read_text(encoding="utf-8")
+    shown = page.partition(module.MARKS[0])[2].partition(module.MARKS[1])[0]
+    lines = (ROOT / "benchmarks" / "markets.jsonl").read_text(encoding="utf-8").splitlines()
+    assert shown == module.table([json.loads(line) for line in lines])
+    assert "| GARCH, each day anew |" in shown
+
+
+@pytest.mark.slow
+def test_garchs_recursion_is_archs_and_its_windows_keep_what_was_fitted() -> None:
+    module = benchmark("markets")
+    rng = np.random.default_rng(0)
+    returns = torch.from_numpy(0.01 * rng.standard_t(6, (2, 800)))
+    for kind in ("GARCH", "EGARCH"):
+        law = module.Garch(returns, kind)
+        variance = np.stack(law.variance)  # [C, days], of arch
+        for day in range(1, 800, 100):
+            np.testing.assert_allclose(
+                law.next(variance[:, day - 1], law.residuals[:, day - 1]), variance[:, day], rtol=1e-6
+            )
+        windows = law.windows(400, 0)
+        assert windows.shape == (400, 2, 64)
+        np.testing.assert_allclose(windows.transpose(0, 1).flatten(1).std(1), returns.std(1), rtol=0.1)
