@@ -106,6 +106,8 @@ def test_the_table_of_simulated_people_is_that_of_its_runs(monkeypatch: pytest.M
     made = importlib.import_module("people").table([json.loads(line) for line in lines])
     assert made in (ROOT / "docs" / "howto" / "liking.md").read_text(encoding="utf-8")
     assert made.count("text to image | 2 |") == 3
+
+
 def test_the_tables_of_markets_are_those_of_their_runs() -> None:
     module = benchmark("markets")
     page = (ROOT / "docs" / "results" / "markets.md").read_text(encoding="utf-8")
