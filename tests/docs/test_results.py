@@ -132,3 +132,30 @@ def test_garchs_recursion_is_archs_and_its_windows_keep_what_was_fitted() -> Non
         windows = law.windows(400, 0)
         assert windows.shape == (400, 2, 64)
         np.testing.assert_allclose(windows.transpose(0, 1).flatten(1).std(1), returns.std(1), rtol=0.1)
+def test_the_table_of_video_is_that_of_its_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    module = benchmark("motion")
+    page = (ROOT / "docs" / "results" / "video.md").read_text(encoding="utf-8")
+    shown = page.partition(module.MARKS[0])[2].partition(module.MARKS[1])[0]
+    lines = (ROOT / "benchmarks" / "motion.jsonl").read_text(encoding="utf-8").splitlines()
+    assert shown == module.table([json.loads(line) for line in lines]) + "\n"
+    assert "| draft, one-sided | temporal_flickering |" in shown
+
+
+def test_the_judge_of_video_knows_what_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    shapes = benchmark("moving_shapes")
+    generator = torch.Generator().manual_seed(0)
+    classes = torch.arange(len(shapes.CAPTIONS)).repeat(8)
+    prompts = [shapes.CAPTIONS[i] for i in classes]
+    moving, still, shaking = (
+        shapes.judged(shapes.draw(classes, generator, *shares), prompts) for shares in ((0, 0), (1, 0), (0, 1))
+    )
+    for found, good, moves in ((moving, 1.0, 1.0), (still, 0.0, 0.0), (shaking, 0.0, 1.0)):
+        assert float(found["identity"].float().mean()) == 1
+        assert float(found["good"].float().mean()) == pytest.approx(good, abs=0.1)
+        assert float(found["moves"].float().mean()) == pytest.approx(moves, abs=0.05)
+    assert bool(moving["direction"].all())
+    assert float((moving["speed"] - 1.05).abs().max()) < 0.3  # drawn from 0.8 to 1.3 pixels a frame
+    wrong = shapes.judged(shapes.draw(classes, generator), [shapes.CAPTIONS[(i + 4) % 8] for i in classes])
+    assert not wrong["identity"].any()  # of another colour

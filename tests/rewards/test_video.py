@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import scoreact as sa
 from scoreact import rewards as rw
 from scoreact.rewards.video import shift
 from scoreact.support.errors import RewardError
@@ -166,3 +167,28 @@ def test_errors_name_the_value_and_the_remedy() -> None:
     for option, value in (("target", 0.0), ("tolerance", -1.0), ("target", math.inf), ("taper", 0.6)):
         with pytest.raises(RewardError, match=f"{option} is {value}"):
             rw.load("smooth_motion", **{option: value})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", [{"algorithm": "draft"}, {"algorithm": "ctrl_pathwise", "value": "residual"}])
+def test_a_video_pipeline_is_tuned_to_it(rule: dict[str, str]) -> None:
+    """A tiny WanPipeline by LoRA, the reward's gradient going through its VAE."""
+    pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    from tiny_pipelines import SIZES, make, spelling_tokenizer
+
+    from scoreact.models.pipelines.opening import pipeline_model
+
+    torch.manual_seed(0)
+    model = pipeline_model(make("wan", spelling_tokenizer()), lora_rank=2, **SIZES["wan"])
+    small = {
+        "iterations": 1,
+        "batch_size": 2,
+        "minibatch_size": 2,
+        "steps": 2,
+        "reference_batches": 1,
+        "heldout_samples": 2,
+    }
+    result = sa.finetune(model, "smooth_motion", ["a cat", "two dogs"], guard="off", **small, **rule)
+    assert {"reward/heldout/consistency", "reward/heldout/steadiness", "reward/heldout/motion"} <= set(result.final)
+    assert result.history[-1]["iteration"] == 1
