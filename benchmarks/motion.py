@@ -132,9 +132,9 @@ def run(options: argparse.Namespace) -> None:
 
 
 def cell(values: list[float], digits: int) -> str:
-    """Mean with its 95 % interval where there are several."""
-    if len(values) == 1:
-        return f"{values[0]:.{digits}f}"
+    """Mean with its 95 % interval of three or more, else each of them."""
+    if len(values) < 3:
+        return ", ".join(f"{value:.{digits}f}" for value in values)
     mean, half = confidence_interval(values)
     return f"{mean:.{digits}f} ± {half:.{digits}f}"
 

@@ -7,8 +7,8 @@ Clips have 8 frames of 16x16 and captions such as "a red ball moving left". Like
 often show no such thing: in STILL of them the ball stands, in SHAKING of them it shakes on its way. So the pretrained model
 draws the right ball and moves it badly. The judge tracks the ball by its colour and shares nothing with any reward.
 
-The denoiser is the package's own `UNet` on pixels, with the frames as channels. Wan's VAE and transformer at tiny size, from
-diffusers, drew no ball after the same minutes.
+The denoiser is the package's own `UNet` on pixels, with the frames as channels, and predicts the clip: a network narrower than
+the noise cannot predict the noise. Wan's VAE at tiny size had learned the background alone after 140 CPU seconds.
 """
 
 from __future__ import annotations
