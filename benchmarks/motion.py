@@ -49,12 +49,10 @@ COMMON: dict[str, Any] = {
     "heldout_samples": 16, "reference_batches": 1, "device": "cpu", "guard": "off",
 }  # fmt: skip
 DRAFT: dict[str, Any] = {"algorithm": "draft", "last_steps": 4, "kl_weight": 1e-5, "learning_rate": 1e-3}
-PATHWISE: dict[str, Any] = {"algorithm": "ctrl_pathwise", "value": "residual", "kl_weight": 0.02, "learning_rate": 1e-3}
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {  # the reward, and the rule's settings
     "draft": ("smooth_motion", DRAFT),
     "draft, one-sided": ("temporal_flickering", DRAFT),
     "draft, priced": ("smooth_motion", {**DRAFT, "kl_weight": 1e-4}),
-    "ctrl_pathwise, residual": ("smooth_motion", PATHWISE),
     "ddpo": ("smooth_motion", {"algorithm": "ddpo", "learning_rate": 1e-3}),
 }
 SHOWN = {
