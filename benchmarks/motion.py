@@ -58,7 +58,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {  # the reward, and the rule's se
 SHOWN = {
     "before": None,
     "flickering alone": "draft, one-sided",
-    "smooth motion": "draft",
+    "smooth motion": "draft, priced",
 }  # groups of columns of the film
 COLUMNS, FACTOR = 3, 3  # of clips a group; pixels a pixel
 MEASURES = {

@@ -132,6 +132,8 @@ def test_garchs_recursion_is_archs_and_its_windows_keep_what_was_fitted() -> Non
         windows = law.windows(400, 0)
         assert windows.shape == (400, 2, 64)
         np.testing.assert_allclose(windows.transpose(0, 1).flatten(1).std(1), returns.std(1), rtol=0.1)
+
+
 def test_the_table_of_video_is_that_of_its_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     module = benchmark("motion")
