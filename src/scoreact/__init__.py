@@ -38,6 +38,8 @@ from .training.config import Config as Config
 
 if TYPE_CHECKING:
     from .api.calibrate import calibrate as calibrate
+    from .api.detector import DiffusionDetector as DiffusionDetector
+    from .api.detector import score as score
     from .api.new_model import pretrain as pretrain
     from .api.result import Result as Result
     from .api.saved_run import SavedRun as SavedRun
@@ -59,6 +61,7 @@ __version__ = "0.2.0"
 
 # on first use: torch takes seconds to import, and `scoreact --help` needs none of it
 _LATER = {
+    "DiffusionDetector": ("api.detector", "DiffusionDetector"),
     "Hook": ("training.loop", "Hook"),
     "NetworkModel": ("models.network", "NetworkModel"),
     "Problem": ("recipes.base", "Problem"),
@@ -75,6 +78,7 @@ _LATER = {
     "pretrain": ("api.new_model", "pretrain"),
     "open_run": ("api.saved_run", "open_run"),
     "read_prompts": ("recipes.prompts", "read_prompts"),
+    "score": ("api.detector", "score"),
     "search_grid": ("evaluation.grid_search", "search_grid"),
 }
 

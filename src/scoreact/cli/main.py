@@ -31,6 +31,7 @@ from .parser import Parser
 from .pretrain import ABOUT as LEARN
 from .pretrain import SHIPPED, pretrain, pretrain_arguments, pretrain_shipped
 from .reward import classify, classify_arguments, discriminate, discriminate_arguments, fit, fit_arguments
+from .score import score, score_arguments
 from .train import ABOUT, resume, resume_arguments, train, train_arguments, train_help
 from .update import update, update_arguments
 
@@ -62,6 +63,9 @@ COMMANDS = {
     "update": Command("Move a run on from rewards that came from outside.", update_arguments, update),
     "evaluate": Command(
         "Measure a run: held-out reward, KL, J, other solvers and steps.", look.evaluate_arguments, look.evaluate
+    ),
+    "score": Command(
+        "Say how abnormal each row of a file is to a model: likelihoods and others.", score_arguments, score
     ),
     "grid": Command("Search the time grid for so many steps of a sampler.", grid_arguments, grid),
     "calibrate": Command(

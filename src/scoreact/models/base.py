@@ -239,6 +239,15 @@ class HasExactLaw(Protocol):
 
 
 @runtime_checkable
+class HasPriorDensity(Protocol):
+    """The density of its prior, where that is not normal noise of sigma(t_min). It buys the log-likelihood of samples."""
+
+    def prior_log_prob(self, x: Tensor, condition: Condition) -> Tensor:
+        """log p of the states that sampling starts from, x [B, *D]: [B], nats."""
+        ...
+
+
+@runtime_checkable
 class HasMetadata(Protocol):
     """Metadata of prompts, which `condition` puts beside each of them for the reward to read. It buys prompts from tables, and
     from functions that return metadata."""

@@ -33,6 +33,11 @@ OPTIONAL: tuple[tuple[type, str, str], ...] = (
     (base.Exports, "export()", "weights in your own library's form in every run folder"),
     (base.Saves, "formats, save() and facts()", "`scoreact export` in the forms that other programs load"),
     (base.StartsElsewhere, "starts_elsewhere", "both the model and its reference evaluated before training"),
+    (
+        base.HasPriorDensity,
+        "prior_log_prob(x, condition)",
+        "log-likelihoods from a prior that is no normal noise of the schedule's",
+    ),
     (base.HasExactLaw, "exact_law()", "the closed-form optimum in the report's picture of points"),
     (base.HasMetadata, "metadata", "metadata of prompts for the reward"),
     (base.HasNotes, "notes()", "sentences of the model's own in the run's report"),

@@ -77,6 +77,10 @@ class GaussianMixture(nn.Module):
         noise = torch.randn(x_data.shape, generator=generator, device=x_data.device)
         return self.schedule.alpha(t).unsqueeze(1) * x_data + self.schedule.sigma(t).unsqueeze(1) * noise
 
+    def prior_log_prob(self, x: Tensor, condition: Condition) -> Tensor:
+        """log p at t_min of x [B, d]: [B], nats."""
+        return self.log_prob(x.new_full((len(x),), self.schedule.t_min), x)
+
     def condition(self, prompts: Sequence[str]) -> Condition:
         return Condition(list(prompts))
 

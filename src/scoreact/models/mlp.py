@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..dynamics.schedule import Schedule
 from ..types import Condition
-from .base import HasExactLaw, ScoreModel
+from .base import HasExactLaw, HasPriorDensity, ScoreModel
 from .gaussian_mixture import GaussianMixture
 from .layers import fourier_features
 
@@ -58,6 +58,8 @@ class ResidualModel(nn.Module):
         super().__init__()
         self.base = base
         self.residual = MLP(dim, dim, width, layers, zero_last=True)
+        if isinstance(base, HasPriorDensity):  # offered only where there is one
+            self.prior_log_prob = base.prior_log_prob
 
     @property
     def schedule(self) -> Schedule:

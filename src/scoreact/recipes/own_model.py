@@ -72,6 +72,10 @@ class ScaledModel(NetworkModel):
         """States [B, *D] in the data's unit."""
         return x * self.spread + self.mean
 
+    def encode(self, samples: Tensor) -> Tensor:
+        """Samples in the data's unit as states [B, *D]."""
+        return (samples - self.mean) / self.spread
+
 
 def about_model(data: OwnData, width: int | None = None) -> dict[str, Any]:
     """What model.json says of a model of these data before it is trained: data, network, scaling.

@@ -118,6 +118,54 @@ def read_data(
     return _checked(found, path)
 
 
+@dataclass(frozen=True)
+class FileRows:
+    """Every example of a file in its order: values [N, *D], a word each where labels were asked for, and notes."""
+
+    values: Tensor
+    labels: list[str] | None
+    notes: tuple[str, ...] = ()
+
+
+def read_rows(path: str | Path, shape: Sequence[int], labels: bool | str = False, part: str = "test") -> FileRows:
+    """What a model with samples of this shape is asked about, row by row; nothing is held out or left out.
+
+    Args:
+        path: a folder of pictures, an .npz or .npy, or a table with an example a row.
+        shape: *D of one sample.
+        labels: as of `read_data`.
+        part: of a file with a split, "train" or "test".
+
+    Raises:
+        SettingError: what cannot be read, or has another shape.
+    """
+    path, kind = Path(path).expanduser(), {1: "vectors", 2: "series", 3: "pictures"}.get(len(shape))
+    if kind is None:
+        raise SettingError(
+            f"a sample of this model has shape {tuple(shape)}, which no data file holds; score it in Python."
+        )
+    words: list[str] | None = None
+    notes: Sequence[str] = ()
+    if path.is_dir():
+        folder = read_folder(path, bool(labels), shape[-1] if len(shape) == 3 and shape[1] == shape[2] else None)
+        values, notes = folder.pictures, folder.notes
+        words = None if folder.labels is None else [folder.classes[i] for i in folder.labels.tolist()]
+    elif path.suffix in (".npz", ".npy"):
+        found = read_arrays(path, kind, labels)
+        other = part == "test" and found.other is not None
+        values = found.other if other and found.other is not None else found.values
+        words = found.other_labels if other else found.labels
+        notes = [f"Scored are the file's held-out examples, {len(values):,} of them."] if other else []
+    elif path.suffix in TABLES:
+        table = read_table(path, labels)
+        values, words, notes = torch.from_numpy(table.numbers), table.labels, table.notes
+    else:
+        raise SettingError(f"{path} is no folder of pictures, .npz, .npy or table ({', '.join(TABLES)}).")
+    if values[0].numel() != torch.Size(shape).numel():
+        raise SettingError(f"{path} holds examples of shape {tuple(values.shape[1:])}; the model draws {tuple(shape)}.")
+    return FileRows(values.reshape(len(values), *shape), words, tuple(notes))
+
+
 def split_off(examples: Examples) -> tuple[Examples, Examples]:
     """A tenth at random kept out, always the same: train, held out."""
     count = min(MOST_HELD_OUT, max(1, round(HELD_OUT * len(examples))))
