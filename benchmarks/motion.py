@@ -6,9 +6,9 @@
     python benchmarks/motion.py film --folder balls --picture docs/results/video.gif
 
 `moving_shapes.py` says what the model and the judge are. Every arm has the same model, captions, sampler (DDIM with noise,
-STEPS steps) and network calls (policy and reference, one a clip and pass), and one setting. Those of
-`draft` were chosen by looking at five of them on seeds 0 and 1; the others had one. The judge sees SEEN clips drawn as in training, before and after from the same noise. Runs in the file are not run
-again. `film` shows the runs of seed 0, whose weights are beside the model.
+STEPS steps) and network calls (policy and reference, one a clip and pass), and one setting. Those of `draft` were chosen by
+looking at five of them on seeds 0 and 1; the others had one. The judge sees SEEN clips drawn as in training, before and after
+from the same noise. Runs in the file are not run again. `film` shows the runs of seed 0, whose weights are beside the model.
 """
 
 from __future__ import annotations
