@@ -1,6 +1,6 @@
 """Does tuning help to find anomalies? One class is normal, all others are abnormal; before and after, beside PyOD's detectors.
 
-    python benchmarks/anomalies.py run fashion --data fashion_mnist.npz --seeds 3     # about 4 CPU minutes, and 3 more a seed
+    python benchmarks/anomalies.py run fashion --data fashion_mnist.npz --seeds 3
     python benchmarks/anomalies.py run ecg --data ecg5000_train.txt --seeds 3
     python benchmarks/anomalies.py table                                          # of the measured lines; runs nothing
     python benchmarks/anomalies.py table --write docs/results/anomalies.md --picture docs/results/anomalies.png
