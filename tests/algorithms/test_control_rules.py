@@ -24,8 +24,10 @@ from scoreact.control.transitions import Paths
 from scoreact.control.value import ValueNetwork
 from scoreact.dynamics.schedule import VP, RectifiedFlow, Schedule
 from scoreact.dynamics.solvers import SOLVERS
-from scoreact.rewards import Quadratic, checked
+from scoreact.rewards import Quadratic, checked, clip, weighted_sum
 from scoreact.rewards.base import FunctionReward
+from scoreact.rewards.user import adapt
+from scoreact.rewards.weighted_statistics import WeightedStatistics
 from scoreact.types import Condition
 
 BETA, STEPS = 0.7, 4
@@ -406,6 +408,33 @@ def test_a_reward_without_gradient_is_refused(algorithm: str, train_on_mixture: 
     rounded = FunctionReward(lambda x, condition: x.detach()[:, 0].round(), "rounded")
     with pytest.raises(ValueError, match=f"{algorithm} follows the reward's gradient, but reward rounded has none"):
         train_on_mixture(rounded, algorithm=algorithm, iterations=1)
+
+
+def test_sums_of_unmarked_functions_are_tried_part_by_part(train_on_mixture: Callable[..., Result]) -> None:
+    def first(points: Tensor) -> Tensor:
+        return points[:, 0]
+
+    def second(points: Tensor) -> Tensor:
+        return points[:, 1].square()
+
+    def right(points: Tensor) -> Tensor:
+        return (points[:, 0] > 0).float()
+
+    def of(*functions: Any) -> list[Any]:
+        parts = {f.__name__: (0.5, adapt(f, f.__name__)) for f in functions}
+        return [weighted_sum(parts), WeightedStatistics(functions, [0.5] * len(functions))]
+
+    few = {"algorithm": "draft", "iterations": 1, "batch_size": 16, "heldout_samples": 64}
+    weights = [list(train_on_mixture(reward, **few).policy.model.parameters()) for reward in of(first, second)]
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+    marked = FunctionReward(lambda x, condition: 0.5 * first(x) + 0.5 * second(x), "marked", differentiable=True)
+    same = train_on_mixture(marked, **few).policy.model.parameters()
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(weights[0], same, strict=True))
+    for reward in of(first, right):
+        with pytest.raises(ValueError, match=r"has none \(its part \S*right carries no gradient\)"):
+            train_on_mixture(reward, **few)
+    with pytest.raises(ValueError, match=r"give each function in it the mark f\.differentiable = True"):
+        train_on_mixture(clip(adapt(first, "first"), -1, 1), **few)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from ..support.errors import RewardError
 from ..types import Condition
 from .base import FunctionReward, Reward, is_differentiable, is_of_batch, name_of
 from .check import part_of
+from .user import with_gradient
 
 
 class WeightedSum:
@@ -48,6 +49,10 @@ class WeightedSum:
     def total(self, parts: Mapping[str, Tensor]) -> Tensor:
         """The weighted sum [B] of what `parts` gave."""
         return torch.stack([weight * parts[name] for name, (weight, _) in self._parts.items()]).sum(0)
+
+    def with_gradient(self) -> WeightedSum:
+        """See `user.with_gradient`."""
+        return WeightedSum({name: (weight, with_gradient(reward)) for name, (weight, reward) in self._parts.items()})
 
     def __call__(self, samples: Tensor, condition: Condition) -> Tensor:
         return self.total(self.parts(samples, condition))

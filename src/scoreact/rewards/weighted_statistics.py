@@ -6,9 +6,10 @@ statistics. Which lambda give which means is `training.calibration`'s business.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from ..support.errors import RewardError
 from ..types import Condition
 from .base import Reward, is_differentiable, is_of_batch, name_of
+from .user import with_gradient
 
 Spec = str | Callable[..., Any]  # what `open_statistic` takes
 
@@ -113,6 +115,13 @@ class WeightedStatistics:
     def total(self, parts: Mapping[str, Tensor]) -> Tensor:
         """R [B] of what `parts` gave."""
         return torch.stack([w * s for w, s in zip(self.weights, parts.values(), strict=True)]).sum(0)
+
+    def with_gradient(self) -> WeightedStatistics:
+        """See `user.with_gradient`."""
+        tried = copy.copy(self)
+        tried.statistics = [replace(one, function=with_gradient(one.function)) for one in self.statistics]
+        tried.differentiable = all(is_differentiable(one.function) for one in tried.statistics)
+        return tried
 
     def __call__(self, samples: Tensor, condition: Condition) -> Tensor:
         return self.total(self.parts(samples, condition))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +30,12 @@ from ..dynamics.sde import SDE
 from ..dynamics.solvers import SOLVERS
 from ..models.base import BatchDependent, HasClasses, ReadsFeatures, ScoreModel
 from ..rewards.base import is_differentiable, is_of_batch, name_of
-from ..rewards.check import Checked, checked
+from ..rewards.check import Checked, HasParts, checked
 from ..rewards.sample_features import SIDE
-from ..rewards.user import UserReward
+from ..rewards.user import with_gradient
 from ..support import distributed
 from ..support.devices import device_of
-from ..support.errors import Diverged, SettingError
+from ..support.errors import Diverged, RewardError, SettingError
 from ..types import Condition
 from .config import Config
 from .optim import AdamSteps, NaturalGradient
@@ -260,18 +259,25 @@ def check_differentiable(algorithm: str, model: ScoreModel, reward: Checked, pro
     condition = model.condition(prompts[:1])
     device = device_of(model)
     x = model.prior(condition, torch.Generator(device).manual_seed(0)).requires_grad_(True)
-    own = reward.reward
-    found = replace(own, differentiable=True) if isinstance(own, UserReward) else own
+    found = with_gradient(reward.reward)
     probe = checked(found)
     probe.differentiable = True  # makes it look for the gradient
     try:
         with torch.enable_grad():
-            probe(model.decode(x), condition)
+            decoded = model.decode(x)
+            probe(decoded, condition)
+            parts: dict[str, Tensor] = found.parts(decoded, condition) if isinstance(found, HasParts) else {}
+            for name, values in parts.items():
+                if not values.requires_grad:  # the others' gradient would hide it
+                    raise RewardError(f"its part {name} carries no gradient")
     except (ValueError, RuntimeError) as error:
+        why = " ".join(str(error).split())[:160]
+        if "is marked differentiable" in why and not is_differentiable(found):  # a part of it is not
+            why = "its result carries no gradient; give each function in it the mark f.differentiable = True"
         raise SettingError(
-            f"{algorithm} follows the reward's gradient, but reward {reward.name} has none "
-            f"({' '.join(str(error).split())[:160]}). Make it differentiable, set reward_gradient to surrogate, or use "
-            "a rule that needs its values only: ctrl, ctrl_pathwise, q_learning."
+            f"{algorithm} follows the reward's gradient, but reward {reward.name} has none ({why}). Make it "
+            "differentiable, set reward_gradient to surrogate, or use a rule that needs its values only: "
+            "ctrl, ctrl_pathwise, q_learning."
         ) from error
     reward.reward, reward.differentiable = found, True
 
