@@ -28,7 +28,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize(("command", "action"), OPTIONS, ids=lambda x: x if isinstance(x, str) else x.option_strings[0])
 def test_an_option_given_twice_is_refused(command: str, action: Once) -> None:
-    value = str(next(iter(action.choices))) if action.choices else "12"
+    value = str(next(iter(action.choices))) if action.choices else "24"
     words = [action.option_strings[0], value, action.option_strings[-1], value]
     shown = f"{float(value):g}" if action.type in (float, positive) else value
     with pytest.raises(

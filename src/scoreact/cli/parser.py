@@ -57,6 +57,8 @@ GIVEN = "given"  # in a namespace: the options that were among the words
 
 
 def _words(value: Any) -> str:
+    if isinstance(value, tuple):  # names with commas between
+        return ",".join(map(str, value))
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
