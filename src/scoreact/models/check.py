@@ -35,7 +35,7 @@ OPTIONAL: tuple[tuple[type, str, str], ...] = (
     (base.StartsElsewhere, "starts_elsewhere", "both the model and its reference evaluated before training"),
     (
         base.HasPriorDensity,
-        "prior_log_prob(x, condition)",
+        "prior_log_prob()",
         "log-likelihoods from a prior that is no normal noise of the schedule's",
     ),
     (base.HasExactLaw, "exact_law()", "the closed-form optimum in the report's picture of points"),
