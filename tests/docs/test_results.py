@@ -161,3 +161,13 @@ def test_the_judge_of_video_knows_what_is_drawn(monkeypatch: pytest.MonkeyPatch)
     assert float((moving["speed"] - 1.05).abs().max()) < 0.3  # drawn from 0.8 to 1.3 pixels a frame
     wrong = shapes.judged(shapes.draw(classes, generator), [shapes.CAPTIONS[(i + 4) % 8] for i in classes])
     assert not wrong["identity"].any()  # of another colour
+
+
+def test_the_table_of_words_is_that_of_its_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    module = importlib.import_module("words")
+    page = (ROOT / "docs" / "results" / "words.md").read_text(encoding="utf-8")
+    shown = page.partition(module.MARKS[0])[2].partition(module.MARKS[1])[0]
+    lines = (ROOT / "benchmarks" / "words.jsonl").read_text(encoding="utf-8").splitlines()
+    assert shown == module.summary([json.loads(line) for line in lines]) + "\n"
+    assert "`ctrl_pathwise --value surrogate`" in shown
