@@ -125,9 +125,13 @@ def calibrate(
         also: other statistics, whose change is reported.
         prompts: as of `finetune`, for a module or a Problem.
         out: the run's folder, new or empty.
-        config, settings: of training. kl_weight is 1: lambda is in nats.
-        progress, on_event: as of `finetune`, of each round. say: told a line a round. report: write report.html.
+        config: of training. kl_weight is 1: lambda is in nats.
+        progress: as of `finetune`, of each round.
+        on_event: as of `finetune`, of each round.
+        say: told a line a round.
+        report: write report.html.
         command: what config.json says that the run was made by.
+        settings: of training, over those of `config`.
 
     Returns:
         What was reached. `str()` of it is the table that `scoreact calibrate` prints. The same seed gives the same bits.

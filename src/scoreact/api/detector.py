@@ -152,7 +152,11 @@ class DiffusionDetector:
         contamination: the share of abnormal samples among those that `fit` gets, above 0 and at most 0.5.
         prompt: the normal class, of a model that has several.
         reference: as of `score`.
-        levels, noises, probes, tolerance, seed: as of `score`.
+        levels: as of `score`.
+        noises: as of `score`.
+        probes: as of `score`.
+        tolerance: as of `score`.
+        seed: as of `score`.
 
     Raises:
         SettingError: in `fit`: a contamination out of range, or what `score` refuses.
