@@ -74,6 +74,7 @@ def test_a_trained_run_reaches_its_target_at_the_closed_forms_price(tmp_path: Pa
     assert float(again.sample(count=500)[:, 0].mean()) == pytest.approx(0.8, abs=0.2)
 
 
+@pytest.mark.slow
 def test_a_distant_target_is_approached_in_rounds_and_seeds_give_the_same_bits(tmp_path: Path) -> None:
     (tmp_path / "stats.py").write_text(STATISTICS)
     spec, lines = f"{tmp_path / 'stats.py'}:shift", list[str]()
