@@ -6,6 +6,7 @@ import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,10 +25,20 @@ def benchmark(name: str) -> ModuleType:
     return module
 
 
+def between(marks: tuple[str, str], page: str) -> str:
+    """What a page of docs/ shows between two marks."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return text.partition(marks[0])[2].partition(marks[1])[0]
+
+
+def measured(name: str) -> list[dict[str, Any]]:
+    """The lines of a file of benchmarks/."""
+    return [json.loads(line) for line in (ROOT / "benchmarks" / name).read_text(encoding="utf-8").splitlines()]
+
+
 def test_the_arenas_table_is_that_of_its_results() -> None:
     module = benchmark("arena_page")
-    page = (ROOT / "docs" / "results" / "arena.md").read_text(encoding="utf-8")
-    shown = page.partition(module.MARKS[0])[2].partition(module.MARKS[1])[0]
+    shown = between(module.MARKS, "results/arena.md")
     assert shown == module.made(ROOT / "benchmarks" / "arena", ROOT / "benchmarks" / "arena-third")
     assert "| `ctrl` |" in shown
 
@@ -42,8 +53,7 @@ def test_the_table_of_rams_bias_is_that_of_its_runs() -> None:
 
 def test_the_table_of_calibrations_is_that_of_its_runs() -> None:
     module = benchmark("calibrate")
-    page = (ROOT / "docs" / "howto" / "calibrate.md").read_text(encoding="utf-8")
-    shown = page.partition(module.MARKS[0])[2].partition(module.MARKS[1])[0]
+    shown = between(module.MARKS, "howto/calibrate.md")
     assert shown == module.made(ROOT / "benchmarks" / "calibrate.jsonl")
     assert shown.count("| mean |") == 1
 
@@ -76,44 +86,40 @@ def test_the_tables_of_rewards_from_outside_are_those_of_their_runs(monkeypatch:
 
 def test_the_table_of_four_steps_is_that_of_its_runs() -> None:
     module = benchmark("four_steps")
-    page = (ROOT / "docs" / "results" / "four-steps.md").read_text(encoding="utf-8")
-    shown = page.partition(module.MARKS[0])[2].partition(module.MARKS[1])[0]
-    lines = (ROOT / "benchmarks" / "four_steps.jsonl").read_text(encoding="utf-8").splitlines()
-    assert shown == module.table([json.loads(line) for line in lines])
+    shown = between(module.MARKS, "results/four-steps.md")
+    lines = measured("four_steps.jsonl")
+    assert shown == module.table(lines)
     assert "| pretrained | ddim 4 |" in shown
 
 
 def test_the_tables_of_health_are_those_of_their_runs() -> None:
     module = benchmark("health")
-    page = (ROOT / "docs" / "results" / "health.md").read_text(encoding="utf-8")
-    shown = page.partition(module.MARKS[0])[2].partition(module.MARKS[1])[0]
+    shown = between(module.MARKS, "results/health.md")
     assert shown == module.tables(module.lines(ROOT / "benchmarks" / "health.jsonl"))
     assert "| none | tuned to log p(class) |" in shown
 
 
 def test_the_tables_of_few_steps_are_those_of_their_runs() -> None:
     module = benchmark("few_steps")
-    page = (ROOT / "docs" / "results" / "few-steps.md").read_text(encoding="utf-8")
-    shown = page.partition(module.MARKS[0])[2].partition(module.MARKS[1])[0]
-    lines = (ROOT / "benchmarks" / "few_steps.jsonl").read_text(encoding="utf-8").splitlines()
-    assert shown == module.tables([json.loads(line) for line in lines]) + "\n"
+    shown = between(module.MARKS, "results/few-steps.md")
+    lines = measured("few_steps.jsonl")
+    assert shown == module.tables(lines) + "\n"
     assert "| 4 | dpm_solver_pp_2m |" in shown
 
 
 def test_the_table_of_simulated_people_is_that_of_its_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    lines = (ROOT / "benchmarks" / "people.jsonl").read_text(encoding="utf-8").splitlines()
-    made = importlib.import_module("people").table([json.loads(line) for line in lines])
+    lines = measured("people.jsonl")
+    made = importlib.import_module("people").table(lines)
     assert made in (ROOT / "docs" / "howto" / "liking.md").read_text(encoding="utf-8")
     assert made.count("text to image | 2 |") == 3
 
 
 def test_the_tables_of_markets_are_those_of_their_runs() -> None:
     module = benchmark("markets")
-    page = (ROOT / "docs" / "results" / "markets.md").read_text(encoding="utf-8")
-    shown = page.partition(module.MARKS[0])[2].partition(module.MARKS[1])[0]
-    lines = (ROOT / "benchmarks" / "markets.jsonl").read_text(encoding="utf-8").splitlines()
-    assert shown == module.table([json.loads(line) for line in lines])
+    shown = between(module.MARKS, "results/markets.md")
+    lines = measured("markets.jsonl")
+    assert shown == module.table(lines)
     assert "| GARCH, each day anew |" in shown
 
 
@@ -137,10 +143,9 @@ def test_garchs_recursion_is_archs_and_its_windows_keep_what_was_fitted() -> Non
 def test_the_table_of_video_is_that_of_its_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     module = benchmark("motion")
-    page = (ROOT / "docs" / "results" / "video.md").read_text(encoding="utf-8")
-    shown = page.partition(module.MARKS[0])[2].partition(module.MARKS[1])[0]
-    lines = (ROOT / "benchmarks" / "motion.jsonl").read_text(encoding="utf-8").splitlines()
-    assert shown == module.table([json.loads(line) for line in lines]) + "\n"
+    shown = between(module.MARKS, "results/video.md")
+    lines = measured("motion.jsonl")
+    assert shown == module.table(lines) + "\n"
     assert "| draft, one-sided | temporal_flickering |" in shown
 
 
@@ -166,8 +171,7 @@ def test_the_judge_of_video_knows_what_is_drawn(monkeypatch: pytest.MonkeyPatch)
 def test_the_table_of_words_is_that_of_its_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     module = importlib.import_module("words")
-    page = (ROOT / "docs" / "results" / "words.md").read_text(encoding="utf-8")
-    shown = page.partition(module.MARKS[0])[2].partition(module.MARKS[1])[0]
-    lines = (ROOT / "benchmarks" / "words.jsonl").read_text(encoding="utf-8").splitlines()
-    assert shown == module.summary([json.loads(line) for line in lines]) + "\n"
+    shown = between(module.MARKS, "results/words.md")
+    lines = measured("words.jsonl")
+    assert shown == module.summary(lines) + "\n"
     assert "`ctrl_pathwise --value surrogate`" in shown
