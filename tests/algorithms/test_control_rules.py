@@ -188,8 +188,41 @@ def test_draft_of_all_steps_draws_its_own_paths(recompute: bool, generator: torc
     torch.testing.assert_close(mine, setup.gradient(costs.mean()), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("settings", [{"last_steps": 2}, {"renoise": 1}, {"variant": "alignprop"}, {"variant": "refl"}])
-def test_draft_of_some_steps_needs_a_rollout(settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("settings", [{"last_steps": 2}, {"last_steps": 2, "variant": "alignprop"}])
+def test_draft_of_some_steps_draws_the_others_without_a_gradient(
+    settings: dict[str, Any], generator: torch.Generator
+) -> None:
+    """As a rollout's states are: what `prepare` makes of the same paths gives the same loss and gradient, for fewer calls."""
+    setup = setup_of()
+    rule = setup.rule(DRaFT, **settings)
+    setup.policy.network_calls = setup.reward.calls = 0
+    same = torch.Generator().manual_seed(5)
+    rows = rule.rows_for([""] * 64, setup.ts, torch.Generator().manual_seed(5))
+    k = len(rows.acts)
+    assert (setup.policy.network_calls, setup.reward.calls) == (64 * (STEPS - k), 0)
+    assert not rows.x.requires_grad
+    x, noise = setup.policy.reference.prior(rows.condition, same), torch.randn(64, STEPS, DIM, generator=same)
+    assert torch.equal(rows.noise, noise[:, STEPS - k :])
+    drawn = rule._states(x, setup.ts, noise, rows.condition, [True] * (STEPS - k))
+    assert torch.equal(rows.x, drawn[-1])
+    path = setup.paths(64, generator, with_reference=False)
+    # the steps without a gradient are a rollout's
+    states = rule._states(path.xs[0], path.ts, path.noise.transpose(0, 1), path.condition, [True] * STEPS)
+    torch.testing.assert_close(states, path.xs)
+    noise = torch.cat([path.noise[: STEPS - k], rows.noise.transpose(0, 1)])
+    path = replace(path, xs=rows.x.expand(STEPS + 1, -1, -1), noise=noise)
+    at = torch.stack([(path.ts - t).abs().argmin() for t in rows.early_t[:, 0]])
+    assert set(at.tolist()) == {0, 1}  # the steps before the last two
+    assert torch.equal(rows.early_x, drawn[at, torch.arange(64)])
+    early = cost_rate(setup, path.ts[at], rows.early_x, path.condition)[1] * (path.ts[at + 1] - path.ts[at])
+    mine, wanted = rule.loss(rows)[0], (simulated(setup, path, STEPS - k) + 2 * early).mean()
+    torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(setup.gradient(mine), setup.gradient(wanted), rtol=1e-3, atol=1e-4)
+    assert ("policy/kl" in rule.metrics) == ("variant" not in settings)
+
+
+@pytest.mark.parametrize("settings", [{"renoise": 1, "last_steps": 1}, {"variant": "refl"}])
+def test_draft_that_starts_on_a_path_needs_a_rollout(settings: dict[str, Any]) -> None:
     assert not setup_of().rule(DRaFT, **settings).own_rows
 
 

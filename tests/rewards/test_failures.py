@@ -116,9 +116,10 @@ def test_a_run_goes_on_and_says_it() -> None:
 # --- parts -----------------------------------------------------------------------------------------------------------------
 
 
-def test_parts_of_a_sum_are_logged_by_name() -> None:
+@pytest.mark.parametrize("settings", [{}, {"algorithm": "draft", "last_steps": 2}])
+def test_parts_of_a_sum_are_logged_by_name(settings: dict[str, Any]) -> None:
     first, second = rw.Linear([1.0, 0.0]), rw.Linear([0.0, 1.0])
-    result = train(rw.weighted_sum({"light": (1.0, first), "size": (2.0, second)}))
+    result = train(rw.weighted_sum({"light": (1.0, first), "size": (2.0, second)}), **settings)
     drawn = next(line for line in result.history if "reward/mean" in line)
     assert drawn["reward/mean/light"] + 2 * drawn["reward/mean/size"] == pytest.approx(drawn["reward/mean"], abs=1e-5)
     last = result.final

@@ -351,6 +351,8 @@ def test_settings_that_would_do_nothing_with_these_parts() -> None:
         with pytest.raises(SettingError, match=f"exploration is 'gaussian', but {rule} draws no step from the SDE"):
             made(algorithm=rule, exploration="gaussian")
     made(algorithm="draft", exploration="gaussian", renoise=2)
+    assert not made(algorithm="draft", exploration="gaussian", last_steps=2).algorithm.own_rows
+    assert made(algorithm="draft", last_steps=2).algorithm.own_rows
 
     def own() -> VectorValue:
         network = VectorValue(2, 8)

@@ -3,7 +3,8 @@
     loss = -R(decode(x_N)) + beta sum_k 1/2 |w_k|^2,    x_{k+1} = m_k(x_k; theta) + std_k z_k
 
 differentiated through the last K steps with their noise held fixed, x_{N-K} a constant. w_k is the control in units of
-z_k. With all steps no rollout is drawn: the simulation starts from the prior. last_steps = K (0: all), and by `variant`
+z_k. Where the gradient begins is drawn from the prior, without the steps and the reward that a rollout would add; renoise and
+refl start from a rollout. last_steps = K (0: all), and by `variant`
 - draft: the last K steps (Clark et al. 2023, arXiv 2309.17400, algorithm 1). renoise = n adds n starts a path, drawn by
   noising its end back to t_{N-K}: DRaFT-LV is last_steps 1, renoise 2;
 - alignprop: the last k, k uniform on 1..K, drawn each rollout (Prabhudesai et al. 2023, arXiv 2310.03739);
@@ -82,39 +83,68 @@ class DRaFT(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.own_rows = self.variant == "draft" and self.last_steps == 0 and self.renoise == 0
+        self.own_rows = self.variant != "refl" and self.renoise == 0
         if self.variant == "refl" and self.renoise:
             raise SettingError(f"renoise is {self.renoise}, but refl starts on the path itself; use renoise 0.")
 
     def rows_for(self, prompts: Sequence[str], ts: Tensor, generator: torch.Generator) -> Ends:
-        """Starts of whole paths; what their simulation earns and pays becomes the iteration's metrics."""
+        """Starts of the last steps; what their simulation earns and pays becomes the iteration's metrics."""
         self.metrics, self.simulated = {}, []
         condition = self.policy.condition(prompts)
         x = self.policy.reference.prior(condition, generator)
         ts = ts.to(x.device)
         shape = (len(x), len(ts) - 1, *x.shape[1:])
         noise = torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype)
-        t, acts = ts.expand(len(x), -1), tuple(steps_that_act(self, ts).tolist())
-        return Ends(x, t, noise, x, t[:, :2], condition, acts, 1, 0)
+        acts = steps_that_act(self, ts)
+        late, early = self._late_and_early(torch.nonzero(acts).flatten())
+        first = self._first_of(late, generator)
+        states = self._states(x, ts, noise, condition, acts.tolist()[:first])
+        early_x, early_t = x, ts[:2].expand(len(x), 2)  # of no step
+        if len(early):
+            early_x, early_t = self._early_state(early, states, ts, generator)
+        t = ts[first:].expand(len(x), -1)
+        return Ends(
+            states[-1], t, noise[:, first:], early_x, early_t, condition, tuple(acts[first:].tolist()), 1, len(early)
+        )
+
+    @torch.no_grad()
+    def _states(self, x: Tensor, ts: Tensor, noise: Tensor, condition: Condition, acts: Sequence[bool]) -> Tensor:
+        """The states of paths from x [B, *D] on, a step for each of `acts`: [steps + 1, B, *D]."""
+        found = [x]
+        for k, policy_acts in enumerate(acts):
+            t0, t1 = (ts[j].expand(len(x)) for j in (k, k + 1))
+            score = (self.policy.score if policy_acts else self.policy.reference_score)(t0, found[-1], condition)
+            found.append(step_of(self.sde, self.solver, score, t0, t1, found[-1]).sample(noise[:, k]))
+        return torch.stack(found)
+
+    def _late_and_early(self, acting: Tensor) -> tuple[Tensor, Tensor]:
+        """The steps in which the policy acts: the last K of them, and the others."""
+        return acting[-self.last_steps :], acting[: -self.last_steps] if self.last_steps else acting[:0]
+
+    def _first_of(self, late: Tensor, generator: torch.Generator) -> int:
+        """The step at which the gradient begins."""
+        return int(_drawn(late, 1, generator)) if self.variant == "alignprop" else int(late[0])
+
+    @staticmethod
+    def _early_state(steps: Tensor, xs: Tensor, ts: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """A state of each path of xs [N + 1, B, *D] before one of `steps`, and that step's times [B, 2]."""
+        each = torch.arange(xs.shape[1], device=xs.device)
+        e = _drawn(steps, len(each), generator)
+        return xs[e, each], torch.stack([ts[e], ts[e + 1]], dim=1)
 
     def prepare(self, paths: Paths, generator: torch.Generator, rate: float) -> Ends:
         """Where the gradient begins on each path, and at which earlier state its KL is looked at."""
-        trajectory, acting = paths.trajectory, paths.acting
+        trajectory = paths.trajectory
         ts = trajectory.ts
         each = torch.arange(trajectory.xs.shape[1], device=ts.device)
-        late, early = acting[-self.last_steps :], acting[: -self.last_steps] if self.last_steps else acting[:0]
-
-        def drawn(steps: Tensor, count: int) -> Tensor:
-            return steps[torch.randint(len(steps), (count,), generator=generator, device=steps.device)]
-
-        e = drawn(early if len(early) else late, len(each))
-        early_x, early_t = trajectory.xs[e, each], torch.stack([ts[e], ts[e + 1]], dim=1)
+        late, early = self._late_and_early(paths.acting)
+        early_x, early_t = self._early_state(early if len(early) else late, trajectory.xs, ts, generator)
         if self.variant == "refl":
-            k = drawn(late, len(each))
+            k = _drawn(late, len(each), generator)
             t, noise = torch.stack([ts[k], ts[k + 1]], dim=1), trajectory.noise[k, each].unsqueeze(1)
             condition, share = trajectory.condition, len(late)
             return Ends(trajectory.xs[k, each], t, noise, early_x, early_t, condition, (True,), share, len(early))
-        first = int(drawn(late, 1)) if self.variant == "alignprop" else int(late[0])
+        first = self._first_of(late, generator)
         starts, noises = [trajectory.xs[first]], [trajectory.noise[first:].transpose(0, 1)]
         end, (kept, std) = trajectory.xs[-1], noising(self.sde.schedule, ts[-1], ts[first])
         for _ in range(self.renoise):
@@ -164,9 +194,14 @@ class DRaFT(Rule):
         self.simulated.append(torch.stack([reward, kl]))
         rewards, kls = torch.cat(self.simulated, dim=1)
         self.metrics = {"reward/mean": float(rewards.mean()), "reward/std": float(rewards.std())}
-        if self.kl_share > 0:
+        if self.kl_share > 0 and self.variant == "draft":  # else some steps of the path pay nothing in this iteration
             self.metrics["policy/kl"] = float(kls.mean())
             self.metrics["objective/J_training"] = float((rewards - self.kl_weight * kls).mean())
+
+
+def _drawn(steps: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """`count` of the steps, with replacement."""
+    return steps[torch.randint(len(steps), (count,), generator=generator, device=steps.device)]
 
 
 RULES = {"draft": DRaFT}

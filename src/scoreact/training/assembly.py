@@ -235,8 +235,9 @@ def build_rule(
             check_differentiable(config.algorithm, critic.policy.model, reward, prompts)
     own, followed = critic if kind.fits_value else None, surrogate if config.reward_gradient == "surrogate" else reward
     rule = kind(critic.policy, critic.sde, critic.solver, own, config.kl_weight, followed, **config.rule)
-    if rule.differentiates_reward and surrogate is not None:
-        rule.own_rows = False  # a surrogate wants the rewards of a rollout
+    explores = config.exploration != "none" and config.rule.get("last_steps", 0) > 0
+    if rule.differentiates_reward and (surrogate is not None or explores):
+        rule.own_rows = False  # a surrogate wants the rewards of a rollout, and only a rollout explores
     return rule
 
 

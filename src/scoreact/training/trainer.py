@@ -167,6 +167,7 @@ class Trainer:
         drawn: Metrics = {}
         reused = bool(self.saved)
         if self.algorithm.own_rows:
+            self.reward.take_parts()  # those of other questions than the loss's
             batch = self.algorithm.rows_for(self._batch_of_prompts(), self.grid(), self.generator)
         else:
             paths = self.saved.pop() if self.saved else self.rollout()
@@ -188,6 +189,9 @@ class Trainer:
     def _step(self, batch: Rows, drawn: Metrics, rate: float, own: bool) -> Metrics:
         """Minimise and average; what there is to say of the iteration. own: `drawn` is of a policy, not of the reference."""
         metrics = self.minimise(self.algorithm, batch, self.generator, rate)
+        if self.algorithm.own_rows:
+            parts = self.reward.take_parts().items()
+            drawn |= {f"reward/mean/{name}": distributed.mean(value) for name, value in parts}
         self.average.update(self.policy.model)  # type: ignore[arg-type]
         self.algorithm.moved()
         self.iteration += 1
