@@ -172,6 +172,6 @@ def test_the_table_of_words_is_that_of_its_runs(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     module = importlib.import_module("words")
     shown = between(module.MARKS, "results/words.md")
-    lines = measured("words.jsonl")
+    lines = module.Lines(ROOT / "benchmarks" / "words.jsonl", None)
     assert shown == module.summary(lines) + "\n"
     assert "`ctrl_pathwise --value surrogate`" in shown
