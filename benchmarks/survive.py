@@ -2,10 +2,11 @@
 
     python benchmarks/survive.py --kills 50
 
-Every rule on the two-dimensional mixture, and a small diffusion pipeline whose adapter is exported at its end, in turn. A kill
-falls at a uniformly random moment of what the whole run took, start and export included; where nothing was saved yet, the run
-is started anew in the same folder. Equal means every bit of model.safetensors, best/, the last checkpoint's tensors and the
-export, and every line of metrics.jsonl but for its seconds. POSIX only: the runs are forks of this process.
+Every rule on the two-dimensional mixture, a small diffusion pipeline whose adapter is exported at its end, and a calibration of
+two rounds, in turn. A kill falls at a uniformly random moment of what the whole run took, start and export included; where
+nothing was saved yet, the run is started anew in the same folder. Equal means every bit of model.safetensors, best/, the last
+checkpoint's tensors and the export, every line of metrics.jsonl but for its seconds, and every figure that a calibration says.
+POSIX only: the runs are forks of this process.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from safetensors.torch import load_file
 
+import scoreact as sa
 from scoreact.algorithms.registry import rules
+from scoreact.api.calibration_folder import begun
 from scoreact.api.saved_run import SavedRun
 from scoreact.api.start import train_problem, train_source
 from scoreact.recipes.base import recipes
@@ -90,6 +94,21 @@ def run_pipeline(pipeline: Path, folder: Path) -> None:
         SavedRun(source_of_run(folder)).export("peft")
 
 
+def shift(x: torch.Tensor) -> torch.Tensor:
+    return x[:, 0]
+
+
+def run_calibration(folder: Path) -> None:
+    """Start, or go on with, a calibration whose target is too far for its two rounds."""
+    torch.manual_seed(0)
+    problem, settings = recipes()["gaussian"].build(width=16), usable(Config(), {**SETTINGS, "algorithm": "ctrl"})
+    del settings["kl_weight"]
+    sa.calibrate(
+        problem, shift, 30.0, tolerance=0.2, samples=200, rounds=2, out=folder, resume=begun(folder), progress=False,
+        report=False, **settings,
+    )  # fmt: skip
+
+
 def forked(work: Callable[[], None], log: Path) -> int:
     child = os.fork()
     if child == 0:
@@ -123,6 +142,8 @@ def left_by(folder: Path) -> dict[str, Any]:
         for path in [*files, newest / "tensors.safetensors"]
     }
     lines = read_lines(folder / "metrics.jsonl")
+    if begun(folder):
+        found["calibration"] = (folder / "calibration.json").read_text()
     found["lines"] = [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
     return found
 
@@ -131,12 +152,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--only", nargs="+", help="rules, or pipeline [default all]")
+    parser.add_argument("--only", nargs="+", help="rules, pipeline or calibration [default all]")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     moments = random.Random(options.seed)
     place = Path(tempfile.mkdtemp(prefix="survive-"))
-    names = options.only or [*rules(), "pipeline"]
+    names = options.only or [*rules(), "pipeline", "calibration"]
     counts: dict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(("kills", "anew", "equal"), 0))
     wholes: dict[str, tuple[dict[str, Any], float]] = {}
     try:
@@ -144,12 +165,8 @@ def main(argv: list[str] | None = None) -> int:
             make_pipeline(place / "model")
 
         def start(name: str, folder: Path) -> int:
-            work = (
-                (lambda: run_pipeline(place / "model", folder))
-                if name == "pipeline"
-                else lambda: run_rule(name, folder)
-            )
-            return forked(work, place / "log")
+            others = {"pipeline": partial(run_pipeline, place / "model"), "calibration": run_calibration}
+            return forked(partial(others.get(name, partial(run_rule, name)), folder), place / "log")
 
         for number in range(options.kills):
             name = names[number % len(names)]
@@ -168,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
                 shutil.rmtree(folder)  # it was faster than the kill
             count = counts[name]
             count["kills"] += 1
-            count["anew"] += not checkpoints(folder / "checkpoints")
+            count["anew"] += not (checkpoints(folder / "checkpoints") or begun(folder))
             try:
                 ended(start(name, folder), place / "log")
                 found = left_by(folder)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
+import re
+import signal
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +18,13 @@ import torch
 from torch import Tensor, nn
 
 import scoreact as sa
+from scoreact.api import calibrated_model
+from scoreact.api.calibration_folder import begun
 from scoreact.dynamics.schedule import VP
 from scoreact.models.gaussian_mixture import GaussianMixture
 from scoreact.models.mlp import ResidualModel
+from scoreact.report import html
+from scoreact.support.files import read_lines, read_tensors
 
 QUICK: dict[str, Any] = {
     "solver": "euler_maruyama", "algorithm": "adjoint_matching", "average": 0.5, "learning_rate": 5e-3, "epochs": 4,
@@ -115,6 +125,148 @@ def test_a_run_is_the_pretrained_model_of_the_next(tmp_path: Path) -> None:
     first = sa.calibrate("gaussian", f"{tmp_path / 'stats.py'}:shift", 1.5, out=tmp_path / "a", **how)
     sa.calibrate(tmp_path / "a", f"{tmp_path / 'stats.py'}:right", 0.2, out=tmp_path / "b", **how)
     assert torch.equal(sa.open_run(tmp_path / "b").sample(count=3, reference=True), first.result.sample(count=3))
+
+
+# --- kills -------------------------------------------------------------------------------------------------------------
+
+
+def two_rounds(out: Path, resume: bool = False, **how: Any) -> sa.Calibration:
+    """Two rounds of a module, whatever they reach."""
+    settings: dict[str, Any] = {
+        "tolerance": 0.2,
+        "samples": 200,
+        "rounds": 2,
+        **CRITIC,
+        "iterations": 2,
+        "report": True,
+    }
+    return sa.calibrate(gaussian(), shift, 30.0, out=out, resume=resume, **settings | {"learning_rate": 0.05} | how)
+
+
+def die(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed(work: Callable[[], Any], patch: tuple[Any, str, Callable[..., Any]] | None = None) -> None:
+    """Run in a fork of this process, which has to die of it; patch: an object's attribute, there alone."""
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            if patch is not None:
+                setattr(*patch)
+            work()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def on_call(number: int, of: Callable[..., Any]) -> Callable[..., Any]:
+    """`of`, deadly when it is called for this time."""
+    calls = 0
+
+    def called(*words: Any, **how: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            die()
+        return of(*words, **how)
+
+    return called
+
+
+def left_by(folder: Path) -> dict[str, Any]:
+    """All that a calibration leaves, but for its seconds."""
+    found: dict[str, Any] = {
+        str(path.relative_to(folder)): read_tensors(path) for path in sorted(folder.glob("**/*.safetensors"))
+    }
+    found["facts"] = json.loads((folder / "calibration.json").read_text())
+    for path in sorted(folder.glob("**/metrics.jsonl")):
+        lines = [{k: v for k, v in line.items() if k != "seconds"} for line in read_lines(path)]
+        found[str(path.relative_to(folder))] = lines
+    found["files"] = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    return found
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[name], other[name]) for name in one)
+    return torch.equal(one, other) if isinstance(one, Tensor) else bool(one == other)
+
+
+def at(kind: str) -> dict[str, Any]:
+    return {"on_event": lambda event, line: event == kind and die()}
+
+
+def said(words: str) -> dict[str, Any]:
+    return {"say": lambda line: line.startswith(words) and die()}
+
+
+KILLS: dict[str, tuple[dict[str, Any], tuple[Any, str, Callable[..., Any]] | None]] = {
+    "nothing is trained": (said("round 1  lambda"), None),
+    "before a checkpoint": (at("reference"), None),
+    "in a round": (at("iteration"), None),
+    "its samples are not drawn": ({}, (calibrated_model, "ensemble_of", die)),
+    "between rounds": (said("round 1  means"), None),
+    "the last one is over": (said("round 2  means"), None),
+    "as it moves up": ({}, (Path, "rename", on_call(4, Path.rename))),
+    "in the report": ({}, (html, "write", die)),
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a POSIX kill")
+@pytest.mark.parametrize(
+    ("kills", "report"),
+    [
+        (["in a round", "between rounds", "as it moves up"], False),
+        pytest.param(list(KILLS), True, marks=pytest.mark.slow),
+    ],
+)
+def test_one_that_is_killed_ends_in_the_same_bits(kills: list[str], report: bool, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    left_alone = two_rounds(whole, report=report)
+    assert len(left_alone.facts["rounds"]) == 2
+    for number, place in enumerate(kills):
+        how, patch = KILLS[place]
+        killed(partial(two_rounds, cut, number > 0, report=report, **how), patch)
+        assert begun(cut)
+        assert (cut / "config.json").exists() == (place == "in the report")
+    again = two_rounds(cut, True, report=report)
+    assert again.facts == left_alone.facts
+    assert same(left_by(cut), left_by(whole))
+    assert "ensembles" not in left_by(whole)["files"]
+    assert torch.equal(again.result.sample(count=3), left_alone.result.sample(count=3))
+    assert again.result.out == cut
+
+
+def test_what_is_no_calibration_to_go_on_with_is_said(tmp_path: Path) -> None:
+    how: dict[str, Any] = {"rounds": 1, "iterations": 1, "report": False}
+    with pytest.raises(sa.SettingError, match="give it with out"):
+        sa.calibrate(gaussian(), shift, 1.0, resume=True)
+    with pytest.raises(sa.RunError, match="holds no calibration to go on with"):
+        two_rounds(tmp_path / "run", resume=True, **how)
+    done = two_rounds(tmp_path / "run", **how)
+    assert two_rounds(tmp_path / "run", resume=True, **how).facts == done.facts
+    with pytest.raises(sa.RunExists):
+        two_rounds(tmp_path / "run", **how)
+    text = re.escape("was begun with something else: learning_rate 0.05 -> 0.1. Give the same")
+    with pytest.raises(sa.RunError, match=text):
+        two_rounds(tmp_path / "run", resume=True, **how, learning_rate=0.1)
+    other, settings = gaussian(), CRITIC | how | {"learning_rate": 0.05, "samples": 200, "tolerance": 0.2}
+    nn.init.ones_(next(other.parameters()))
+    with pytest.raises(sa.RunError, match=re.escape("statistics ['shift'] -> ['right']; model ")):
+        sa.calibrate(other, right, 30.0, out=tmp_path / "run", resume=True, **settings)
+
+
+def test_a_round_that_the_guard_stopped_is_not_trained_on(tmp_path: Path) -> None:
+    how: dict[str, Any] = {"rounds": 1, "iterations": 4, "evaluate_every": 1, "guard": "stop", "learning_rate": 2.0}
+    stopped = two_rounds(tmp_path / "run", report=False, max_kl=50.0, **how)
+    assert stopped.result.stopped
+    assert stopped.result.history[-1]["iteration"] < 4
+    again = two_rounds(tmp_path / "run", resume=True, report=False, max_kl=50.0, **how)
+    assert again.result.stopped == stopped.result.stopped
+    assert torch.equal(again.result.sample(count=3), stopped.result.sample(count=3))
+
+
+# --- refusals ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,10 @@ def test_from_words_to_a_run(
     assert main(shlex.split(f"calibrate gaussian {words} --out run {SMALL}")) == 1, "not reached"
     printed = capsys.readouterr().out
     assert "round 1  lambda" in printed
+    assert main(shlex.split(f"calibrate gaussian {words} --out run --resume-or-start {SMALL}")) == 1
+    assert capsys.readouterr().out.strip() in printed, "the outcome of one that has ended"
+    assert main(shlex.split(f"calibrate gaussian {words} --out run --resume-or-start {SMALL} --seed 1")) == 2
+    assert "was begun with something else: seed 0 -> 1" in capsys.readouterr().err
     assert [row["target"] for row in json.loads(Path("run/calibration.json").read_text())["statistics"]] == [-1.5, 2, 3]
     described = json.loads(Path("run/config.json").read_text())["description"]
     assert described["command"].startswith("scoreact calibrate gaussian")
@@ -46,6 +50,7 @@ def test_from_words_to_a_run(
         ("--statistic a.py:f", "1 of --statistic and 0 of --target"),
         ("--statistic a.py:f --target x", "expected a number"),
         ("--statistic a.py:f --target 1", "a.py"),
+        ("--statistic a.py:f --target 1 --resume-or-start", "--resume-or-start needs --out"),
         ("--statistic brightness --target 1 --kl-weight 2", "unknown option --kl-weight"),
     ],
 )

@@ -6,50 +6,46 @@ they make good what training left once it comes no nearer. A step of lambda leav
 targets are approached in several.
 
     out/config.json, model.safetensors, ...: the run of the last round; calibration.json, calibration.png; round-1/, ...
+
+A kill at any moment costs no more than it costs any run: see `calibration_folder`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..control.policy import Policy
-from ..dynamics.solvers import SOLVERS
-from ..evaluation.ensemble import Ensemble, by_default, ensemble_of
+from ..evaluation.ensemble import Ensemble, by_default
 from ..evaluation.optimum import mean_and_error
 from ..models.weights import digest_of
 from ..recipes.base import Problem
 from ..report.calibrated import calibration_lines, draw_calibration
 from ..report.progress import somebody_looks
-from ..rewards.weighted_statistics import Spec, Statistic, open_statistics
-from ..runs.checkpoint import check_free
+from ..rewards.weighted_statistics import Spec, open_statistics
 from ..runs.session import Event
 from ..runs.source import Source
 from ..support import distributed
-from ..support.devices import choose_device, device_of
 from ..support.errors import SettingError
-from ..support.files import finite, write_json
-from ..support.seeds import derived
+from ..support.files import finite
 from ..training.calibration import Dual, Samples
 from ..training.config import Config
-from .calibrated_model import GivenModel, NamedModel, origin_of
+from .calibrated_model import Work, origin_of
+from .calibration_folder import PICTURE, CalibrationFolder, check_free_for
 from .result import Result
-from .start import train_problem
 
 LEAST = 100  # effective samples of a round's step; a tenth of the samples, where these are fewer than 1,000
 SURE = 0.5  # share of the tolerance within which rounds end: other samples of the same policy are then within all of it
 STILL = 0.8  # share of its distance to the aim that a round may leave for the next to train on to the same lambda
 HALF = 0.5  # of the way to an aim: a policy that has not come so far is not trained enough, if it is so many deviations away
 DEAR = 1.5  # times the least KL: a path KL above it is said
-RECORD, PICTURE = "calibration.json", "calibration.png"
 
 
 @dataclass(repr=False)
@@ -98,6 +94,7 @@ def calibrate(
     also: Spec | Sequence[Spec] = (),
     prompts: Sequence[str] | Mapping[str, Mapping[str, Any]] = (),
     out: str | Path | None = None,
+    resume: bool = False,
     config: Config | None = None,
     progress: bool | None = None,
     on_event: Event | None = None,
@@ -125,6 +122,8 @@ def calibrate(
         also: other statistics, whose change is reported.
         prompts: as of `finetune`, for a module or a Problem.
         out: the run's folder, new or empty.
+        resume: go on with the calibration that was interrupted in `out`, with the same model and arguments as before. It ends
+            in the same bits as one that was left alone. Of one that has ended the outcome is read.
         config: of training. kl_weight is 1: lambda is in nats.
         progress: as of `finetune`, of each round.
         on_event: as of `finetune`, of each round.
@@ -140,18 +139,25 @@ def calibrate(
         SettingError: a target that no finite lambda gives, as it lies at or beyond an end that samples cannot pass; one that
             the pretrained model meets; statistics that are constant or follow from each other; settings that cannot be used.
         RewardError: a statistic that is not there or returns something else. RunExists: `out` is in use.
+        RunError: `out` holds no calibration to go on with, or one of which something else was asked.
     """
     seen = _listed(statistics)
     goal = _targets(targets)
     _check(tolerance, samples, rounds, settings)
     folder = None if out is None else Path(out).expanduser()
-    if folder is not None:
-        check_free(folder)
+    if resume and folder is None:
+        raise SettingError("resume goes on with the calibration in a folder; give it with out.")
+    if folder is not None and not resume:
+        check_free_for(folder)
     origin = origin_of(model, prompts, config, settings, seen, command)
-    work = _Work(origin, open_statistics(seen), [*open_statistics(_listed(also)), *by_default()], samples)
+    work = Work(origin, open_statistics(seen), [*open_statistics(_listed(also)), *by_default()], samples)
+    asked = {"targets": goal.tolist(), "tolerance": tolerance, "samples": samples, "rounds": rounds}
+    kept = CalibrationFolder(folder, {**work.described(), **asked}, resume)
+    if kept.facts is not None:
+        return _ended(work, kept, report)
     shows = somebody_looks() if progress is None else progress
     tell = say or (print if shows else lambda line: None)
-    before = work.draw(None, 0)
+    before = kept.drawn(0, partial(work.draw, None, 0))
     names = work.names(before, goal)
     first = Samples(before.values(names), before.condition, names)
     whole = first.solve(goal)
@@ -163,6 +169,7 @@ def calibrate(
             f"the pretrained model has these means already, within the tolerance of {tolerance:g} standard deviations "
             f"({', '.join(f'{name} {m:.4g}' for name, m in zip(names, first.mean.tolist(), strict=True))}); lower it."
         )
+    kept.begin(before)
     for note in notes:
         tell(f"note: {note}")
     weights, result, done = torch.zeros(len(goal), dtype=torch.float64), None, list[dict[str, Any]]()
@@ -176,9 +183,8 @@ def calibrate(
             now = gap = first.distance(here.mean, aim)
         off, way = now, "" if share == 1 else f", {share:.0%} of the way"
         tell(f"round {number}  lambda {_several(weights.tolist())}{way}")
-        part = None if folder is None else folder / f"round-{number}"
-        result = work.train(weights.tolist(), result, part, progress, on_event)
-        drawn = work.draw(result.policy, number)
+        result = work.train(weights.tolist(), result, kept.round(number), progress, on_event)
+        drawn = kept.drawn(number, partial(work.draw, result.policy, number))
         here = Samples(drawn.values(names), drawn.condition, names)
         kl, kl_se = drawn.path_kl()
         means = here.mean.tolist()
@@ -206,14 +212,27 @@ def calibrate(
         )
     facts = finite(facts)
     if folder is not None:
-        result = _settled(result, folder, len(done))
-        write_json(folder / RECORD, facts)
         draw_calibration(
             folder / PICTURE, [(name, last[0].columns[name], last[1].columns[name]) for name in names], goal.tolist()
         )
-        if report:
-            work.origin.report(result)
+    kept.end(facts)
+    kept.settle(len(done))
+    result = dataclasses.replace(result, out=folder)
+    if folder is not None and report:
+        work.origin.report(result)
     return Calibration(result, facts)
+
+
+def _ended(work: Work, kept: CalibrationFolder, report: bool) -> Calibration:
+    """Of a calibration whose rounds are over."""
+    assert kept.path is not None
+    assert kept.facts is not None
+    kept.settle(len(kept.facts["rounds"]))
+    weights = [row["weight"] for row in kept.facts["statistics"]]
+    result = work.train(weights, None, kept.path, progress=False, on_event=None)
+    if report and not (kept.path / "report.html").is_file():
+        work.origin.report(result)
+    return Calibration(result, kept.facts)
 
 
 # --- what is given -----------------------------------------------------------------------------------------------------
@@ -276,76 +295,6 @@ def _feasible(first: Samples, names: Sequence[str], goal: Tensor, whole: Dual, l
             f"lambda and its KL ({least:.0f} are needed): they are approached in rounds. More samples would tell more."
         )
     return notes
-
-
-# --- rounds ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Work:
-    origin: GivenModel | NamedModel
-    statistics: list[Statistic]
-    also: list[Statistic]
-    samples: int
-    reference: Policy | None = None
-    prompts: Sequence[str] = ()
-
-    def draw(self, policy: Policy | None, number: int) -> Ensemble:
-        """An ensemble of a policy, or of the pretrained model; the same noise for the same number."""
-        config = self.origin.config
-        if self.reference is None:
-            problem = self.origin.build([])
-            assert isinstance(problem.model, nn.Module)
-            policy_of_it = Policy(problem.model.to(choose_device(config.device)).eval())
-            self.reference, self.prompts = Policy(policy_of_it.reference, policy_of_it.reference), problem.prompts
-            if self.samples < 20 * len(self.prompts):
-                raise SettingError(
-                    f"samples is {self.samples} for {len(self.prompts)} prompts, and each needs 20 for a Z of its own; give at "
-                    f"least {20 * len(self.prompts)}, or fewer prompts."
-                )
-        policy = policy or self.reference
-        return ensemble_of(
-            policy, config.sde(policy.model.schedule), SOLVERS[config.solver], config.times(policy.model.schedule),
-            [*self.statistics, *self.also], self.prompts, self.samples, derived(config.seed, "calibrate", number),
-            device_of(policy.model),
-        )  # fmt: skip
-
-    def names(self, ensemble: Ensemble, goal: Tensor) -> list[str]:
-        """Of the columns that are calibrated. Raises SettingError for another number of targets."""
-        own = {one.name for one in self.statistics}
-        names = [name for name in ensemble.columns if name.partition("[")[0] in own]
-        if len(names) != len(goal):
-            raise SettingError(
-                f"there are {len(names)} statistics ({', '.join(names)}) and {len(goal)} targets; give one each, in order."
-            )
-        return names
-
-    def train(
-        self, weights: Sequence[float], before: Result | None, folder: Path | None, progress: bool | None,
-        on_event: Event | None,
-    ) -> Result:  # fmt: skip
-        """A round, from the weights that the one before left."""
-        start = None
-        if before is not None:
-            assert isinstance(before.problem.model, nn.Module)
-            assert isinstance(before.policy.model, nn.Module)
-            trained = {name for name, p in before.problem.model.named_parameters() if p.requires_grad}
-            start = {name: p.detach().clone() for name, p in before.policy.model.named_parameters() if name in trained}
-        return train_problem(
-            self.origin.build(weights), self.origin.config, folder, resume=False, extend=False, start=start,
-            description=self.origin.description(weights), progress=progress, on_event=on_event, report=False,
-        )  # fmt: skip
-
-
-def _settled(result: Result, folder: Path, last: int) -> Result:
-    """The last round's run becomes the folder's; of those before it, what was measured and the weights stay."""
-    own = folder / f"round-{last}"
-    for entry in sorted(own.iterdir(), key=lambda path: path.name == "config.json"):  # that makes it a run, at the end
-        entry.rename(folder / entry.name)
-    own.rmdir()
-    for number in range(1, last):
-        shutil.rmtree(folder / f"round-{number}" / "checkpoints", ignore_errors=True)
-    return dataclasses.replace(result, out=folder)
 
 
 # --- the outcome -------------------------------------------------------------------------------------------------------

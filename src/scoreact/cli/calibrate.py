@@ -42,6 +42,8 @@ def calibrate_arguments(parser: Parser) -> None:
     add("--rounds", type=whole(1), default=6, metavar="INT", help="of training, at most [default 6]")
     add("--also", action="append", default=[], metavar="SPEC", help="another statistic, whose change is reported")
     add("--out", metavar="DIR", help="folder of the run, new or empty [default runs/RECIPE-001, -002, ...]")
+    add("--resume-or-start", action="store_true", help="for jobs that are queued again: go on with the calibration in --out "
+        "where one was begun, else start it")  # fmt: skip
     add("--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the recipe")
     add("--prompts", metavar="FILE", help="of a pipeline, as of `train`")
     add("--no-report", **NO_REPORT)
@@ -56,15 +58,22 @@ def calibrate(options: argparse.Namespace) -> int:
         raise SettingError(
             f"{len(options.statistic)} of --statistic and {len(options.target)} of --target are given; give one each."
         )
+    if options.resume_or_start and not options.out:
+        raise SettingError("--resume-or-start needs --out, the folder that is looked into.")
     from ..api.calibrate import calibrate as run
+    from ..api.calibration_folder import begun
 
     source = _source(options)
     with contextlib.nullcontext(Path(options.out)) if options.out else new_folder(source.recipe) as out:
-        found = run(
-            source, options.statistic, [number for target in options.target for number in target],
-            tolerance=options.tolerance, samples=options.samples, rounds=options.rounds, also=options.also, out=out,
-            say=lambda line: print(line, flush=True), report=not options.no_report, command=options.command,
-        )  # fmt: skip
+        resume = options.resume_or_start and begun(Path(out))
+        try:
+            found = run(
+                source, options.statistic, [number for target in options.target for number in target],
+                tolerance=options.tolerance, samples=options.samples, rounds=options.rounds, also=options.also, out=out,
+                resume=resume, say=lambda line: print(line, flush=True), report=not options.no_report, command=options.command,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"The same command with --out {out} --resume-or-start goes on.") from None
     print(f"\n{found}")
     return 0 if found.met else 1
 

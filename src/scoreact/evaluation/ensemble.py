@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from ..dynamics.solvers import Solver
 from ..rewards.check import unchanged
 from ..rewards.weighted_statistics import Statistic, columns_of
 from ..sampling.draw import balanced
+from ..support.files import read_stored, write_tensors
 from ..types import Condition
 from .evaluate import SAMPLES_AT_ONCE
 from .optimum import mean_and_error
@@ -35,6 +38,19 @@ class Ensemble:
     def path_kl(self) -> tuple[float, float]:
         """Mean and standard error, nats."""
         return mean_and_error(self.kl)
+
+    def write(self, path: Path) -> None:
+        """All but what a model adds to the prompts."""
+        about = {"columns": json.dumps(list(self.columns)), "prompts": json.dumps(list(self.condition.prompts))}
+        write_tensors(path, {"values": self.values(list(self.columns)), "kl": self.kl}, about)
+
+    @classmethod
+    def read(cls, path: Path) -> Ensemble:
+        """The inverse of `write`. Raises RunError for a damaged file."""
+        tensors, about = read_stored(path)
+        names = json.loads(about["columns"])
+        columns = dict(zip(names, tensors["values"].unbind(1), strict=True))
+        return cls(columns, tensors["kl"], Condition(json.loads(about["prompts"])))
 
 
 @torch.no_grad()
