@@ -17,7 +17,7 @@ from scoreact.cli.main import main
 from scoreact.control.policy import Policy
 from scoreact.dynamics import prediction
 from scoreact.dynamics.schedule import VP
-from scoreact.evaluation.anomaly_scores import METHODS
+from scoreact.evaluation.anomaly_scores import METHODS, NEED_NORMAL
 from scoreact.models.gaussian_mixture import GaussianMixture
 from scoreact.models.unet import UNet
 from scoreact.recipes.gaussian import build, mixture
@@ -120,13 +120,28 @@ def test_the_bits_of_points_are_their_density() -> None:
     assert np.allclose(found, -exact.numpy() / (2 * np.log(2)), atol=1e-3)
 
 
+def test_a_slow_trace_is_said_before_it_is_taken(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("scoreact.evaluation.likelihood.LONG", 0.0)
+    points, _ = data(3, 0)
+    with pytest.warns(UserWarning, match="2 gradients a call: about .* for 3 rows.* probes=8"):
+        sa.score(LAW, points, "bits", tolerance=0.1)
+    np.save(tmp_path / "points.npy", points)
+    words = ["score", "gaussian", "--data", str(tmp_path / "points.npy"), "--method", "bits", "--tolerance", "0.1"]
+    assert main(words) == 0
+    said = capsys.readouterr()
+    assert said.err.startswith("note: the exact trace of 2 numbers")
+    assert "note" not in said.out
+
+
 def test_pictures_are_scored_by_every_method_and_class() -> None:
     torch.manual_seed(0)
     model = sa.NetworkModel(
         UNet(widths=(8, 8), classes=2), VP(), prediction.v, (1, 8, 8), ["disc", "square"],
         low=-1, high=1,
     )  # fmt: skip
-    pictures = np.random.default_rng(0).integers(0, 256, (14, 8, 8), dtype=np.uint8)
+    pictures = np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8)
     how: dict[str, Any] = {"levels": 2, "noises": 1}
     with pytest.raises(SettingError, match="classes disc, square"):
         sa.score(model, pictures)
@@ -134,15 +149,15 @@ def test_pictures_are_scored_by_every_method_and_class() -> None:
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
     for method in METHODS:
-        more = {"normal": pictures} if method in ("typicality", "norms") else {}
+        more = {"normal": pictures} if method in NEED_NORMAL else {}
         rest = {"probes": 2, "tolerance": 1.0} if method == "bits" else how
         of = policy if method == "ratio" else model
         found = sa.score(of, pictures, method, prompts="disc", **rest, **more)
-        assert found.shape == (14,)
+        assert found.shape == (20,)
         assert np.isfinite(found).all()
         if method in ("path", "ratio"):
             assert np.array_equal(
-                found, sa.score(of, pictures.reshape(14, 64) / 255, method, prompts=["0"] * 14, **how)
+                found, sa.score(of, pictures.reshape(20, 64) / 255, method, prompts=["0"] * 20, **how)
             )
     change = [sa.score(m, pictures, "path", prompts="disc", **how) for m in (model, policy.reference)]
     ratio = sa.score(policy, pictures, "ratio", prompts="disc", **how)
@@ -165,6 +180,7 @@ def test_the_command_on_a_recipe_and_a_run(tmp_path: Path, capsys: pytest.Captur
         main(["score", str(run), "--data", str(tmp_path / "points.npy"), "--method", "ratio", "--out", str(out), *few])
         == 0
     )
+    assert f"where {run} is less likely to draw it than what it was tuned from" in capsys.readouterr().err
     lines = [json.loads(text) for text in out.read_text().splitlines()]
     assert [line["row"] for line in lines] == list(range(8))
     problem = build()

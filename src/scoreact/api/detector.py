@@ -5,9 +5,11 @@ Works inside scikit-learn's and PyOD's tools, and needs neither.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from ..control.policy import Policy
 from ..evaluation.anomaly_scores import NEED_NORMAL, NormalSamples, ScoreSettings, raw_scores
-from ..evaluation.likelihood import tuned_of
+from ..evaluation.likelihood import TIMED, slow_trace, states_of, tuned_of
 from ..feedback.discriminate import sample_shape
 from ..models.base import HasClasses, ScoreModel
 from ..runs.source import open_source
@@ -45,15 +47,16 @@ def score(
         model: a run's folder, a recipe, a pretrained model's folder, `my_model.py:build`, a `SavedRun`, a `Result`, or a model.
         samples: [N, *D] as the model draws them (pictures in [0, 1] or uint8, vectors and series in the data's unit), or the
             same flattened, [N, d].
-        method: path, bits, complexity, typicality, ratio, reconstruction or norms.
+        method: path, bits, complexity, typicality, ratio, posterior, reconstruction, norms or scoped.
         prompts: the class of all samples or of each, by name or by number from 0. Needed where the model has several.
-        reference: of `ratio`, any of the kinds of `model`; by default what the run was tuned from.
-        normal: samples that `typicality` and `norms` compare with; of the first prompt, where `prompts` is a list.
+        reference: of `ratio`, any of the kinds of `model`, with its classes or unconditional; by default what the run was tuned
+            from.
+        normal: samples that `typicality`, `norms` and `scoped` compare with; of the first prompt, where `prompts` is a list.
         weights: of a run, final or best.
-        settings: levels=10, noises=2, seed=0; probes=None and tolerance=1e-3 of `bits`.
+        settings: levels=10, noises=2, least_noise=0.0, seed=0; probes=None and tolerance=1e-3 of `bits`.
 
     Returns:
-        [N] float64. `bits`, `path` and `complexity` are in bits a number of the sample, `ratio` in nats.
+        [N] float64. `bits`, `path` and `complexity` are in bits a number of the sample, `ratio` and `posterior` in nats.
 
     Raises:
         SettingError: samples or prompts that are not the model's, or a method without what it needs.
@@ -72,10 +75,12 @@ def score(
     )
 
 
-def score_with_error(model: Any, samples: Samples, **how: Any) -> tuple[np.ndarray, np.ndarray]:
-    """`score` by the method bits, and the standard error of its probes; 0 where the trace is exact."""
+def score_with_error(
+    model: Any, samples: Samples, say: Callable[[str], None] | None = None, **how: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """`score` by the method bits, and the standard error of its probes; 0 where the trace is exact. say: told if it is slow."""
     prompts, weights = how.pop("prompts", None), how.pop("weights", "final")
-    raw, error = _Judged(model, None, weights).raw(ScoreSettings("bits", **how), samples, prompts)
+    raw, error = _Judged(model, None, weights).raw(ScoreSettings("bits", **how), samples, prompts, say)
     assert error is not None
     return raw[:, 0].numpy(), error.numpy()
 
@@ -97,10 +102,20 @@ class _Judged:
         self.shape = sample_shape(inner)
 
     def raw(
-        self, plan: ScoreSettings, samples: Samples, prompts: str | Sequence[str] | None
+        self,
+        plan: ScoreSettings,
+        samples: Samples,
+        prompts: str | Sequence[str] | None,
+        say: Callable[[str], None] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         rows = self.rows(samples)
-        return raw_scores(plan, self.model, self.reference, rows, self.names(prompts, len(rows)))
+        names = self.names(prompts, len(rows))
+        if plan.method == "bits":
+            some = states_of(self.model, rows[:TIMED])
+            slow = slow_trace(self.model, some, self.model.condition(names[:TIMED]), plan.probes, len(rows))
+            if slow is not None:
+                (say or functools.partial(warnings.warn, stacklevel=4))(slow)
+        return raw_scores(plan, self.model, self.reference, rows, names)
 
     def rows(self, samples: Samples) -> Tensor:
         """[N, *D] float32; uint8 divided by 255."""
@@ -154,6 +169,7 @@ class DiffusionDetector:
         reference: as of `score`.
         levels: as of `score`.
         noises: as of `score`.
+        least_noise: as of `score`.
         probes: as of `score`.
         tolerance: as of `score`.
         seed: as of `score`.
@@ -171,13 +187,14 @@ class DiffusionDetector:
         reference: Any = None,
         levels: int = 10,
         noises: int = 2,
+        least_noise: float = 0.0,
         probes: int | None = None,
         tolerance: float = 1e-3,
         seed: int = 0,
     ) -> None:
         self.model, self.method, self.contamination, self.prompt = model, method, contamination, prompt
-        self.reference, self.levels, self.noises, self.probes = reference, levels, noises, probes
-        self.tolerance, self.seed = tolerance, seed
+        self.reference, self.levels, self.noises, self.least_noise = reference, levels, noises, least_noise
+        self.probes, self.tolerance, self.seed = probes, tolerance, seed
 
     def fit(self, X: Samples, y: object = None) -> DiffusionDetector:
         """Score normal samples, or such among which `contamination` are abnormal. y is not used."""
@@ -226,7 +243,9 @@ class DiffusionDetector:
         return self.fit(X).labels_
 
     def _plan(self) -> ScoreSettings:
-        return ScoreSettings(self.method, self.levels, self.noises, self.probes, self.tolerance, self.seed)
+        return ScoreSettings(
+            self.method, self.levels, self.noises, self.least_noise, self.probes, self.tolerance, self.seed
+        )
 
     # what scikit-learn's tools ask of an estimator
 

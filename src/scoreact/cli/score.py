@@ -12,7 +12,11 @@ from ..support.errors import SettingError
 from ..support.seeds import LARGEST
 from .parser import Parser, positive, whole
 
-METHOD_NAMES = ("path", "bits", "complexity", "typicality", "ratio", "reconstruction", "norms")
+METHOD_NAMES = ("path", "bits", "complexity", "typicality", "ratio", "posterior", "reconstruction", "norms", "scoped")
+RATIO = (
+    "ratio: a row scores high where {model} is less likely to draw it than {reference}. Abnormal rows do if {reference} is the "
+    "broader of the two, or the reward was made to tell them; others may score low."
+)
 
 
 def score_arguments(parser: Parser) -> None:
@@ -20,18 +24,22 @@ def score_arguments(parser: Parser) -> None:
     add("source", metavar="MODEL|RUN_DIR", help="a run, a model of pretrain, a recipe, or my_model.py:build")
     add("--data", type=Path, required=True, metavar="FILE", help="what is scored: a folder of pictures, .npz, .npy, a table; "
         "of a file with a split the test part")  # fmt: skip
-    add("--method", choices=METHOD_NAMES, default="path", help="path: bits a number by a few denoising errors; bits: by the "
+    add("--method", choices=METHOD_NAMES, default="path", help=
+        "path: bits a number by a few denoising errors; bits: by the "
         "probability-flow ODE; complexity: path less a PNG file's; typicality: away from normal ones' mean path; ratio: the "
-        "reference against the tuned model, nats; reconstruction: log error after noise and back; norms: of the score along "
-        "the path [default path]")  # fmt: skip
+        "reference against the model, nats; posterior: the model's other classes against --prompt, log odds; reconstruction: "
+        "log error after noise and back; norms: of the score along the path; scoped: of it and its trace "
+        "[default path]")  # fmt: skip
     add("--out", type=Path, metavar="FILE", help="a .csv or .jsonl, a line a row [default: printed as csv]")
     add("--prompt", metavar="CLASS", help="the class that all rows are taken for, of a model that has several")
     add("--labels", metavar="NAME", help="the array or column with the class of each row, instead of --prompt")
-    add("--normal", type=Path, metavar="FILE", help="normal rows that typicality and norms compare with; of a file with a "
-        "split the train part")  # fmt: skip
-    add("--reference", metavar="MODEL", help="of ratio [default: what the run was tuned from]")
+    add("--normal", type=Path, metavar="FILE", help="normal rows that typicality, norms and scoped compare with; of a file "
+        "with a split the train part")  # fmt: skip
+    add("--reference", metavar="MODEL", help="of ratio: a broader model [default: what the run was tuned from]")
     add("--levels", type=whole(2), default=10, metavar="INT", help="noise levels [default 10]")
     add("--noises", type=whole(1), default=2, metavar="INT", help="draws of noise at a level [default 2]")
+    add("--least-noise", type=positive, default=0.0, metavar="FLOAT", help="sigma / alpha below which the path is not looked "
+        "at: from about 1 on, texture does not count [as little as the data have]")  # fmt: skip
     add(
         "--probes",
         type=whole(0),
@@ -41,12 +49,16 @@ def score_arguments(parser: Parser) -> None:
     add("--tolerance", type=positive, default=1e-3, metavar="FLOAT", help="of a step of the ODE [default 0.001]")
     add("--seed", type=whole(0, LARGEST), default=0, metavar="INT", help="of the noise [default 0]")
     add("--weights", choices=["final", "best"], default="final", help="of a run [default final]")
-    parser.belongs("normal", "method", "typicality", "norms")
+    parser.belongs("normal", "method", "typicality", "norms", "scoped")
     parser.belongs("reference", "method", "ratio")
     parser.belongs("probes", "method", "bits")
     parser.belongs("tolerance", "method", "bits")
-    parser.belongs("levels", "method", "path", "complexity", "typicality", "ratio", "norms")
-    parser.belongs("noises", "method", "path", "complexity", "typicality", "ratio", "reconstruction")
+    along = ("path", "complexity", "typicality", "ratio", "posterior", "norms", "scoped")
+    parser.belongs("levels", "method", *along)
+    parser.belongs("least_noise", "method", *along)
+    parser.belongs(
+        "noises", "method", "path", "complexity", "typicality", "ratio", "posterior", "reconstruction", "scoped"
+    )
 
 
 def score(options: argparse.Namespace) -> int:
@@ -76,10 +88,13 @@ def score(options: argparse.Namespace) -> int:
         how |= {"probes": options.probes, "tolerance": options.tolerance}
     else:
         how |= {"levels": options.levels, "noises": options.noises, "reference": options.reference}
+        how |= {"least_noise": options.least_noise} if options.method != "reconstruction" else {}
+    if options.method == "ratio":
+        note(RATIO.format(model=options.source, reference=options.reference or "what it was tuned from"))
     errors = None
     with waiting("scoring"):
         if options.method == "bits":
-            found, errors = score_with_error(run, rows.values, **how)
+            found, errors = score_with_error(run, rows.values, note, **how)
         else:
             normal = None if options.normal is None else read_rows(options.normal, shape, part="train").values
             found = scored(run, rows.values, options.method, normal=normal, **how)
@@ -93,13 +108,18 @@ def score(options: argparse.Namespace) -> int:
         lines.append(line)
     write_lines(lines, options.out)
     if options.out is not None:
-        for note in rows.notes:
-            print(f"note: {note}")
+        for text in rows.notes:
+            print(f"note: {text}")
         print(
             f"{len(lines):,} rows by {options.method}: mean {found.mean():.4g}, from {found.min():.4g} to {found.max():.4g}"
         )
         print(f"scores     {options.out}; larger is more abnormal")
     return 0
+
+
+def note(text: str) -> None:
+    """Beside the table, which may go to the same screen."""
+    print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def write_lines(lines: list[dict[str, Any]], path: Path | None) -> None:

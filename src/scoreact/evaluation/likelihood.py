@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,9 @@ PROBES = 8
 MOST_NOISE = 1e4  # of sigma / alpha, where a schedule begins at alpha = 0
 LEAST_NOISE = 1e-3  # of sigma / alpha, where a schedule ends at sigma = 0 and no score exists
 MAX_STEPS = 2000
+CALLS = 100  # of the score to tell the time by: `bits` makes 60 to 70 at its tolerance, and nobody minds an earlier end
+TIMED = 32  # states that are timed
+LONG = 120.0  # seconds that are worth a word before they pass
 
 # Dormand & Prince 1980, table 2: nodes, stages, and the difference of the two solutions
 NODES = (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
@@ -118,6 +122,48 @@ def ode_log_prob(
     each = log_prior.double()[:, None] + trace + dim * scale  # [B, probes or 1]
     error = each.std(1) / math.sqrt(count) if count else torch.zeros_like(each[:, 0])
     return Likelihood(each.mean(1).cpu(), error.cpu(), flow.calls, count)
+
+
+def exact_seconds(model: ScoreModel, states: Tensor, condition: Condition, calls: int = CALLS) -> float:
+    """Roughly how long the exact trace of these states [B, *D] takes: one of the gradients of one call, timed.
+
+    condition: of the B states.
+    """
+    some = states[:TIMED].to(device_of(model))
+    rows = condition[torch.arange(len(some))]
+    begin, stop = noise_range(model.schedule, LEAST_NOISE)
+    with torch.enable_grad():
+        z = some.detach().requires_grad_()
+        found = noise_hat(model, math.sqrt(begin * stop), z, rows).flatten(1)[:, 0].sum()
+        torch.autograd.grad(found, z, retain_graph=True)[0].sum().item()  # the first is slower than the others
+        start = time.perf_counter()
+        torch.autograd.grad(found, z)[0].sum().item()
+    return (time.perf_counter() - start) * calls * states[0].numel() * len(states) / len(some)
+
+
+def slow_trace(model: ScoreModel, states: Tensor, condition: Condition, probes: int | None, rows: int) -> str | None:
+    """A sentence where the exact trace is about to be taken and that takes long: how long, and the remedy.
+
+    states, condition: some of the `rows` whose likelihood is asked for.
+    """
+    dim = states[0].numel()
+    if probes or (probes is None and dim >= EXACT):
+        return None
+    with in_float32(model):
+        seconds = exact_seconds(model, states, condition) * rows / len(states)
+    few = _long(seconds * PROBES / dim)
+    return None if seconds < LONG else (
+        f"the exact trace of {dim} numbers takes {dim} gradients a call: about {_long(seconds)} for {rows} rows on this "
+        f"machine. With {PROBES} probes (--probes {PROBES}, probes={PROBES}) it is about {few}, and every row gets a "
+        "standard error."
+    )  # fmt: skip
+
+
+def _long(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(seconds, 1):.0f} seconds"
 
 
 def noise_range(schedule: Schedule, least_noise: float) -> tuple[float, float]:
