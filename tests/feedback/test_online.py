@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from small_problem import Setup
+from tiny_pipelines import make, spelling_tokenizer
 from torch import Tensor, nn
 
 import scoreact as sa
@@ -312,6 +313,66 @@ def test_a_policy_follows_rewards_that_turn_round(rule: str, tmp_path: Path) -> 
     # the optimum of a Gaussian's mean moves by variance / beta; 320 samples either way bring it half of that at least
     assert means[0] - middle > 0.5 * variance
     assert middle - means[1] > 0.4 * variance
+
+
+def test_a_surrogate_knows_the_window_alone(tmp_path: Path) -> None:
+    own = {name: value for name, value in SMALL.items() if not name.startswith("value")}
+    own |= {"batch_size": 128, "kl_weight": 1.0, "learning_rate": 0.02, "average": 0.5}
+    sa.finetune(
+        model(), "outside", out=tmp_path / "run", progress=False, algorithm="ctrl_pathwise", value="surrogate", **own
+    )
+    run = sa.open_run(tmp_path / "run", model=model)
+    means, seen = [], []
+    for sign in (1.0, -1.0):
+        for _ in range(4):
+            handed = run.hand_out(count=64)
+            metrics = run.update(handed, sign * right(handed.samples), window=128).metrics
+            seen.append(metrics["surrogate/explained_variance"])
+            assert metrics["surrogate/samples"] == metrics["online/window"]
+        means.append(float(right(run.sample(count=1000)).mean()))
+    before = right(run.sample(count=1000, reference=True))
+    # an optimum's mean is moved by variance / beta
+    assert means[0] - float(before.mean()) > 0.4 * float(before.var())
+    assert float(before.mean()) - means[1] > 0.3 * float(before.var())
+    # it is told off by rewards that it has not seen: at first of the other sign, and after a window of them no more
+    assert seen[4] < -1
+    assert min(*seen[:4], *seen[6:]) > 0.9
+    handed = run.hand_out(count=40)
+    with pytest.raises(SettingError, match="half_life is 8, and a surrogate of the reward remembers all"):
+        run.update(handed, right(handed.samples), half_life=8)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    for one in (run, sa.open_run(tmp_path / "copy", model=model)):
+        one.update(handed, right(handed.samples))
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "copy"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decoder", ["full", "ridge"])
+def test_a_pipeline_learns_online_by_its_own_default(decoder: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    make("sd", spelling_tokenizer()).save_pretrained(tmp_path / "sd")
+    words = (
+        f"train {tmp_path / 'sd'} --reward outside --prompts red --out {tmp_path / 'run'} --steps 3 --batch-size 32 "
+        f"--kl-states 16 --minibatch-size 32 --kl-weight 1e-5 --learning-rate 0.01 --surrogate-decoder {decoder}"
+    )
+    assert cli.main(words.split()) == 0
+    run = sa.open_run(tmp_path / "run")
+    assert (run.config.algorithm, run.config.value) == ("ctrl_pathwise", "surrogate")
+    before = weights(tmp_path / "run")
+    notes = list[str]()
+    for _ in range(2):
+        handed = run.hand_out(count=48)
+        found = run.update(handed, handed.samples.mean((1, 2, 3)), window=64)
+        notes += found.notes
+    metrics = found.metrics
+    assert metrics["surrogate/samples"] == 64
+    if decoder == "full":
+        assert metrics["surrogate/explained_variance"] > 0.5
+    else:  # pictures of random weights are noise, of which a ridge decoder makes little, and says so
+        assert 0 < metrics["surrogate/decoder"] < 0.9
+        assert sum("the ridge decoder gives" in note for note in notes) == 1
+    assert metrics["policy/step_kl"] <= 0.5
+    assert not same(before, weights(tmp_path / "run"))
 
 
 # --- files and commands --------------------------------------------------------------------------------------------------

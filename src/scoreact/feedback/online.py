@@ -35,6 +35,7 @@ from ..support.seeds import derived
 from ..training.config import Config, rule_class
 from ..training.loop import check_kl
 from ..training.optim import AdamSteps
+from ..training.stand_in import fit_anew
 from ..training.trainer import Trainer
 from ..types import Condition, Metrics
 from .window import FEWEST, Window, below_reference, worth
@@ -81,13 +82,13 @@ def check_off_policy(config: Config) -> None:
             else "learns from the present policy's samples alone, and late rewards are of an older one's"
         )
         raise SettingError(
-            f"{config.algorithm} {why}; rules that learn online: {', '.join(able)}. Start a run of one of them "
-            "(`scoreact train --from RUN --algorithm ctrl --reward outside`)."
+            f"{config.algorithm} {why}; rules that learn online: {', '.join(able)}. Start a run of one of them, also from "
+            "another run (`scoreact train --from RUN --algorithm ctrl --reward outside`)."
         )
-    if config.surrogate or config.value == "residual":
+    if config.value == "residual":
         raise SettingError(
-            f"value {config.value} asks the reward by itself, and online nobody answers it; start a run with value network or "
-            "linear."
+            "value residual asks the reward by itself, and online nobody answers it; start a run with value network, linear or "
+            "surrogate."
         )
     if config.grid == "random":
         raise SettingError("grid is random, and paths of different times are no batch; start a run with grid uniform.")
@@ -160,6 +161,11 @@ class Online:
             begin = time.perf_counter()
             memory = Window.of(session.online)
             memory.plan = memory.plan.changed(window, half_life, calls)
+            if memory.plan.half_life and self.config.surrogate:
+                raise SettingError(
+                    f"half_life is {memory.plan.half_life:g}, and a surrogate of the reward remembers all of a window alike; "
+                    "take 0, and a smaller window."
+                )
             batches = {number: HandedPaths.of(path) for number, path in self._files().items()}
             known = set(session.online.get("rewarded", ()))
             new, said = self._sorted(rewards, batches, memory, known)
@@ -172,7 +178,7 @@ class Online:
             if len(memory) < FEWEST:
                 said.append(f"{len(memory)} rewards are remembered; the policy moves from {FEWEST} on.")
             else:
-                metrics |= self._learn(session, memory, batches, said)
+                metrics |= self._learn(session, memory, batches, set(new), said)
             kept = {i for batch in batches.values() if self._waits(batch, batches, memory) for i in batch.ids}
             session.online = {
                 **memory.state_dict(), "rewarded": sorted((known | set(new)) & kept),
@@ -227,7 +233,10 @@ class Online:
         end = max((batch.ids.stop for batch in batches.values()), default=0)
         there = {i for batch in batches.values() for i in batch.ids}
         new, again, late = dict[int, float](), 0, 0
-        logarithms = self.config.uses("value_loss") and self.config.value_loss == "log_probability"
+        c = self.config
+        logarithms = (c.uses("value_loss") and c.value_loss == "log_probability") or (
+            c.uses("surrogate_target") and c.surrogate_target == "logit"
+        )
         for number, reward in rewards.items():
             if not 0 <= number < end:
                 raise FeedbackError(
@@ -242,7 +251,7 @@ class Online:
             if logarithms and reward > 0:
                 raise FeedbackError(
                     f"the reward of sample {number} is {reward:g}, and this run takes rewards for log-probabilities, which are "
-                    "0 at most; bring those, or start a run with value_loss soft."
+                    "0 at most; bring those, or start a run with value_loss soft, or with surrogate_target reward."
                 )
             if number in memory.rewards and memory.rewards[number] != reward:
                 raise FeedbackError(
@@ -264,9 +273,9 @@ class Online:
         return new, said
 
     def _learn(
-        self, session: OnlineSession, memory: Window, batches: Mapping[int, HandedPaths], said: list[str]
+        self, session: OnlineSession, memory: Window, batches: Mapping[int, HandedPaths], new: set[int], said: list[str]
     ) -> Metrics:
-        """One iteration on paths of the window."""
+        """One iteration on paths of the window. new: ids of the samples whose rewards came just now."""
         trainer, c = session.trainer, self.config
         wanted, values = list(memory.rewards), torch.tensor(list(memory.rewards.values()), dtype=torch.float32)
         paths, condition, drawn_at = self._paths(wanted, batches, trainer)
@@ -280,12 +289,18 @@ class Online:
             trainer.minimise.left = lambda: memory.plan.calls - (policy.network_calls - before)
         else:
             trainer.minimise.left = lambda: math.inf
-        metrics |= trainer.learn(Paths(paths.paths(rows), values.to(trainer.device)[rows]))
+        values = values.to(trainer.device)
+        if trainer.surrogate is not None:
+            fresh = torch.tensor([number in new for number in wanted])
+            found = fit_anew(trainer.surrogate, Paths(paths, values), fresh, trainer.sde, policy.model.decode)
+            metrics |= found[0]
+            said += found[1]
+        metrics |= trainer.learn(Paths(paths.paths(rows), values[rows]))
         metrics["cost/update_network_calls"] = float(policy.network_calls - before)
         check_kl(trainer, metrics)
-        if (found := below_reference(values, log_ratios, c.kl_weight)) is not None:
+        if (below := below_reference(values.cpu(), log_ratios, c.kl_weight)) is not None:
             said.append(
-                f"J of the samples remembered is {found[0]:.3g}, and the pretrained model's {found[1]:.3g}: by these rewards "
+                f"J of the samples remembered is {below[0]:.3g}, and the pretrained model's {below[1]:.3g}: by these rewards "
                 "it is the better one. If the rewards have moved, a smaller window forgets sooner."
             )
         return metrics

@@ -24,6 +24,7 @@ from ..support import distributed
 from ..types import Metrics
 
 DECODED = 0.9  # share of the pictures' variance below which a decoder loses what a reward may be about
+AT_ONCE = 64  # samples that are decoded together
 CELLS = 2**15  # of latents, at each time, that a decoder is solved for on; each is an equation
 
 Decode = Callable[[Tensor], Tensor]
@@ -85,6 +86,25 @@ def refit(surrogate: RidgeSurrogate, paths: Paths, decode: Decode) -> tuple[Path
     show(surrogate, paths, decode)
     metrics |= surrogate.fit()
     return filled(surrogate, paths, decode), metrics
+
+
+@torch.no_grad()
+def fit_anew(
+    surrogate: RidgeSurrogate, paths: Paths, new: Tensor, sde: SDE, decode: Decode
+) -> tuple[Metrics, list[str]]:
+    """The surrogate knows these paths and no others from here on.
+
+    Returns metrics, which say how far it was off where `new` [B], on rewards that it had not seen, and sentences for the user.
+    """
+    path, said = paths.trajectory, list[str]()
+    if surrogate.decoder is not None and not surrogate.fitted:
+        learn_to_decode(surrogate.decoder, path, sde, decode)
+        said += [lost] if (lost := lost_in_decoding(surrogate.decoder)) else []
+    surrogate.seen = {}
+    rows = [torch.nonzero(~new).flatten().split(AT_ONCE), torch.nonzero(new).flatten().split(len(new))]
+    for part in (part.to(path.xs.device) for parts in rows for part in parts if len(part)):
+        surrogate.add(surrogate.sees(path.xs[-1][part], decode), path.condition[part], paths.rewards[part])
+    return surrogate.fit(), said
 
 
 @torch.no_grad()
