@@ -26,7 +26,7 @@ from ..support.seeds import derived
 from ..training.config import Config, updated
 from .calibration_folder import begun_round, ended_early
 from .result import Result
-from .start import problem_of, train_problem
+from .start import problem_of, train_problem, usual_config
 
 
 class GivenModel:
@@ -159,7 +159,7 @@ def origin_of(
             return NamedModel(source, statistics, command)
         return GivenModel(_with_prompts(source.build(), prompts), source.config, statistics, command)
     problem = _with_prompts(model, prompts)
-    return GivenModel(problem, _suited(config or Config(), settings), statistics, command)
+    return GivenModel(problem, _suited(config or usual_config(problem.model), settings), statistics, command)
 
 
 def _with_prompts(model: nn.Module | Problem, prompts: Sequence[str] | Mapping[str, Mapping[str, Any]]) -> Problem:

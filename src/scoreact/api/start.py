@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..evaluation.evaluate import Features, Judge
 from ..feedback.online import OnlineSession, check_off_policy
-from ..models.base import HasReference, ScoreModel
+from ..models.base import HasPath, HasReference, ScoreModel
 from ..models.weights import digest_of
 from ..recipes.base import Problem, need_prompts
 from ..recipes.prompts import check_texts, give_metadata
@@ -108,7 +108,7 @@ def finetune(
         stored = stored_config(folder, read_run(folder))
         config = stored if config is None else config
         extend = settings.get("iterations", config.iterations) != stored.iterations
-    config = updated(config or Config(), settings)
+    config = updated(config or usual_config(problem.model), settings)
     said = []
     if value_network is not None and not (config.uses("value") and config.value in ("network", "residual")):
         of = f"value {config.value}" if config.uses("value") else config.algorithm
@@ -124,6 +124,11 @@ def finetune(
         problem, config, folder, resume=resume, extend=extend, start=start, description=description, progress=progress,
         on_event=on_event, hooks=hooks, trackers=trackers, said=said, report=report, accept_changes=accept_changes,
     )  # fmt: skip
+
+
+def usual_config(model: object) -> Config:
+    """The default settings; of a model that says how it is drawn from, with that path."""
+    return updated(Config(), model.suited_path) if isinstance(model, HasPath) else Config()
 
 
 def train_source(

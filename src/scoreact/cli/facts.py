@@ -21,12 +21,8 @@ def facts_arguments(parser: Parser) -> None:
     add("source", metavar="RUN_DIR|MODEL", help="a model that `pretrain --window` learned, or a run that tuned one")
     add("--data", type=Path, metavar="PATH", help="the table [default the one that the model was learned from]")
     add("--samples", type=whole(20), default=1000, metavar="INT", help="windows to draw [default 1000]")
-    add("--steps", type=whole(1), metavar="INT", help="steps of a path [default those of training; 20 of a model]")
-    add(
-        "--solver",
-        metavar="NAME",
-        help="known name or file.py:name [default that of training; dpm_solver_pp_2m of a model]",
-    )
+    add("--steps", type=whole(1), metavar="INT", help="steps of a path [default those of training]")
+    add("--solver", metavar="NAME", help="known name or file.py:name [default that of training]")
     add("--grid", metavar="NAME", help="times of the steps, as of train --grid [default that of training]")
     add("--seed", type=whole(0, LARGEST), default=0, metavar="INT", help="of the samples [default 0]")
     add("--out", type=Path, default=Path("facts.png"), metavar="FILE", help="the picture [default facts.png]")
@@ -36,7 +32,6 @@ def facts(options: argparse.Namespace) -> int:
     """Print a table, write the picture."""
     from ..api.saved_run import SavedRun
     from ..recipes.own_model import is_own_model, read_about
-    from ..report.model_sheet import SAMPLER, STEPS
     from ..report.numbers import side_by_side
     from ..report.progress import waiting
     from ..report.series_figures import draw_facts
@@ -63,11 +58,8 @@ def facts(options: argparse.Namespace) -> int:
         )
     data = read_data(options.data or about["data"], window=length, values=values, columns=about["columns"])
     run = SavedRun(source)
-    steps, solver = options.steps, options.solver
     if options.grid is not None:
         run.config = updated(run.config, {"grid": options.grid})
-    if source.folder is None:
-        steps, solver = steps or STEPS, solver or SAMPLER
     rows, later = (len(part) + length - 1 for part in (data.train, data.heldout))
     laws: dict[str, Tensor] = {"real": data.train.values}
     if later >= ENOUGH:
@@ -75,7 +67,11 @@ def facts(options: argparse.Namespace) -> int:
     with waiting("facts"):
         for name, reference in (("pretrained", True), *((("tuned", False),) if source.folder is not None else ())):
             drawn = run.sample(
-                count=options.samples, steps=steps, solver=solver, seed=options.seed, reference=reference
+                count=options.samples,
+                steps=options.steps,
+                solver=options.solver,
+                seed=options.seed,
+                reference=reference,
             )
             laws[name] = drawn.cpu()
         draw_facts(laws, options.out, LAGS)

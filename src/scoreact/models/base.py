@@ -119,6 +119,16 @@ class StartsElsewhere(Protocol):
 
 
 @runtime_checkable
+class HasPath(Protocol):
+    """Says how it is drawn from well: `solver`, `grid` and `steps` of training and of sampling, where a user gives none."""
+
+    @property
+    def suited_path(self) -> Mapping[str, Any]:
+        """Settings by name."""
+        ...
+
+
+@runtime_checkable
 class HasClasses(Protocol):
     """The prompts a model knows, where they can be listed. Unknown ones are then refused with the list, and a value network
     can be made without asking the user for a prompt."""

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from ..models.network import NetworkModel
 from ..models.residual_mlp import ResidualMLP
 from ..models.unet import UNet
 from ..models.value_networks import Encoder, VectorValue
+from ..sampling.spread import PATHS
 from ..support.devices import bfloat16_pays
 from ..support.errors import RunError
 from ..support.files import DIGEST, read_stored, write_json, write_tensors
@@ -58,13 +60,22 @@ class ScaledModel(NetworkModel):
 
     Args:
         mean, spread: of the data, of one state's shape or one that broadcasts to it.
+        suited_path: solver, grid and steps that draw the data's spread; see `HasPath`.
     """
 
     mean: Tensor
     spread: Tensor
 
-    def __init__(self, *words: Any, mean: Tensor, spread: Tensor, **options: Any) -> None:
+    def __init__(
+        self,
+        *words: Any,
+        mean: Tensor,
+        spread: Tensor,
+        suited_path: Mapping[str, Any] = MappingProxyType({}),
+        **options: Any,
+    ) -> None:
         super().__init__(*words, **options)
+        self.suited_path = dict(suited_path)
         self.register_buffer("mean", mean)
         self.register_buffer("spread", spread)
 
@@ -122,12 +133,21 @@ def make_model(about: Mapping[str, Any], network: nn.Module, guidance_scale: flo
         low, high, fast = scaling["low"], scaling["high"], bfloat16_pays()
         return PictureModel(*words, guidance_scale=guidance_scale, low=low, high=high, bfloat16=fast)
     mean, spread = (_column(scaling[name], about) for name in ("mean", "spread"))
-    return ScaledModel(*words, mean=mean, spread=spread, guidance_scale=guidance_scale)
+    return ScaledModel(*words, mean=mean, spread=spread, suited_path=path_of(about), guidance_scale=guidance_scale)
 
 
 def _column(numbers: list[float], about: Mapping[str, Any]) -> Tensor:
     """One number a coordinate or a channel, so that it broadcasts over a batch."""
     return torch.tensor(numbers).reshape(-1, *[1] * (len(about["shape"]) - 1))
+
+
+def path_of(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that draw the spread of vectors or series, as measured; the surest where nothing was measured."""
+    path = about.get("path", PATHS[-1])
+    found = {name: path[name] for name in PATHS[-1]}
+    if path["solver"] != "ddim":
+        found["gradient_at"] = "state"  # of ctrl: the last step has noise and ends where there is no score
+    return found
 
 
 def to_states(about: Mapping[str, Any], flip: bool = False) -> Callable[[Tensor, torch.Generator], Tensor]:
@@ -209,7 +229,7 @@ def own_recipe(folder: Path) -> Recipe:
         return Problem(model, value_network=value_network, labels={"problem": f"{folder.name}, {what}"})
 
     options = {"guidance_scale": 1.0} if classes else {}
-    settings = OF_PICTURES if kind == "pictures" else SETTINGS
+    settings = OF_PICTURES if kind == "pictures" else updated(SETTINGS, path_of(about))
     return Recipe(
         str(folder), f"{what}, learned from {about.get('data', 'data')}", build, settings, options, needs_reward=True
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 from .numbers import elapsed, number
 
+FAR = 0.1  # of a spread from the data's, from which on it is said
 HEADER = f"{'step':>10}  {'loss':>8}  {'held out':>9}  {'on train':>9}  {'per second':>10}  {'elapsed':>8}  {'left':>8}"
 
 
@@ -23,6 +24,8 @@ class Words:
             self._begin(line)
         elif kind in ("progress", "look"):
             self._line(line)
+        elif kind == "path":
+            print(_path(line), flush=True)
         elif kind == "finished":
             self._finished(line)
 
@@ -51,6 +54,18 @@ class Words:
                 f"\nThe held-out loss has risen since step {line['kept']:,}, whose weights are kept: the model began to learn "
                 "examples by heart. More of them take it further."
             )
+
+
+def _path(line: Mapping[str, Any]) -> str:
+    """What draws the samples from now on, and what it was compared with."""
+    tried = [f"{path['steps']} steps of {path['solver']}, {path['spread']:.2f}" for path in line["tried"]]
+    said = (
+        f"\nsamples are drawn by {line['solver']} on the grid {line['grid']} in {line['steps']} steps: their standard "
+        f"deviation is {line['spread']:.2f} of the data's\n           tried: {'; '.join(tried)}"
+    )
+    if abs(line["spread"] - 1) > FAR:
+        said += "\nnote: no path draws the data's spread, so that the model lacks it; train it longer, or on more data."
+    return said
 
 
 def _precision(line: Mapping[str, Any]) -> str:

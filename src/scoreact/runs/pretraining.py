@@ -31,6 +31,7 @@ from ..recipes.own_model import (
     to_states,
     write_model,
 )
+from ..sampling.spread import measured_paths, nearest_path
 from ..support.devices import bfloat16_pays, choose_device
 from ..support.errors import RunError, RunExists, SettingError
 from ..support.files import add_to_digest, append_line, truncate_lines
@@ -50,7 +51,7 @@ SPREAD = {"pictures": 1.0, "vectors": 1.8, "series": 1.8}  # of the times: a pic
 RISES = 1.02  # the held-out loss over its lowest, from which on it is said to rise
 
 Event = Callable[[str, Mapping[str, Any]], None]
-"""(kind, line): note, begin, progress, look, interrupted, finished."""
+"""(kind, line): note, begin, progress, look, interrupted, path, finished."""
 
 
 @dataclass(frozen=True)
@@ -256,9 +257,21 @@ class Pretraining:
         else:
             weights, kept = self.best["network"], self.best["step"]
         network = self._write(weights, kept)
+        self._choose_path(make_model(self.about, network.to(self.pretrainer.device)).eval())
+        self._write(weights, kept)
         rising = line["loss/heldout"] > RISES * self.best["loss"]
         self._tell("finished", {**line, "kept": kept, "rising": rising})
         return make_model(self.about, network.to(self.pretrainer.device)).eval()
+
+    def _choose_path(self, model: NetworkModel) -> None:
+        """How training and sampling are to draw from the model: measured, but for pictures, of which few steps tell most."""
+        if self.about["kind"] == "pictures" or self.step < FIRST_LOOKS[0]:
+            return
+        rows = self.data.train
+        states = to_states(self.about)(rows.values, torch.Generator())
+        tried = measured_paths(model, states, rows.labels)
+        self.about["path"] = nearest_path(tried)
+        self._tell("path", {**self.about["path"], "tried": tried})
 
     # --- looking ---------------------------------------------------------------------------------------------------------
 
