@@ -21,6 +21,7 @@ from .trial import Trial
 OPTIONAL: tuple[tuple[type, str, str], ...] = (
     (base.HasReference, "reference()", "the pretrained model without a second copy in memory"),
     (base.HasClasses, "classes", "unknown prompts refused with the list, and a default value network for your prompts"),
+    (base.HasPath, "suited_path", "a solver, grid and number of steps that suit the model, where a user gives none"),
     (
         base.ReadsFeatures,
         "features() and keep_features()",

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..dynamics.grids import uniform
+from ..dynamics.grids import grid_times
 from ..dynamics.samplers import SAMPLERS
+from ..models.base import HasPath
 from ..models.network import NetworkModel
 from ..runs.films import as_picture
 from ..runs.samples import sheet, thumbnails
@@ -22,17 +24,19 @@ from ..support.devices import device_of
 from ..support.own_data import OwnData
 from .figures import REFERENCE, STYLE, TUNED
 
-SAMPLER, STEPS, SEED = "dpm_solver_pp_2m", 20, 0
+PATH: dict[str, Any] = {"solver": "dpm_solver_pp_2m", "grid": "uniform", "steps": 20}  # of pictures
+SEED = 0
 ROWS, COLUMNS = 10, 8  # pictures; a row a class
 POINTS, LINES, PANELS = 1000, 8, 6  # vectors, series, and what is shown of each
 
 
 def samples_of(model: NetworkModel, count: int) -> Tensor:
-    """Decoded samples, about `count`, as many of each class."""
+    """Decoded samples, about `count`, as many of each class, by the path that suits the model."""
     names = list(model.classes)[:ROWS]
     prompts = [name for name in names for _ in range(max(1, count // len(names)))]
-    ts = uniform(model.schedule, STEPS)
-    return draw(model, prompts, SAMPLERS[SAMPLER], ts, SEED, device_of(model))[1].cpu()
+    path = {**PATH, **(model.suited_path if isinstance(model, HasPath) else {})}
+    ts = grid_times(path["grid"], model.schedule, path["steps"])
+    return draw(model, prompts, SAMPLERS[path["solver"]], ts, SEED, device_of(model))[1].cpu()
 
 
 def sheet_of(data: OwnData) -> Callable[[NetworkModel, Path], None]:
