@@ -7,6 +7,7 @@ Raters answer by Davidson's law. On Fashion-MNIST they like plain pictures, by l
 a point beside the mixture. Each line of the output is one part with one seed, and is not run again.
 
     chosen    answers to pairs that `choose_pairs` picks, against pairs at random: accuracy on 1000 other pairs, without noise
+    candidates  what a fit to 500 answers may see: features of each kind alone, and which it takes where all are there
     raters    five people of whom one is careless and one leans to the left; a fit that takes them for one person beside it
     gain      the true utility that training gains: to a reward of 500 answers (the five people), and to the true one
     pipeline  the same as `gain` on a small text-to-image pipeline, where they like a picture that shows its caption
@@ -64,6 +65,7 @@ PIPELINE: dict[str, Any] = {  # with as many rewards as in `black_box.py`
     "reference_batches": 6, "minibatch_size": 48, "batch_size": 48, "iterations": 20, "evaluate_every": 20,
     "average": 0.5, "learning_rate": 4e-3, "heldout_samples": 240,
 }  # fmt: skip
+SEEN = ("convolution", "pixels", "classifier", "denoiser", "network")  # in `candidates`
 WANTED = torch.tensor([1.5, 0.5])  # in `caution`
 
 
@@ -107,7 +109,9 @@ def reward_of(fitted: Fitted, given: Pool, space: UtilitySpace, basis: Tensor) -
 def accuracy(reward: BradleyTerryReward, given: Pool) -> float:
     """On 1000 pairs of pictures that nobody rated, by the true winner."""
     others = pairs_within(given.features[2000:], given.prompts[2000:], torch.Generator().manual_seed(0))
-    found, true = reward.utility(others.features, others.prompts), given.utility[2000:]
+    own = reward.features is given.convolution
+    features = others.features if own else reward.features.in_parts(given.samples[2000:], others.prompts)
+    found, true = reward.utility(features, others.prompts), given.utility[2000:]
     right = (found[others.first] > found[others.second]) == (true[others.first] > true[others.second])
     return float(right.double().mean())
 
@@ -170,6 +174,22 @@ def raters(given: Pool, seed: int) -> dict[str, Any]:
         "side": dict(zip([r.name for r in RATERS], sides.tolist(), strict=True)),
         "accuracy": {name: accuracy(reward_of(found, given, space, basis), given) for name, found in fits.items()},
     }
+
+
+def candidates(given: Pool, seed: int) -> dict[str, Any]:
+    """Of each kind of features the held-out log-likelihood above none, and the accuracy; and what a fit takes of all."""
+    evidence, model = people(given, seed), pictures_problem("plain").model
+
+    def fitted(*names: str) -> dict[str, Any]:
+        begin = time.process_time()
+        liking = fit_reward(evidence, names, torch.Generator().manual_seed(seed), model)
+        facts = liking.facts
+        return {
+            "features": liking.features.label, "nats": facts["log_likelihood"] - facts["without_features"],
+            "accuracy": accuracy(liking, given), "seconds": time.process_time() - begin,
+        }  # fmt: skip
+
+    return {"all": fitted(), **{name: fitted(name) for name in SEEN}}
 
 
 def gain(given: Pool, seed: int) -> dict[str, Any]:
@@ -262,21 +282,41 @@ def caution(given: None, seed: int) -> dict[str, Any]:
     judges = torch.ones(60, dtype=torch.bool)
     evidence = Evidence(samples, [""] * 120, pairs, group=torch.arange(60), judges=judges)
     liking = fit_reward(evidence, ["convolution"])
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"falls": {}}
     for c in (0, 1, 2):
+        truths: list[Tensor] = []
+
+        def look(samples: Tensor, condition: Condition, truths: list[Tensor] = truths) -> dict[str, float]:
+            truths.append(near(samples).double())
+            return {"judge/truth": float(truths[-1].mean())}
+
         result = sa.finetune(
-            dataclasses.replace(build(), optimum=None), dataclasses.replace(liking, caution=float(c)),
-            judge=lambda samples, condition: {"judge/truth": float(near(samples).mean())},
+            dataclasses.replace(build(), optimum=None), dataclasses.replace(liking, caution=float(c)), judge=look,
             config=recipes()["gaussian"].config, kl_weight=0.1, iterations=24, evaluate_every=3, heldout_samples=300,
             guard="off", kl_limit=1e4, seed=seed, progress=False,
         )  # fmt: skip
         looks = [line for line in result.history if line.get("evaluation")]
         found[str(c)] = [[look[key] for key in ("reward/heldout", "judge/truth", "policy/kl")] for look in looks]
+        found["falls"][str(c)] = falls([look["reward/heldout"] for look in looks], truths)
+    return found
+
+
+def falls(followed: list[float], truths: list[Tensor]) -> dict[str, float]:
+    """The largest fall of the truth from one evaluation to a later one at which the reward that is followed is higher.
+
+    Evaluations are of the same noise, so the standard error is that of the paired difference. truths: [B] of each.
+    """
+    found = {"fall": 0.0, "error": 0.0}
+    for j in range(len(followed)):
+        for i in range(j):
+            lost = truths[i] - truths[j]
+            if followed[j] > followed[i] and float(lost.mean()) > found["fall"]:
+                found = {"fall": float(lost.mean()), "error": float(lost.std() / len(lost) ** 0.5)}
     return found
 
 
 PARTS: dict[str, Callable[..., dict[str, Any]]] = {
-    "chosen": chosen, "raters": raters, "caution": caution, "gain": gain, "pipeline": of_pipeline,
+    "chosen": chosen, "candidates": candidates, "raters": raters, "caution": caution, "gain": gain, "pipeline": of_pipeline,
 }  # fmt: skip
 
 
@@ -308,6 +348,16 @@ def table(lines: list[dict[str, Any]]) -> str:
             (s for s, value in zip(SIZES, curves["chosen"], strict=True) if value >= curves["random"][-1]), None
         )
         row("chosen", f"chosen pairs that are as good as {SIZES[-1]} at random", str(needed or "none"))
+    for name in ("all", *SEEN) if of["candidates"] else ():
+        own = [line[name] for line in of["candidates"]]
+        taken = sum(line["all"]["features"].split()[0] == name for line in of["candidates"])
+        what = "what a fit takes of all" if name == "all" else f"{name}, which it takes in {taken} of {len(own)}"
+        nats, right = ([one[key] for one in own] for key in ("nats", "accuracy"))
+        row(
+            "candidates",
+            f"features {what}: nats an answer above none, left out; accuracy",
+            f"{mean(nats)}; {mean(right)}",
+        )
     if of["raters"]:
         for name in (r.name for r in RATERS):
             weights, sides = ([line[key][name] for line in of["raters"]] for key in ("weight", "side"))

@@ -4,26 +4,43 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import scoreact as sa
 from scoreact.cli.main import main
+from scoreact.dynamics import prediction
+from scoreact.dynamics.schedule import RectifiedFlow
 from scoreact.feedback.answers import FIRST, read_answers
 from scoreact.feedback.evidence import Evidence, between_raters, read_evidence
-from scoreact.feedback.liking import accuracy_of, basis_of, calibration_of, fit_reward, folds_of, usual_features
+from scoreact.feedback.liking import (
+    Candidate,
+    accuracy_of,
+    basis_of,
+    calibration_of,
+    fit_reward,
+    folds_of,
+    preferred,
+    usual_features,
+)
 from scoreact.feedback.preferences import Compared
 from scoreact.feedback.simulated import SimulatedRater, answer_store, simulate
 from scoreact.feedback.store import Store
-from scoreact.recipes.base import recipes
+from scoreact.models.network import NetworkModel
+from scoreact.recipes.base import Problem, recipes
 from scoreact.recipes.gaussian import build, mixture
 from scoreact.rewards import load
+from scoreact.rewards.bradley_terry import UtilitySpace
+from scoreact.rewards.combine import weighted_sum
+from scoreact.rewards.learned import save_learned
 from scoreact.rewards.sample_features import open_features
-from scoreact.support.errors import FeedbackError
+from scoreact.support.errors import FeedbackError, RewardError
+from scoreact.support.files import read_stored, write_tensors
 from scoreact.types import Condition
 
 PROMPTS = ("one", "two")
@@ -271,3 +288,124 @@ def test_the_guard_speaks_where_the_fitted_reward_rises_and_the_true_one_falls()
     assert said["iteration"] in [look["iteration"] for look in looks[best + 1 : best + 3]]
     (kept,) = [look["judge/truth"] for look in looks if look["iteration"] == result.best_iteration]
     assert kept > truths[-1] + 1
+
+
+# --- what a fit may see: the model's own features, and a network -----------------------------------------------------------
+
+
+def points(truth: Callable[[Tensor], Tensor], count: int) -> Evidence:
+    """So many answers about points of the plane, by one person."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2 * count, 2, generator=generator)
+    pairs = simulate(
+        [SimulatedRater(tie=-2.0)], truth(x).double(), torch.arange(count), torch.arange(count) + count, generator
+    )
+    judges = torch.ones(count, dtype=torch.bool)
+    return Evidence(x, [""] * 2 * count, pairs, group=torch.arange(count), judges=judges)
+
+
+def ring(x: Tensor) -> Tensor:
+    """Nothing that is linear in a point tells it."""
+    return 6 * torch.exp(-2 * (x.norm(dim=1) - 1.2) ** 2)
+
+
+def test_a_network_is_trained_where_it_foretells_more_and_kept_in_the_folder(tmp_path: Path) -> None:
+    reward = fit_reward(points(ring, 240), ["values", "network"])
+    values, network = reward.facts["candidates"]
+    assert (values["chosen"], network["chosen"]) == (False, True)
+    assert network["log_likelihood"] > values["log_likelihood"] + 0.1
+    x = torch.randn(400, 2, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    condition = Condition([""] * 400)
+    found = reward(x, condition)
+    wanted = ring(x.detach())
+    right = (found[:200] > found[200:]) == (wanted[:200] > wanted[200:])
+    assert float(right.double().mean()) > 0.75
+    (slope,) = torch.autograd.grad(found.sum(), x)
+    near = x.detach().norm(dim=1) < 0.8  # where more is better, it says so
+    outward = (slope * x.detach()).sum(1)[near] > 0
+    assert float(outward.double().mean()) > 0.8
+    save_learned(reward, tmp_path / "liking")
+    again = load(str(tmp_path / "liking"))
+    assert torch.equal(again(x, condition), found)
+    cautious = load(str(tmp_path / "liking"), caution=2.0)
+    torch.testing.assert_close(cautious(x, condition), found - 2 * again.uncertainty(x, condition))
+    tensors, _ = read_stored(tmp_path / "liking" / "reward.safetensors")
+    assert {"features.mean", "basis"} <= set(tensors)
+    tensors["features.layers.1.weight"] += 1e-3
+    digest = write_tensors(tmp_path / "liking" / "reward.safetensors", tensors)
+    about = json.loads((tmp_path / "liking" / "reward.json").read_text())
+    (tmp_path / "liking" / "reward.json").write_text(json.dumps({**about, "digest": digest}))
+    with pytest.raises(RewardError, match="was fitted on other features than network"):
+        load(str(tmp_path / "liking"))
+
+
+class Squares(nn.Module):
+    """A denoiser that sees the squares of a point."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.level = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.with_features(x, t)[0]
+
+    def with_features(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self.level - x, torch.cat([x, x.square()], 1)
+
+
+def test_a_models_own_features_are_taken_and_asked_of_that_model_alone(tmp_path: Path) -> None:
+    model = NetworkModel(Squares(), RectifiedFlow(), prediction.velocity, (2,))
+    reward = fit_reward(points(lambda x: -x.square().sum(1), 150), ["values", "denoiser"], model=model)
+    rows = reward.facts["candidates"]
+    assert [row["features"] for row in rows] == [
+        "values",
+        *(f"denoiser at {t}" for t in ("0.25", "0.5", "0.75", "0.25, 0.5, 0.75")),
+    ]
+    (taken,) = [row for row in rows if row["chosen"]]
+    assert taken["features"] == "denoiser at 0.75" == max(rows, key=lambda row: row["log_likelihood"])["features"]
+    save_learned(reward, tmp_path / "liking")
+    again = load(str(tmp_path / "liking"))
+    x, condition = torch.randn(50, 2), Condition([""] * 50)
+    with pytest.raises(RewardError, match="has no model here"):
+        again(x, condition)
+    problem = Problem(model, weighted_sum({"liked": (2.0, again)}))  # type: ignore[arg-type]
+    torch.testing.assert_close(problem.reward(x, condition), 2 * reward(x, condition))
+    other = NetworkModel(Squares(), RectifiedFlow(), prediction.velocity, (2,))
+    nn.init.ones_(other.network.level)  # type: ignore[arg-type,union-attr]
+    with pytest.raises(RewardError, match="another pretrained model"):
+        Problem(other, load(str(tmp_path / "liking")))  # type: ignore[arg-type]
+
+
+def test_what_was_not_tried_is_said_and_what_cannot_be_is_refused() -> None:
+    evidence = points(lambda x: 2 * x[:, 0], 40)
+    notes = fit_reward(evidence).facts["notes"]
+    assert [note.split(";")[0] for note in notes] == [
+        "the pretrained model's own features were not tried", "no network was trained on the answers: 40 are fewer than 100."
+    ]  # fmt: skip
+    (note, _) = fit_reward(evidence, model=build().model).facts["notes"]
+    assert note.startswith("the pretrained model's own features were not tried: ")
+    with pytest.raises(RewardError, match="are a pretrained model's own; name it"):
+        fit_reward(evidence, ["denoiser"])
+    with pytest.raises(RewardError, match="are trained on answers"):
+        open_features("network", (2,))
+
+
+def test_a_second_choice_has_to_be_better_than_the_noise() -> None:
+    """The difference of the held-out log-likelihoods against its standard error over tasks."""
+    evidence = dataclasses.replace(points(ring, 40), group=torch.arange(40) // 4)
+    features = open_features("values", (2,))
+    empty = torch.zeros(0)
+
+    def candidate(each: Tensor) -> Candidate:
+        return Candidate(features, UtilitySpace.of(torch.zeros(2, 2), [""], False), empty, empty, 1.0, each, 0.0, empty)
+
+    noise = torch.randn(10, generator=torch.Generator().manual_seed(0)).double().repeat_interleave(4)
+    noise = noise - noise.mean()
+    error = float(noise[::4].std()) / 10**0.5  # of the mean over ten tasks of four
+    first, same = candidate(-torch.ones(40).double()), candidate(-torch.ones(40).double())
+    for gain, wins in ((0.9, False), (1.1, True)):
+        rival = candidate(first.each + noise + gain * error)
+        assert preferred([[first], [rival]], evidence) is (rival if wins else first)
+    assert preferred([[first], [same]], evidence) is first
+    assert preferred([[], [same]], evidence) is same
+    assert preferred([[candidate(first.each - 1), first]], evidence) is first

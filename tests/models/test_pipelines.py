@@ -152,6 +152,26 @@ def test_a_broken_torchvision_is_named(tmp_path: Path) -> None:
     assert "pip uninstall torchvision" in found.stderr
 
 
+@pytest.mark.parametrize("name", ["sd", "sd3", "wan", "ddpm"])
+def test_a_sample_is_encoded_as_the_autoencoder_says(name: str) -> None:
+    """Latents are standardised as diffusers standardises them: decoding the encoded is what its autoencoder makes again."""
+    model = tiny(name)
+    frames = () if name != "wan" else (5,)
+    x = torch.rand(2, 3, *frames, *model.shape[-2:]).repeat_interleave(2, -1).repeat_interleave(2, -2)
+    if name == "ddpm":
+        samples = x[..., : model.shape[-2], : model.shape[-1]]
+        torch.testing.assert_close(model.decode(model.encode(samples)), samples)
+        return
+    vae = model.pipeline.vae
+    with torch.no_grad():
+        latents = vae.encode(2 * x - 1).latent_dist.mode()
+        again = (vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
+        states = model.encode(x)
+        torch.testing.assert_close(model.decode(states), again, rtol=1e-4, atol=1e-4)
+    if name == "sd":
+        torch.testing.assert_close(states, latents * vae.config.scaling_factor)
+
+
 def test_targets_of_the_adapter_and_slicing_of_the_decoder() -> None:
     model = tiny("sd", lora_targets=["to_q"])
     assert {name.split(".lora_")[0].rsplit(".", 1)[1] for name in model.trainable_state()} == {"to_q"}

@@ -18,6 +18,7 @@ from .look import named_prompts
 from .parser import Parser, whole
 
 if TYPE_CHECKING:
+    from ..control.policy import Policy
     from ..feedback.drawing import ChoosePairs
     from ..feedback.page import Progressing
     from ..feedback.store import Store
@@ -168,11 +169,11 @@ def _drawing(options: argparse.Namespace, store: Store) -> Iterator[int]:
     digest = digest_of(policy.model)  # type: ignore[arg-type]
     missing = options.pairs - tasks_of(store, kind, lambda sample: (sample.model, sample.digest) == (name, digest))
     how = Drawing(kind, against, options.noise, options.seed)
-    choose = None if options.choose is None else _choosing(options)
+    choose = None if options.choose is None else _choosing(options, policy)
     return draw_tasks(store, policy, source.config, prompts, max(0, missing), how, name, tuned, choose)
 
 
-def _choosing(options: argparse.Namespace) -> ChoosePairs:
+def _choosing(options: argparse.Namespace, policy: Policy) -> ChoosePairs:
     import torch
 
     from ..feedback.choosing import choosing_by
@@ -182,6 +183,7 @@ def _choosing(options: argparse.Namespace) -> ChoosePairs:
     reward = open_learned(options.choose, features=options.choose_features)
     if not isinstance(reward, BradleyTerryReward):
         raise SettingError(f"--choose {options.choose} is a reward of another kind; give one of `scoreact reward fit`.")
+    reward.take_model(policy.reference)
     generator = torch.Generator().manual_seed(options.seed)
     return choosing_by(reward, generator, "gap" if options.choose_for == "dpo" else "information")
 

@@ -188,9 +188,11 @@ def fit_arguments(parser: Parser) -> None:
     add("--out", required=True, type=Path, metavar="DIR", help="a new folder for the reward")
     add("--question", metavar="NAME|TEXT", help="whose answers, where several were asked")
     add("--features", action="append", default=[], metavar="SPEC", help="what it may see, the best of them being taken: "
-        "convolution, pixels, values, classifier, imagenet, or file.py:function; may be given several times [default: what "
-        "suits the samples]")  # fmt: skip
-    add("--seed", type=whole(0, LARGEST), default=0, metavar="INT", help="of the folds [default 0]")
+        "convolution, pixels, values, classifier, imagenet, denoiser (of --model), network (trained on the answers), or "
+        "file.py:function; may be given several times [default: what suits the samples, the model's, a network]")  # fmt: skip
+    add("--model", metavar="RECIPE|RUN_DIR", help="whose pretrained model's own features may be seen too: a recipe, a "
+        "pipeline, my_model.py:build, a run. Where they are chosen the reward is for this model alone")  # fmt: skip
+    add("--seed", type=whole(0, LARGEST), default=0, metavar="INT", help="of the folds and of a network [default 0]")
 
 
 def fit(options: argparse.Namespace) -> int:
@@ -204,20 +206,24 @@ def fit(options: argparse.Namespace) -> int:
 
     out = new_reward(options.out)
     evidence = read_evidence(options.store, options.question)
+    model = None if options.model is None else build_policy(open_source(options.model))[0].reference
     with waiting("fitting"):
-        reward = fit_reward(evidence, options.features, torch.Generator().manual_seed(options.seed))
+        reward = fit_reward(evidence, options.features, torch.Generator().manual_seed(options.seed), model)
         save_learned(reward, out)
         picture = write_liked(reward, evidence, out)
-    print("\n".join(said_of_fit(reward.facts, reward.features.spec, reward.space.by_word)))
+    for note in reward.facts["notes"]:
+        print(f"note: {note}")
+    print("\n".join(said_of_fit(reward.facts)))
     if picture is not None:
         print(f"picture    {picture}: what it likes most, above, and least, below")
     print(f"reward     {out}; `scoreact train ... --reward {out} --kl-weight 1` believes the odds of one rater")
     return 0
 
 
-def said_of_fit(facts: Any, features: str, by_word: bool) -> list[str]:
+def said_of_fit(facts: Any) -> list[str]:
     """What was found, in a few lines."""
     f = facts
+    (best,) = [c for c in f["candidates"] if c["chosen"]]
     found = [
         f"answers    {f['answers']} of {len(f['raters'])} rater{'s' * (len(f['raters']) > 1)} about {f['samples']} samples"
     ]
@@ -239,9 +245,14 @@ def said_of_fit(facts: Any, features: str, by_word: bool) -> list[str]:
             found.append(f"people     {f[name]:.3f} ({low:.3f} to {high:.3f}): {text}, of {f[name + '_of']} times")
     gain = f["log_likelihood"] - f["without_features"]
     found.append(
-        f"features   {features}{', by the words of the prompt' if by_word else ''}: {gain:.3f} nats an answer better than "
-        "none, on answers left out of the fit"
+        f"features   {_seen(best)}: {gain:.3f} nats an answer better than none, on answers left out of the fit"
     )
+    if len(f["candidates"]) > 1:
+        found.append("tried      nats an answer better than none, share of winners foretold, both on answers left out")
+        for c in f["candidates"]:
+            share = "" if c["accuracy"] is None else f"{c['accuracy']:.3f}"
+            better = c["log_likelihood"] - c["without_features"]
+            found.append(f"           {better:+.3f}  {share:>5}  {_seen(c)}{', taken' if c['chosen'] else ''}")
     if gain <= 0:
         found.append(
             "note: no features foretell the answers better than chance; collect more, or give --features of your own."
@@ -254,3 +265,7 @@ def said_of_fit(facts: Any, features: str, by_word: bool) -> list[str]:
             f"the median rater has 1), left of equals {side:.2f} ({left:.2f} to {right:.2f})"
         )
     return found
+
+
+def _seen(candidate: Any) -> str:
+    return f"{candidate['features']}{', by the words of the prompt' if candidate['by_word'] else ''}"

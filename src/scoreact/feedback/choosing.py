@@ -116,8 +116,9 @@ def choosing_by(
     """What `draw_tasks` asks: prompts of P pairs, their decoded samples [P, *D] twice, how many -> `choose_pairs` of them."""
 
     def choose(prompts: Sequence[str], first: Tensor, second: Tensor, count: int) -> list[tuple[int, Chosen]]:
-        features, rows = posterior.features.in_parts(torch.cat([first, second])), torch.arange(len(prompts))
-        candidates = PairCandidates(features, [*prompts, *prompts], rows, rows + len(prompts))
+        both, rows = [*prompts, *prompts], torch.arange(len(prompts))
+        features = posterior.features.in_parts(torch.cat([first, second]), both)
+        candidates = PairCandidates(features, both, rows, rows + len(prompts))
         return choose_pairs(posterior, candidates, count, generator, purpose)
 
     return choose

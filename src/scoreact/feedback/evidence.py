@@ -49,6 +49,11 @@ class Evidence:
     question: str = ""
     at_random: bool = True
 
+    def groups(self) -> Tensor:
+        """Of every answer, pairs and then ratings, a number of what it is about: `group`, or the rated sample. [A + ratings]"""
+        beyond = int(self.group.max()) + 1 if len(self.group) else 0
+        return torch.cat([self.group, beyond + self.ratings.sample])
+
 
 def read_evidence(path: str | Path, question: str | None = None) -> Evidence:
     """The answers of a store, with the samples that they are about.

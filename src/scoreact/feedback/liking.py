@@ -1,7 +1,10 @@
 """A reward of what people answered: features and prompts by what they predict, weights by Newton, and how good it is.
 
-Every choice is by the held-out log-likelihood: answers are predicted by a fit that saw no answer to the same pair. Only pairs
-that were drawn at random judge the result. Knows answers and features; does not know models or pages.
+Every choice is by the held-out log-likelihood: answers are predicted by a fit that saw no answer to the same pair. Features
+that need nothing else come first. The pretrained model's own, which cost its passes, and a trained network are the second
+choice: they are taken where their held-out log-likelihood is better by more than one standard error of the difference (as
+Breiman et al. 1984 choose the simpler tree), tasks being independent. Only pairs that were drawn at random judge the result.
+Knows answers, features and the model's contract; does not know pages.
 """
 
 from __future__ import annotations
@@ -16,18 +19,27 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
+from ..models.base import ScoreModel
+from ..models.weights import reference_digest_of
 from ..rewards.bradley_terry import BradleyTerryReward, UtilitySpace
-from ..rewards.sample_features import Features, open_features
+from ..rewards.denoiser_features import TIMES
+from ..rewards.sample_features import DENOISER, Features, open_features, trained_features
 from ..runs.films import as_picture
+from ..support.errors import RewardError, ScoreactError
 from .answers import Share
 from .evidence import Evidence
-from .preferences import Compared, Fitted, fit, log_likelihood
+from .liking_network import LEAST, train_network
+from .preferences import Compared, Fitted, fit, log_likelihoods
 
 FOLDS = 5
 PRECISIONS = tuple(10 ** (k / 2) for k in range(1, -6, -1))  # of w: |psi|^2 is about 1, so u varies by 0.6 to 18
 MOST = 300  # directions of psi that are fitted; of the others the prior stands
 BINS = 5  # of the calibration
 SHOWN, SIDE = 12, 128  # samples in a row of the picture, and pixels of each
+NETWORK = "network"  # as the name of features: the last layer of one that is trained on the answers
+
+
+Folds = tuple[Tensor, Tensor]  # of each pair, of each rating
 
 
 @dataclass(frozen=True)
@@ -35,53 +47,71 @@ class Candidate:
     """Features with a way to read the prompts, and what a fit on them foretold.
 
     Args:
-        spec: of the features; by_word: whether their weights differ by the prompt's words.
+        features: frozen; space, basis, design: psi of them, its span, and what the fit to all answers sees of the samples.
         precision: of the weights' prior, the best of `PRECISIONS`.
-        likelihood: mean log P(answer) of answers left out; `ignorant`: of a fit without features.
-        logits: that the first of a pair wins, by the fit that did not see it, [A].
+        each: log P of each answer by the fit that did not see it, [A + ratings]; `ignorant`: their mean without features.
+        logits: that the first of a pair wins, by that fit, [A].
     """
 
-    spec: str
-    by_word: bool
+    features: Features
+    space: UtilitySpace
+    basis: Tensor
+    design: Tensor
     precision: float
-    likelihood: float
+    each: Tensor
     ignorant: float
     logits: Tensor
 
+    @property
+    def likelihood(self) -> float:
+        """Mean log P of answers left out."""
+        return float(self.each.mean())
+
 
 def fit_reward(
-    evidence: Evidence, features: Sequence[str] = (), generator: torch.Generator | None = None
-) -> BradleyTerryReward:
+    evidence: Evidence, features: Sequence[str] = (), generator: torch.Generator | None = None, model: ScoreModel | None = None
+) -> BradleyTerryReward:  # fmt: skip
     """Fit a reward to answers.
 
     Args:
         evidence: Of `read_evidence`.
-        features: Candidates, as `open_features` takes them; left out, those of `usual_features`.
-        generator: Of the folds.
+        features: Candidates, as `open_features` takes them, "denoiser" (of `model`) or "network" (trained on the answers);
+            left out, those of `usual_features`, of the model where there is one, and a network where there are answers enough.
+        generator: Of the folds and of networks.
+        model: The pretrained model that drew the samples.
 
     Returns:
         The reward, in nats of odds of one rater. Its `facts` are what the fit found: `candidates`, `accuracy`,
-        `accuracy_interval`, `calibration`, `raters`, `self_agreement`, `between_raters`, ...
+        `accuracy_interval`, `calibration`, `raters`, `self_agreement`, `between_raters`, `notes`, ...
 
     Raises:
         FeedbackError: There is no answer. RewardError: Features that are not there, or are none of such samples.
     """
     generator = generator or torch.Generator().manual_seed(0)
-    folds = folds_of(evidence, generator)
-    opened = [open_features(spec, evidence.samples.shape[1:]) for spec in features or usual_features(evidence.samples)]
-    seen = [one.in_parts(evidence.samples).cpu().double() for one in opened]
-    ways = (False, True) if len(set(evidence.prompts)) > 1 else (False,)
-    tried: list[tuple[Candidate, Features, UtilitySpace, Tensor, Tensor]] = []
-    for one, found in zip(opened, seen, strict=True):
-        for by_word in ways:
-            space = UtilitySpace.of(found, evidence.prompts, by_word)
-            basis, design = basis_of(space.vectors(found, evidence.prompts))
-            tried.append((judged(one.spec, by_word, evidence, design, folds), one, space, basis, design))
-    best, chosen, space, basis, design = max(tried, key=lambda entry: entry[0].likelihood)
-    fitted = fit(design, evidence.pairs, evidence.ratings, len(evidence.raters), best.precision)
+    folds, notes, count = folds_of(evidence, generator), list[str](), len(evidence.pairs) + len(evidence.ratings)
+    names = list(features or usual_features(evidence.samples))
+    opened = [open_features(name, evidence.samples.shape[1:]) for name in names if name not in (DENOISER, NETWORK)]
+    groups = [[candidate for one in opened for candidate in _of_features(evidence, one, folds)]]
+    if DENOISER in names or (not features and model is not None):
+        try:
+            groups.append(_of_model(evidence, model, folds))
+        except ScoreactError as error:
+            if features:
+                raise
+            notes.append(f"the pretrained model's own features were not tried: {error}")
+    elif not features:
+        notes.append("the pretrained model's own features were not tried; name the model, and they are.")
+    if NETWORK in names or (not features and count >= LEAST):
+        groups.append(_of_network(evidence, [one for group in groups for one in group], folds, generator))
+    elif not features:
+        notes.append(f"no network was trained on the answers: {count} are fewer than {LEAST}.")
+    best = preferred(groups, evidence)
+    if model is not None:
+        best.features.take_model(model)
+    fitted = fit(best.design, evidence.pairs, evidence.ratings, len(evidence.raters), best.precision)
     return BradleyTerryReward(
-        chosen, space, basis.float(), fitted.weights.float(), fitted.covariance.float(), best.precision,
-        facts=facts_of(evidence, [entry[0] for entry in tried], best, fitted),
+        best.features, best.space, best.basis.float(), fitted.weights.float(), fitted.covariance.float(), best.precision,
+        facts=facts_of(evidence, [one for group in groups for one in group], best, fitted, notes),
     )  # fmt: skip
 
 
@@ -101,7 +131,7 @@ def basis_of(vectors: Tensor) -> tuple[Tensor, Tensor]:
     return basis, vectors @ basis
 
 
-def folds_of(evidence: Evidence, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def folds_of(evidence: Evidence, generator: torch.Generator) -> Folds:
     """The fold of each pair and of each rating; what is about one task, or one rated sample, is in one."""
 
     def some(group: Tensor) -> Tensor:
@@ -111,40 +141,107 @@ def folds_of(evidence: Evidence, generator: torch.Generator) -> tuple[Tensor, Te
     return some(evidence.group), some(evidence.ratings.sample)
 
 
-def judged(spec: str, by_word: bool, evidence: Evidence, design: Tensor, folds: tuple[Tensor, Tensor]) -> Candidate:
-    """The best precision of a design [N, R], and what the fits on the other folds say of each answer."""
-    count = len(evidence.pairs) + len(evidence.ratings)
-    ignorant = held_out(evidence, design[:, :0], folds, [1.0])[0][0] / count
-    totals, logits = held_out(evidence, design, folds, PRECISIONS)
-    best = max(range(len(totals)), key=totals.__getitem__)
-    return Candidate(spec, by_word, PRECISIONS[best], totals[best] / count, ignorant, logits[best])
+def _of_features(evidence: Evidence, features: Features, folds: Folds) -> list[Candidate]:
+    """Of frozen features, with each way to read the prompts."""
+    return _each_way(evidence, features, features.in_parts(evidence.samples, evidence.prompts).cpu(), folds)
+
+
+def _of_model(evidence: Evidence, model: ScoreModel | None, folds: Folds) -> list[Candidate]:
+    """The pretrained model's own, at each noise level and at all. The passes are made once."""
+    if model is None:
+        raise RewardError(f"features {DENOISER} are a pretrained model's own; name it: --model, or model=.")
+    shape, own = evidence.samples.shape[1:], {"model": reference_digest_of(model)}
+    every = open_features(DENOISER, shape, {"times": list(TIMES), **own})
+    every.take_model(model)
+    found = every.in_parts(evidence.samples, evidence.prompts).cpu()
+    single = [open_features(DENOISER, shape, {"times": [time], **own}) for time in TIMES]
+    parts = [*zip(single, found.chunk(len(TIMES), 1), strict=True), (every, found)]
+    return [candidate for one, part in parts for candidate in _each_way(evidence, one, part, folds)]
+
+
+def _of_network(
+    evidence: Evidence, tried: Sequence[Candidate], folds: Folds, generator: torch.Generator
+) -> list[Candidate]:
+    """The last layer of a network that is trained for each fold without it, and once on all answers."""
+    design, precision = torch.zeros(len(evidence.samples), 0).double(), 1.0
+    if tried:
+        before = max(tried, key=lambda one: one.likelihood)
+        design, precision = before.design, before.precision
+    known = fit(design, evidence.pairs, evidence.ratings, len(evidence.raters), precision)
+    seen = [~(folds[0] == fold) for fold in range(FOLDS)], [~(folds[1] == fold) for fold in range(FOLDS)]
+    networks = [train_network(evidence, known, generator, *inside) for inside in zip(*seen, strict=True)]
+    networks.append(train_network(evidence, known, generator))
+    opened = [trained_features(network, NETWORK, evidence.samples.shape[1:]) for network in networks]
+    *by_fold, found = (one.in_parts(evidence.samples) for one in opened)
+    return _each_way(evidence, opened[-1], found, folds, by_fold, known)
+
+
+def _each_way(
+    evidence: Evidence, features: Features, found: Tensor, folds: Folds, by_fold: Sequence[Tensor] = (),
+    known: Fitted | None = None,
+) -> list[Candidate]:  # fmt: skip
+    """found: the features of all samples, [N, F]; by_fold: those that did not see a fold's answers, where features learn."""
+    candidates = []
+    for by_word in (False, True) if len(set(evidence.prompts)) > 1 else (False,):
+        spaces, designs = [], []
+        for seen in (found.double(), *(one.double() for one in by_fold)):
+            space = UtilitySpace.of(seen, evidence.prompts, by_word)
+            spaces.append((space, *basis_of(space.vectors(seen, evidence.prompts))))
+            designs.append(spaces[-1][2])
+        each, logits = held_out(evidence, designs[1:] or designs * FOLDS, folds, PRECISIONS, known)
+        ignorant = held_out(evidence, [designs[0][:, :0]] * FOLDS, folds, [1.0])[0].mean()
+        best = int(each.sum(1).argmax())
+        candidates.append(Candidate(features, *spaces[0], PRECISIONS[best], each[best], float(ignorant), logits[best]))
+    return candidates
 
 
 def held_out(
-    evidence: Evidence, design: Tensor, folds: tuple[Tensor, Tensor], precisions: Sequence[float]
-) -> tuple[list[float], Tensor]:
-    """Of each precision the log-likelihood of all answers by fits that did not see them, and the pairs' logits [K, A].
+    evidence: Evidence, designs: Sequence[Tensor], folds: Folds, precisions: Sequence[float], known: Fitted | None = None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Of each precision log P of each answer by the fit that did not see it, [K, A + ratings], and the pairs' logits [K, A].
 
-    What raters are like is taken from all answers, at the middle precision: a few numbers, which learn nothing by heart.
+    What raters are like is taken from `known`, or from all answers at the middle precision: a few numbers, which learn nothing
+    by heart. designs: of each fold.
     """
     pairs, ratings, raters = evidence.pairs, evidence.ratings, len(evidence.raters)
-    known = fit(design, pairs, ratings, raters, precisions[len(precisions) // 2])
-    totals, logits = [0.0] * len(precisions), torch.zeros(len(precisions), len(pairs), dtype=torch.float64)
-    for fold in range(FOLDS):
+    known = known or fit(designs[0], pairs, ratings, raters, precisions[len(precisions) // 2])
+    each = torch.zeros(len(precisions), len(pairs) + len(ratings), dtype=torch.float64)
+    logits = torch.zeros(len(precisions), len(pairs), dtype=torch.float64)
+    for fold, design in enumerate(designs):
         out, rated_out = folds[0] == fold, folds[1] == fold
         if not bool(out.any() | rated_out.any()) or bool(out.all() & rated_out.all()):
             continue
         for k, precision in enumerate(precisions):
             found = fit(design, pairs[~out], ratings[~rated_out], raters, precision, known)
-            totals[k] += log_likelihood(found, design, pairs[out], ratings[rated_out])
+            each[k, torch.cat([out, rated_out])] = log_likelihoods(found, design, pairs[out], ratings[rated_out])
             logits[k, out] = found.logit(design, pairs[out])
-    return totals, logits
+    return each, logits
+
+
+def preferred(groups: Sequence[Sequence[Candidate]], evidence: Evidence) -> Candidate:
+    """The best of the first group, or of a later one where it is better beyond the noise."""
+    best: Candidate | None = None
+    for group in filter(None, groups):
+        rival = max(group, key=lambda one: one.likelihood)
+        if best is None or _is_better(rival.each - best.each, evidence.groups()):
+            best = rival
+    assert best is not None  # every call names features
+    return best
+
+
+def _is_better(difference: Tensor, groups: Tensor) -> bool:
+    """Whether differences sum to more than the sum's standard error over independent groups."""
+    names, place = torch.unique(groups, return_inverse=True)
+    sums = torch.zeros(len(names)).double().index_add(0, place, difference)
+    return bool(sums.sum() > len(names) ** 0.5 * sums.std())
 
 
 # --- what it says of itself ----------------------------------------------------------------------------------------------
 
 
-def facts_of(evidence: Evidence, tried: Sequence[Candidate], best: Candidate, fitted: Fitted) -> dict[str, Any]:
+def facts_of(
+    evidence: Evidence, tried: Sequence[Candidate], best: Candidate, fitted: Fitted, notes: Sequence[str] = ()
+) -> dict[str, Any]:
     """Of a fit, for its folder and for the screen."""
     pairs, judges = evidence.pairs, evidence.judges
     accuracy = accuracy_of(best.logits[judges], pairs[judges])
@@ -167,14 +264,16 @@ def facts_of(evidence: Evidence, tried: Sequence[Candidate], best: Candidate, fi
         "unit": "nats of the odds of one rater",
         "candidates": [
             {
-                "features": c.spec, "by_word": c.by_word, "precision": c.precision, "log_likelihood": c.likelihood,
-                "without_features": c.ignorant, "accuracy": _value(accuracy_of(c.logits[judges], pairs[judges])),
+                "features": c.features.label, "by_word": c.space.by_word, "precision": c.precision,
+                "log_likelihood": c.likelihood, "without_features": c.ignorant,
+                "accuracy": _value(accuracy_of(c.logits[judges], pairs[judges])), "chosen": c is best,
             }
             for c in tried
         ],
         "log_likelihood": best.likelihood,
         "without_features": best.ignorant,
         "raters": raters,
+        "notes": list(notes),
     }  # fmt: skip
     if accuracy.count:
         found |= {
@@ -216,7 +315,7 @@ def write_liked(reward: BradleyTerryReward, evidence: Evidence, folder: Path) ->
     samples = evidence.samples
     if samples.ndim != 4 or samples.shape[1] not in (1, 3):
         return None
-    order = reward.utility(reward.features.in_parts(samples), evidence.prompts).argsort()
+    order = reward.utility(reward.features.in_parts(samples, evidence.prompts).cpu(), evidence.prompts).argsort()
     each = min(SHOWN, len(order) // 2)
     rows = [order[-each:].flip(0), order[:each]]
     sheet = torch.cat([torch.cat(list(samples[row]), 2) for row in rows], 1)

@@ -178,10 +178,10 @@ def _in_units_of_the_median(weights: Tensor, own: Tensor, covariance: Tensor, ra
     return Fitted(scale * weights, covariance[:width, :width], own, spread, raters, precision / float(scale) ** 2)
 
 
-def log_likelihood(fitted: Fitted, design: Tensor, pairs: Compared = NO_PAIRS, ratings: Rated = NO_RATINGS) -> float:
-    """Sum of log P(answer) over answers, weighted, at the maximum of a fit."""
+def log_likelihoods(fitted: Fitted, design: Tensor, pairs: Compared = NO_PAIRS, ratings: Rated = NO_RATINGS) -> Tensor:
+    """log P of each answer, weighted, by a fit: [A], of pairs and then of ratings. Has a gradient in the design."""
     answers = _Answers(design.double(), pairs, ratings, fitted.raters, fitted.precision)
-    return -float(answers.loss(fitted.weights[:, None], fitted.own))
+    return torch.cat([block.each(fitted.weights[:, None], fitted.own) for block in answers.blocks])
 
 
 # --- the sum over answers ------------------------------------------------------------------------------------------------
@@ -208,10 +208,12 @@ class _Block:
         others = (self.sign * own[self.index]).repeat(len(numbers), 1)
         return numbers.flatten(0, 1), others, self.constants.repeat(len(numbers), 1)
 
+    def each(self, weights: Tensor, own: Tensor) -> Tensor:
+        """Weighted, in the mean over columns, [A]."""
+        return self.weight * self.of(*self.numbers(weights, own)).unflatten(0, (-1, len(self.weight))).mean(0)
+
     def loss(self, weights: Tensor, own: Tensor) -> Tensor:
-        """In the mean over columns."""
-        found = self.of(*self.numbers(weights, own)).unflatten(0, (-1, len(self.weight)))
-        return -(self.weight * found.mean(0)).sum()
+        return -self.each(weights, own).sum()
 
     def derivatives(self, weights: Tensor, own: Tensor, one: int, other: int) -> tuple[Tensor, Tensor]:
         """Of each answer's loss, in the mean over columns: in the samples' numbers (0) or the others (1), and from there in

@@ -25,6 +25,7 @@ import torch
 from ..models.weights import digest_of
 from ..recipes.base import need_prompts
 from ..rewards.learned import is_learned, open_learned, save_learned
+from ..rewards.sample_features import DENOISER
 from ..runs.record import read_json
 from ..runs.source import Source, build_policy
 from ..support.errors import FeedbackError, RunExists, SettingError
@@ -205,10 +206,9 @@ class FeedbackLoop:
         yield from draw_tasks(*what, against, Drawing(seed=config.seed), self._model(n))
         choose: ChoosePairs | None = None
         if others and n > 1:
-            choose = choosing_by(
-                open_learned(self._liking(n - 1), features=self._code(n - 1).get("features")),
-                torch.Generator().manual_seed(config.seed + n),
-            )
+            liking = open_learned(self._liking(n - 1), features=self._code(n - 1).get("features"))
+            liking.take_model(policy.reference)
+            choose = choosing_by(liking, torch.Generator().manual_seed(config.seed + n))
         yield from draw_tasks(
             *what, others, Drawing(against="itself", seed=config.seed), self._model(n), tuned=n > 1, choose=choose
         )
@@ -219,9 +219,13 @@ class FeedbackLoop:
         part = self._liking(n).with_name("liking.part")
         shutil.rmtree(part, ignore_errors=True)
         evidence = read_evidence(store.path, self.question)
-        reward = fit_reward(evidence, self.features, torch.Generator().manual_seed(self.source.config.seed))
+        needs_model = not self.features or DENOISER in self.features
+        model = build_policy(self.source)[0].reference if needs_model else None
+        reward = fit_reward(evidence, self.features, torch.Generator().manual_seed(self.source.config.seed), model)
         save_learned(reward, part)
         write_liked(reward, evidence, part)
+        for note in reward.facts["notes"]:
+            self.say(f"note: {note}")
         part.rename(self._liking(n))
 
     # --- the report --------------------------------------------------------------------------------------------------------

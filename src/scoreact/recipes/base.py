@@ -11,8 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..models.base import HasClasses, ScoreModel, TakesPrompts
-from ..rewards.base import NO_REWARD, Reward
-from ..rewards.score_matching import ScoreMatching
+from ..rewards.base import NO_REWARD, Reward, TakesModel
 from ..support.errors import SettingError
 from ..training.config import Config
 from ..types import Condition, Metrics
@@ -46,7 +45,7 @@ class Problem:
     labels: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if isinstance(self.reward, ScoreMatching):
+        if isinstance(self.reward, TakesModel):
             self.reward.take_model(self.model)  # before training changes it
         if not self.prompts:
             object.__setattr__(

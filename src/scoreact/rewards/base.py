@@ -10,12 +10,13 @@ import inspect
 import types
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..models.base import ScoreModel
 from ..support.errors import RewardError
 from ..support.names import did_you_mean
 from ..types import Condition
@@ -41,6 +42,17 @@ class FunctionReward:
 
     def __call__(self, samples: Tensor, condition: Condition) -> Tensor:
         return self.function(samples, condition)
+
+
+@runtime_checkable
+class TakesModel(Protocol):
+    """A reward that asks the pretrained model of its run. It is given before training changes it."""
+
+    def __call__(self, samples: Tensor, condition: Condition) -> Tensor: ...
+
+    def take_model(self, model: ScoreModel) -> None:
+        """Keep a frozen view or copy of this model, where none was given."""
+        ...
 
 
 def _none(samples: Tensor, condition: Condition) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ..models.base import ScoreModel
 from ..models.prompt_words import MANY, bag_of_words
 from ..support.errors import RewardError
 from ..types import Condition
@@ -26,6 +27,7 @@ from .sample_features import Features
 
 BIAS = 3.0  # prior standard deviation of a word's offset, that of the features together being 1
 FORM = "bradley_terry"
+OF_FEATURES = "features."  # before the names of the weights of features that were trained with it
 
 
 @dataclass(frozen=True)
@@ -110,13 +112,17 @@ class BradleyTerryReward:
             raise RewardError(f"caution is {self.caution!r}; give a number of sigma, 0 or more.")
 
     def __call__(self, samples: Tensor, condition: Condition) -> Tensor:
-        features = self.features(samples)
+        features = self.features(samples, condition.prompts)
         utility = self.utility(features, condition.prompts)
         return utility - self.caution * self.sigma(features, condition.prompts) if self.caution else utility
 
     def uncertainty(self, samples: Tensor, condition: Condition) -> Tensor:
         """sigma of decoded samples, [B]."""
-        return self.sigma(self.features(samples), condition.prompts)
+        return self.sigma(self.features(samples, condition.prompts), condition.prompts)
+
+    def take_model(self, model: ScoreModel) -> None:
+        """The pretrained model that it is a reward of, for features that are its own."""
+        self.features.take_model(model)
 
     def utility(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
         """u [B] of features [B, F]."""
@@ -143,7 +149,13 @@ class BradleyTerryReward:
             "words": None if self.space.words is None else list(self.space.words), "precision": self.precision,
         }  # fmt: skip
         names = ("basis", "weights", "covariance")
-        return about, {"mean": self.space.mean, "scale": self.space.scale, **{n: getattr(self, n) for n in names}}
+        own = {f"{OF_FEATURES}{name}": tensor for name, tensor in self.features.tensors().items()}
+        return about, {
+            "mean": self.space.mean,
+            "scale": self.space.scale,
+            **{n: getattr(self, n) for n in names},
+            **own,
+        }
 
 
 def from_folder(

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.base import ScoreModel
 from ..support.errors import RewardError
 from ..types import Condition
-from .base import FunctionReward, Reward, is_differentiable, is_of_batch, name_of
+from .base import FunctionReward, Reward, TakesModel, is_differentiable, is_of_batch, name_of
 from .check import part_of
 from .user import with_gradient
 
@@ -49,6 +50,12 @@ class WeightedSum:
     def total(self, parts: Mapping[str, Tensor]) -> Tensor:
         """The weighted sum [B] of what `parts` gave."""
         return torch.stack([weight * parts[name] for name, (weight, _) in self._parts.items()]).sum(0)
+
+    def take_model(self, model: ScoreModel) -> None:
+        """The pretrained model of the run, for the parts that ask it."""
+        for _, reward in self._parts.values():
+            if isinstance(reward, TakesModel):
+                reward.take_model(model)
 
     def with_gradient(self) -> WeightedSum:
         """See `user.with_gradient`."""

@@ -24,7 +24,7 @@ from ..support.files import read_stored, write_json, write_tensors
 from ..support.names import known_name
 from ..types import Condition
 from . import bradley_terry, class_probability
-from .bradley_terry import BradleyTerryReward
+from .bradley_terry import OF_FEATURES, BradleyTerryReward
 from .class_probability import ClassProbability
 from .image import class_by_prompt
 from .sample_features import Features, open_described
@@ -186,7 +186,11 @@ def open_learned(
     if about.get("digest") != header.get("digest"):
         raise RewardError(f"{place / ABOUT} and {NUMBERS} are not of one reward; restore both of one copy.")
     try:
-        found = FORMS[form](about, tensors, place.name, open_described(about["features"], str(place / ABOUT), features))
+        trained = {
+            name.removeprefix(OF_FEATURES): tensor for name, tensor in tensors.items() if name.startswith(OF_FEATURES)
+        }
+        seen = open_described(about["features"], str(place / ABOUT), features, trained)
+        found = FORMS[form](about, tensors, place.name, seen)
     except (KeyError, TypeError, IndexError) as error:
         raise RewardError(
             f"{place / ABOUT} is damaged ({type(error).__name__}: {error}); make the reward anew."

@@ -19,10 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..models.base import ScoreModel
 from ..support.errors import RewardError, ScoreactError
 from ..support.files import add_to_digest, digest_of_file
 from ..support.loading import is_file, is_spec, load_named, said_by
 from .base import known, reward_dtype
+from .denoiser_features import DenoiserFeatures
+from .sample_network import SampleNetwork
 
 SIDE = 64  # pixels a side at about which features are taken
 AT_ONCE = 256  # samples that are looked at together
@@ -33,7 +36,7 @@ class Features:
     """A frozen map of decoded samples [B, *D] to features [B, F], and what it was made of.
 
     Args:
-        spec: a name in `KNOWN`, or `path/to/file.py:function` with the full path, or `module:function`.
+        spec: a name in `KNOWN` or `OF_ANSWERS`, or `path/to/file.py:function` with the full path, or `module:function`.
         options: of it, as they were given.
         shape: *D of the samples that it was opened for.
         digest: of its weights and of the user's file: another one is another map.
@@ -44,15 +47,20 @@ class Features:
     options: Mapping[str, Any]
     shape: tuple[int, ...]
     digest: str
-    function: Callable[[Tensor], Tensor] = field(repr=False)
+    function: Callable[..., Tensor] = field(repr=False)
 
-    def __call__(self, samples: Tensor) -> Tensor:
-        """[B, F], in `reward_dtype` and on the samples' device. Raises RewardError for samples of another shape."""
+    def __call__(self, samples: Tensor, prompts: Sequence[str] = ()) -> Tensor:
+        """[B, F], in `reward_dtype` and on the samples' device. Raises RewardError for samples of another shape.
+
+        prompts: of the B samples; only a pretrained model's own features depend on them.
+        """
         if tuple(samples.shape[1:]) != self.shape:
             raise RewardError(
                 f"features {self.spec} were made for samples of shape {self.shape}; these have "
                 f"{tuple(samples.shape[1:])}. Use a reward that was made for this model."
             )
+        if isinstance(self.function, DenoiserFeatures):
+            return self.function(samples, prompts).to(samples.device, reward_dtype(samples))
         seen, network = samples, _network(self.function)
         if network is not None:
             weight = next(network.to(samples.device).parameters(), samples)
@@ -60,9 +68,25 @@ class Features:
         return self.function(seen).to(samples.device, reward_dtype(samples))
 
     @torch.no_grad()
-    def in_parts(self, samples: Tensor) -> Tensor:
-        """[N, F] of many samples, without a graph."""
-        return torch.cat([self(part) for part in samples.split(AT_ONCE)])
+    def in_parts(self, samples: Tensor, prompts: Sequence[str] = ()) -> Tensor:
+        """[N, F] of many samples, without a graph; prompts: N, or none."""
+        starts = range(0, len(samples), AT_ONCE)
+        return torch.cat([self(samples[k : k + AT_ONCE], prompts[k : k + AT_ONCE]) for k in starts])
+
+    def take_model(self, model: ScoreModel) -> None:
+        """Of features that are a pretrained model's own: this is the model. Raises RewardError where it is another one."""
+        if isinstance(self.function, DenoiserFeatures):
+            self.function.take_model(model)
+
+    @property
+    def label(self) -> str:
+        """The spec, with the options that tell candidates of one spec apart."""
+        return f"{self.spec} at {', '.join(map(str, self.options['times']))}" if self.spec == DENOISER else self.spec
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a reward's folder has to keep beside the description: the weights of those that were trained on answers."""
+        network = _network(self.function)
+        return dict(network.state_dict()) if self.spec in OF_ANSWERS and network is not None else {}
 
     def described(self) -> dict[str, Any]:
         """What `open_described` makes it from again, for a file of JSON."""
@@ -75,8 +99,8 @@ def open_features(spec: str, shape: Sequence[int], options: Mapping[str, Any] | 
     Args:
         spec: "convolution" (untrained, of anything), "pixels" (means of 4 x 4 fields, of pictures), "values" (the numbers
             themselves), "classifier" (the shipped one of Fashion-MNIST that is no judge), "imagenet" (option path: its
-            weights), or `file.py:function`: samples [B, *D] -> [B, F], or without arguments, returning a module or function
-            that is such a map.
+            weights), "denoiser" (of the model that `take_model` gives; option times), or `file.py:function`: samples
+            [B, *D] -> [B, F], or without arguments, returning a module or function that is such a map.
         shape: *D of one decoded sample.
         options: keywords of the function, or of `ImageNetClassifier`.
 
@@ -84,6 +108,10 @@ def open_features(spec: str, shape: Sequence[int], options: Mapping[str, Any] | 
         RewardError: no such name or option, or what is there gives no finite features [B, F] of such samples.
     """
     given, shape = {name: _full(value) for name, value in (options or {}).items()}, tuple(shape)
+    if spec in OF_ANSWERS:
+        raise RewardError(
+            f"features {spec} are trained on answers, which only `scoreact reward fit` does; give others."
+        )
     if spec not in KNOWN and not is_spec(spec):
         raise RewardError(f"unknown features {spec!r}. {known('Known', spec, KNOWN)} Or give 'file.py:function'.")
     place, _, name = spec.rpartition(":")
@@ -96,17 +124,27 @@ def open_features(spec: str, shape: Sequence[int], options: Mapping[str, Any] | 
     if (network := _network(function)) is not None:
         network.eval().requires_grad_(False)
     found = Features(spec, given, shape, _digest(spec, given, function), function)
-    _try(found)
+    if not isinstance(function, DenoiserFeatures):  # which has no model yet
+        _try(found)
     return found
 
 
-def open_described(described: Mapping[str, Any], where: str, named: str | None = None) -> Features:
+def trained_features(network: nn.Module, spec: str, shape: Sequence[int]) -> Features:
+    """A network of `OF_ANSWERS` that has been trained, frozen."""
+    network.eval().requires_grad_(False)
+    return Features(spec, {}, tuple(shape), _digest(spec, {}, network), network)
+
+
+def open_described(
+    described: Mapping[str, Any], where: str, named: str | None = None, tensors: Mapping[str, Tensor] | None = None
+) -> Features:
     """What `Features.described` told of, made again.
 
     Args:
         described: spec, options, shape, digest.
         where: the file that says so, for messages.
         named: the user's own `file.py:function`, wherever it is now: code that only a stored text names is never run.
+        tensors: of `Features.tensors`.
 
     Raises:
         RewardError: code that nobody has named, or another map than it was.
@@ -121,7 +159,17 @@ def open_described(described: Mapping[str, Any], where: str, named: str | None =
             f"{where} sees samples by {spec}, which is code. It is run where you name it: features={spec}, as a "
             "--reward-option of `scoreact train`."
         )
-    found = open_features(named or spec, described["shape"], described["options"])
+    if spec in OF_ANSWERS:
+        network = OF_ANSWERS[spec](described["shape"])
+        try:
+            network.load_state_dict(dict(tensors or {}))
+        except RuntimeError as error:
+            raise RewardError(
+                f"{where} and its weights are not of one reward: {' '.join(str(error).split())}"
+            ) from None
+        found = trained_features(network, spec, described["shape"])
+    else:
+        found = open_features(named or spec, described["shape"], described["options"])
     if found.digest != described["digest"]:
         raise RewardError(
             f"{where} was fitted on other features than {found.spec} gives now: its code or its weights have changed. "
@@ -281,10 +329,17 @@ def _imagenet(shape: tuple[int, ...], path: str = "", size: int = 224) -> Callab
     return ImageNetClassifier(path, size).features
 
 
-KNOWN: dict[str, Callable[..., Callable[[Tensor], Tensor]]] = {
+def _denoiser(shape: tuple[int, ...], **options: Any) -> DenoiserFeatures:
+    return DenoiserFeatures(**options)
+
+
+DENOISER = "denoiser"
+KNOWN: dict[str, Callable[..., Callable[..., Tensor]]] = {
     "classifier": _classifier,
     "convolution": _convolution,
+    DENOISER: _denoiser,
     "imagenet": _imagenet,
     "pixels": _pixels,
     "values": _values,
 }
+OF_ANSWERS: dict[str, Callable[[Sequence[int]], nn.Module]] = {"network": SampleNetwork}

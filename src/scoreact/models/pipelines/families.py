@@ -424,17 +424,30 @@ class Family(Adapters):
     def decode(self, x: Tensor) -> Tensor:
         """Latents to pictures in [0, 1], float32 and differentiable."""
         vae = self.pipeline.vae
-        config, dtype = vae.config, next(vae.parameters()).dtype
+        scale, shift = self._latent_scale(x)
+        latents = x * scale + shift
+        picture: Tensor = vae.decode(latents.to(next(vae.parameters()).dtype), return_dict=False)[0]
+        return (picture.float() / 2 + 0.5).clamp(0, 1)
+
+    def latents(self, samples: Tensor) -> Tensor:
+        """Pictures in [0, 1] to the latents that the autoencoder makes of them, its most probable ones; differentiable."""
+        vae = self.pipeline.vae
+        found: Any = vae.encode((2 * samples - 1).to(next(vae.parameters()).dtype), return_dict=False)[0]
+        latents: Tensor = (found if isinstance(found, Tensor) else found.mode()).to(samples.dtype)
+        scale, shift = self._latent_scale(latents)
+        return (latents - shift) / scale
+
+    def _latent_scale(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The autoencoder's latents are x times the one, plus the other."""
+        config = self.pipeline.vae.config
 
         def constant(name: str, default: float) -> Tensor:  # a number, or one a channel
             value = config.get(name)
             value = torch.tensor(default if value is None else value, device=x.device, dtype=x.dtype)
             return value if value.ndim == 0 else value.reshape(-1, *[1] * (x.ndim - 2))
 
-        latents = x * constant("latents_std", 1.0) / constant("scaling_factor", 1.0)
-        latents = latents + constant("latents_mean", 0.0) + constant("shift_factor", 0.0)
-        picture: Tensor = vae.decode(latents.to(dtype), return_dict=False)[0]
-        return (picture.float() / 2 + 0.5).clamp(0, 1)
+        scale = constant("latents_std", 1.0) / constant("scaling_factor", 1.0)
+        return scale, constant("latents_mean", 0.0) + constant("shift_factor", 0.0)
 
     def enable_checkpointing(self) -> None:
         """Keep fewer activations. Recomputing happens in the backward pass, when another adapter may act: it is put back."""
@@ -647,6 +660,9 @@ class Unconditional(Family):
 
     def decode(self, x: Tensor) -> Tensor:
         return (x / 2 + 0.5).clamp(0, 1)
+
+    def latents(self, samples: Tensor) -> Tensor:
+        return 2 * samples - 1
 
 
 FAMILIES: dict[str, type[Family]] = {

@@ -79,9 +79,8 @@ class PipelineModel(nn.Module):
         super()._apply(fn, recurse)
         family, encoders = self.family, self.family.text_encoders()
         for module in family.modules():
-            stays = any(
-                module is encoder for encoder in encoders
-            )  # where it is: it comes when there is a prompt to encode
+            # an encoder stays where it is: it comes when there is a prompt to encode
+            stays = any(module is encoder for encoder in encoders)
             module._apply(lambda p, stays=stays: fn(p).to(p.device) if stays else fn(p))
         family.table.apply(fn)
         family.negative = {name: fn(row) for name, row in family.negative.items()}
@@ -94,8 +93,7 @@ class PipelineModel(nn.Module):
         return self.family.schedule
 
     def prior(self, condition: Condition, generator: torch.Generator) -> Tensor:
-        """Normal noise as the pipeline's scheduler begins with: of the variance that data of unit variance have at t_min, or
-        of the noise's alone. [B, *D]."""
+        """What the scheduler begins with, [B, *D]: normal, of the variance of unit data at t_min, or of the noise's alone."""
         family, t = self.family, torch.tensor(self.schedule.t_min, dtype=torch.float64)
         noise = torch.randn(len(condition), *family.shape, generator=generator, device=family.device)
         return noise * float((self.schedule.alpha(t) ** 2 + self.schedule.sigma(t) ** 2).sqrt()) * family.starting_noise
@@ -117,6 +115,10 @@ class PipelineModel(nn.Module):
     def decode(self, x: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] or videos [B, 3, F, H, W] in [0, 1]."""
         return self.family.decode(x)
+
+    def encode(self, samples: Tensor) -> Tensor:
+        """Pictures or videos in [0, 1] as the states that the autoencoder makes of them: nearly the inverse of `decode`."""
+        return self.family.latents(samples)
 
     # beyond them
 
