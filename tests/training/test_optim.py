@@ -9,8 +9,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scoreact.control.transitions import Batch
+from scoreact.support.errors import ModelError
 from scoreact.training.optim import AdamSteps, Average, Diverged, NaturalGradient, StepKL, backtrack
 from scoreact.types import Condition, Metrics
 
@@ -58,6 +60,24 @@ def test_natural_gradient_reaches_a_linear_gaussian_optimum_in_one_step() -> Non
     torch.testing.assert_close(problem.parameter.detach(), TRUTH, rtol=1e-3, atol=1e-3)
     assert metrics["policy/step_share"] == 1
     assert metrics["seen"] == 1
+
+
+class Attending(Linear):
+    """A control that comes out of attention."""
+
+    def shift(self, batch: Batch) -> Tensor:
+        seen = (self.features[:8] * self.parameter)[None]
+        found = nn.functional.scaled_dot_product_attention(seen, seen, seen)[0].sum(2)
+        return found.repeat(len(batch) // 8, 1)
+
+
+def test_fused_attention_has_no_natural_gradient_and_the_remedy_is_told() -> None:
+    problem = Attending()
+    problem.parameter.data.fill_(0.1)
+    with pytest.raises(ModelError, match=r"need second derivatives, .* twice_differentiable=true"):
+        take(natural(problem), problem)
+    with sdpa_kernel(SDPBackend.MATH):
+        assert take(natural(problem), problem)["policy/step_share"] > 0
 
 
 def test_conjugate_gradients_solve_the_damped_system() -> None:

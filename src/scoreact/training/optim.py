@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..algorithms.base import Rule
 from ..control.transitions import Batch, Rows, has_moved
 from ..support import distributed
-from ..support.errors import Diverged, SettingError
+from ..support.errors import Diverged, ModelError, SettingError
 from ..types import Metrics
 
 Shift = Callable[[Batch], Tensor]  # transitions -> (policy - behaviour) / std there, [M, *D]
@@ -170,7 +170,16 @@ class NaturalGradient:
                 f"the policy's gradient is not finite (loss {loss.item()}); clip the reward or lower max_kl."
             )
         order = torch.randperm(len(batch), generator=generator, device=batch.t0.device)[: self.states]
-        direction = self._solve(shift, batch[order], algorithm.kl_weight, -gradient)
+        try:
+            direction = self._solve(shift, batch[order], algorithm.kl_weight, -gradient)
+        except RuntimeError as error:
+            if "not implemented" not in str(error):
+                raise
+            raise ModelError(
+                "natural gradients need second derivatives, and a part of this model has none "
+                f"({' '.join(str(error).split())[:160]}). Where it is fused attention: of a pipeline give the option "
+                "twice_differentiable=true; compute your own in torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
+            ) from error
         before = [p.detach().clone() for p in self.parameters]
         start = loss.item()
         step_kl = StepKL(shift, batch, len(batch))
