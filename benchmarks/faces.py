@@ -366,28 +366,76 @@ def train(problem: sa.Problem, options: argparse.Namespace) -> None:
         f"{reference['objective/J_ref']:.3f}; J* {star:.3f}; share recovered {final['objective/recovered']:.2f}; reward calls "
         f"{max(line.get('cost/reward_calls', 0) for line in result.history):.0f}; stopped: {result.stopped}"
     )
+    compare(
+        result.policy.reference, result.policy.model, reward, config.steps, options.each, options.device, options.picture
+    )  # fmt: skip
+
+
+def compare(
+    before: Any, after: Any, reward: Callable[..., Tensor], steps: int, each: int, device: str, picture: Path | None
+) -> dict[str, Any]:
+    """Print what two models' fresh pictures from the same noise earn, and what the judge says of them; for a line of JSON."""
     seed = 10_000  # noise that neither training nor its evaluations saw
-    views = {
-        name: draw(which, options.each, config.steps, seed, options.device)
-        for name, which in (("before", result.policy.reference), ("after", result.policy.model))
-    }
-    cells: dict[str, list[str]] = {f"reward, {options.each} fresh pictures": [], "hair by its nearest colour": []}
-    rewards: list[Tensor] = []
-    for pictures in views.values():
-        values = reward(pictures, Condition([""] * len(pictures)))
-        rewards.append(values)
-        cells[f"reward, {options.each} fresh pictures"].append(mean(values))
+    views = {name: draw(which, each, steps, seed, device) for name, which in (("before", before), ("after", after))}
+    found: dict[str, Any] = {"pictures": each}
+    rewards = []
+    for name, pictures in views.items():
+        condition = Condition([""] * len(pictures))
+        rewards.append(reward(pictures, condition))
         colours = hair_of(pictures)
         top = sorted({c: colours.count(c) for c in colours}.items(), key=lambda item: -item[1])
-        cells["hair by its nearest colour"].append(", ".join(f"{n} {c}" for c, n in top[:4]))
-        for name, value in judge(pictures, Condition([""] * len(pictures))).items():
-            cells.setdefault(name, []).append(f"{value:.3f}")
-    print("\n| | before | after |\n| --- | --- | --- |")
-    for name, row in cells.items():
-        print(f"| {name} | {' | '.join(row)} |")
-    print(f"gain of a picture over that of the same noise: {mean(rewards[1] - rewards[0])}")
-    if options.picture is not None:
-        save(options.picture, *(pictures[:8] for pictures in views.values()))
+        found[name] = {
+            "reward": mean(rewards[-1]), "hair by its nearest colour": ", ".join(f"{n} {c}" for c, n in top[:4]),
+            **{what: f"{value:.3f}" for what, value in judge(pictures, condition).items()},
+        }  # fmt: skip
+    found["gain"] = mean(rewards[1] - rewards[0])
+    print("\n" + table(found))
+    if picture is not None:
+        save(picture, *(pictures[:8] for pictures in views.values()))
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """Of `compare`, and of a run where it says so."""
+    rows = [f"| {found['pictures']} fresh pictures from the same noise | before | after |", "| --- | ---: | ---: |"]
+    rows += [f"| {what} | {found['before'][what]} | {found['after'][what]} |" for what in found["before"]]
+    rows += ["", f"Gain of a picture over that of the same noise: {found['gain']}."]
+    return "\n".join(rows)
+
+
+MARKS = ("<!-- faces -->\n", "<!-- /faces -->\n")
+
+
+def shown(found: dict[str, Any]) -> str:
+    """A run's table for the page."""
+    run = "; ".join(f"{what} {value}" for what, value in found["run"].items())
+    return f"{table(found)}\n\n{run}. ± is 95 % over pictures; one run.\n"
+
+
+def look_at_run(options: argparse.Namespace) -> None:
+    """The command `show`: a run's pictures before and after, and a line of JSON."""
+    run = sa.open_run(options.run)
+    policy, reward = run.policy(), run.problem.reward
+    found = compare(policy.reference, policy.model, reward, run.config.steps, options.each, "cpu", options.picture)
+    reference, final = run.reference, run.final
+    j_ref, star = reference["objective/J_ref"], reference["objective/J_star"]
+    costs = [line["cost/reward_calls"] for line in run.history if "cost/reward_calls" in line]
+    found["run"] = {
+        "J_ref": f"{j_ref:.2f} ± {1.96 * reference['objective/J_ref_se']:.2f}", "J\\*": f"{star:.2f}",
+        "J at the end": f"{final['objective/J']:.2f}, from {run.record.evaluations[0]['objective/J']:.2f}",
+        "path KL": f"{final['policy/kl']:.2f} ± {1.96 * final['policy/kl_se']:.2f} nats",
+        "reward calls in training": f"{costs[-1]:.0f}",
+    }  # fmt: skip
+    found["settings"] = run.config.to_dict()
+    found["guard"] = [line["text"] for line in run.history if "guard" in line]
+    print("\n".join(found["guard"]))
+    if options.line is not None:
+        options.line.write_text(json.dumps(found) + "\n", encoding="utf-8")
+    if options.page is not None:
+        before, _, rest = options.page.read_text(encoding="utf-8").partition(MARKS[0])
+        options.page.write_text(
+            before + MARKS[0] + shown(found) + MARKS[1] + rest.partition(MARKS[1])[2], encoding="utf-8"
+        )
 
 
 def main() -> None:
@@ -412,7 +460,16 @@ def main() -> None:
     )
     training.add_argument("--each", type=int, default=32, help="fresh pictures that are looked at before and after")
     training.add_argument("--setting", action="append", default=[], metavar="NAME=VALUE", help="as of scoreact train")
+    showing = commands.add_parser("show", help="what the pictures of a run of `scoreact train` are, before and after")
+    showing.add_argument("run", type=Path)
+    showing.add_argument("--each", type=int, default=32)
+    showing.add_argument("--picture", type=Path)
+    showing.add_argument("--line", type=Path, help="a file for one line of JSON")
+    showing.add_argument("--page", type=Path, help="put the table between the marks of this page")
     options = parser.parse_args()
+    if options.command == "show":
+        torch.set_num_threads(1)
+        return look_at_run(options)
     if options.device == "cpu" if options.command == "train" else True:
         torch.set_num_threads(1)
     problem = build(options.weights, options.tiny, getattr(options, "rows", 8))
