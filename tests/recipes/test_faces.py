@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from scoreact.cli.main import main as cli
+
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 ROOT = Path(__file__).parents[2]
@@ -128,6 +130,29 @@ def test_the_whole_course_with_small_random_weights(
     faces.main()
     said = capsys.readouterr().out
     assert "share recovered" in said
-    assert "| reward, 8 fresh pictures | " in said
+    assert "| 8 fresh pictures from the same noise | before | after |" in said
     assert "J* nan" not in said
     assert (tmp_path / "faces.png").stat().st_size > 100
+
+
+@pytest.mark.slow
+def test_a_run_is_shown_before_and_after(
+    faces: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {
+        "algorithm": "draft", "steps": 2, "iterations": 1, "batch_size": 4, "minibatch_size": 4, "reference_batches": 1,
+        "heldout_samples": 2, "learning_rate": 1e-2, "average": 0.0, "warmup": 0, "device": "cpu",
+    }  # fmt: skip
+    run = f"{ROOT / 'benchmarks' / 'faces.py'}:build"
+    words = ["train", run, "--option", "tiny=true", "--option", "lora_rank=2", "--out", str(tmp_path / "run")]
+    words += ["--reward", f"{ROOT / 'benchmarks' / 'faces.py'}:bright", "--no-report"]
+    words += [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    assert cli(words) == 0
+    line = tmp_path / "line.json"
+    monkeypatch.setattr(sys, "argv", ["faces.py", "show", str(tmp_path / "run"), "--each", "4", "--line", str(line)])
+    capsys.readouterr()
+    faces.main()
+    found = json.loads(line.read_text(encoding="utf-8"))
+    assert found["before"] != found["after"]
+    assert found["run"]["reward calls in training"] == "4"
+    assert faces.table(found) in capsys.readouterr().out
