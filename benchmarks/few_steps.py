@@ -274,7 +274,7 @@ def trials(arm: str) -> list[dict[str, Any]]:
 
 def best_trial(lines: list[dict[str, Any]], arm: str, steps: int) -> int:
     """The setting nearest to the validation pictures with its best solver, on the seed of tuning."""
-    mine = [x for x in lines if (x["arm"], x["steps"], x["seed"]) == (arm, steps, TUNING_SEED)]
+    mine = [x for x in lines if x["kind"] == "train" and (x["arm"], x["steps"], x["seed"]) == (arm, steps, TUNING_SEED)]
     mine = [x for x in mine if x["settings"] in trials(arm)]
     best = min(mine, key=lambda x: min(found["frechet"] for found in x["validation"].values()))
     return trials(arm).index(best["settings"])
@@ -368,6 +368,8 @@ def tables(lines: list[dict[str, Any]]) -> str:
             mine = [x for x in trained if (x["arm"], x["steps"]) == (arm, steps)]
             if not mine:
                 continue
+            chosen = trials(arm)[best_trial(lines, arm, steps)]  # others may have been run before more were tried
+            mine = [x for x in mine if x["settings"] == chosen]
             solver = min(JUDGED, key=lambda name: sum(x["validation"][name]["frechet"] for x in mine))
             cells = [cell([x["test"][name]["frechet"] for x in mine], 1) for name in JUDGED] + [solver]
             cells += [cell([x["test"][solver][name] for x in mine], MEASURES[name]) for name in list(MEASURES)[1:]]
