@@ -99,6 +99,14 @@ def test_the_tables_of_health_are_those_of_their_runs() -> None:
     assert "| none | tuned to log p(class) |" in shown
 
 
+def test_the_tables_of_anomalies_are_those_of_their_runs() -> None:
+    for name in ("anomalies", "paradox"):
+        module = benchmark(name)
+        shown = between(module.MARKS, "results/anomalies.md")
+        assert shown == module.table(measured(f"{name}.jsonl"))
+        assert {"anomalies": "| PyOD AutoEncoder | 5 |", "paradox": "| a white square on black |"}[name] in shown
+
+
 def test_the_tables_of_few_steps_are_those_of_their_runs() -> None:
     module = benchmark("few_steps")
     shown = between(module.MARKS, "results/few-steps.md")
