@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,15 @@ from torch import Tensor, nn
 from scoreact.api.result import Result
 from scoreact.api.start import finetune
 from scoreact.dynamics import prediction
+from scoreact.dynamics.samplers import SAMPLERS
 from scoreact.dynamics.schedule import RectifiedFlow
+from scoreact.models.gaussian_mixture import GaussianMixture
 from scoreact.models.lora import lora
 from scoreact.models.mlp import MLP
 from scoreact.models.network import NetworkModel
 from scoreact.report.words import headline, what_happened
 from scoreact.runs.record import read_record
+from scoreact.sampling.draw import draw
 from scoreact.support.errors import ModelError, SettingError
 from scoreact.training.config import Config, updated
 from scoreact.training.guard import unmoved
@@ -54,6 +58,22 @@ def never(samples: Tensor, condition: Condition) -> Tensor:
 
 def trainer(mine: nn.Module, prompts: list[str] | None = None, **settings: Any) -> Trainer:
     return Trainer(mine, never, prompts or [""], None, updated(Config(), {**SMALL, "algorithm": "ddpo", **settings}))  # type: ignore[arg-type]
+
+
+# --- steps -------------------------------------------------------------------------------------------------------------
+
+
+def test_steps_that_draw_far_too_much_are_said() -> None:
+    path = {"solver": "euler_maruyama", "grid": "log_snr"}
+    (said,) = trainer(model(), **path, steps=6).notes
+    factor = re.match(r"6 steps of euler_maruyama on the grid log_snr draw (\S+) times the standard", said)
+    assert factor is not None
+    mixture = GaussianMixture(RectifiedFlow(t_max=0.98), torch.ones(1), torch.zeros(1, 2), torch.eye(2)[None])
+    times = updated(Config(), {**path, "steps": 6}).times(mixture.schedule)
+    drawn = draw(mixture, [""] * 4000, SAMPLERS["euler_maruyama"], times, 0)[0][-1]
+    true = float((mixture.schedule.alpha(times[-1]) ** 2 + mixture.schedule.sigma(times[-1]) ** 2).sqrt())
+    assert float(factor[1]) == pytest.approx(float(drawn.std()) / true, rel=0.04)
+    assert trainer(model(), **path, steps=20).notes == []
 
 
 # --- groups ------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..algorithms.base import Rule, steps_that_act
 from ..control.policy import Policy
 from ..dynamics.sde import SDE
-from ..dynamics.solvers import step_of
+from ..dynamics.solvers import Solver, step_of
 from ..sampling.draw import balanced
 from ..support import distributed
 from ..support.devices import device_of
@@ -22,6 +22,7 @@ from ..support.errors import ModelError, SettingError
 from ..types import Condition, expand
 from .config import Config
 
+OVERSHOT = 1.5  # times the spread of normal data, above which steps are too few
 LOOKS = 3  # times and prompts at which the model is asked, one state each
 Look = tuple[Tensor, Tensor, Condition]  # t [1], x [1, *D]
 
@@ -61,10 +62,10 @@ def check_groups(rule: Rule, config: Config, prompts: Sequence[str]) -> list[str
     return []
 
 
-def check_steps(rule: Rule, config: Config, sde: SDE) -> None:
+def check_steps(rule: Rule, config: Config, sde: SDE) -> list[str]:
     """Solver, schedule and noise make steps that are finite, and none that ends where a score is asked for and none exists.
 
-    Raises SettingError.
+    A word where the steps are so few that they draw far too much spread. Raises SettingError.
     """
     ts, schedule = config.times(sde.schedule), sde.schedule
     name, pair, t0, t1 = (
@@ -91,6 +92,24 @@ def check_steps(rule: Rule, config: Config, sde: SDE) -> None:
             f"is 0. There is no score there, and {config.algorithm} asks for one (gradient_at next). Take "
             f"solver ddim, whose last step has no noise; {name}(t_max=0.999); or gradient_at state."
         )
+    spread = normal_spread(sde, rule.solver, ts)
+    if spread <= OVERSHOT:
+        return []
+    return [
+        f"{config.steps} steps of {config.solver} on the grid {config.grid} draw {spread:.3g} times the standard deviation "
+        "that normal data have; take more steps, or solver ddim."
+    ]
+
+
+@torch.no_grad()
+def normal_spread(sde: SDE, solver: Solver, ts: Tensor) -> float:
+    """The spread of samples of N(0, 1) data drawn with the exact score by steps at the times ts [N + 1], over the true one."""
+    variance = (sde.schedule.alpha(ts) ** 2 + sde.schedule.sigma(ts) ** 2).unsqueeze(1)
+    step = step_of(sde, solver, -1 / variance[:-1], ts[:-1], ts[1:], torch.ones_like(variance[:-1]))
+    found = variance[0]
+    for factor, std in zip(step.mean, step.std, strict=True):
+        found = factor**2 * found + std**2
+    return float((found / variance[-1]).sqrt())
 
 
 def check_weights(rule: Rule, config: Config, policy: Policy, sde: SDE, prompts: Sequence[str]) -> list[str]:

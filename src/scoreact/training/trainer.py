@@ -140,7 +140,7 @@ class Trainer:
         self.notes = check_idle(config, self.algorithm)  # for the user; taken by whoever says them
         self.notes += of_batch
         self.notes += check_groups(self.algorithm, config, self.prompts)
-        check_steps(self.algorithm, config, self.sde)
+        self.notes += check_steps(self.algorithm, config, self.sde)
         self.notes += check_weights(self.algorithm, config, self.policy, self.sde, self.prompts)
         if self.algorithm.fits_value:
             check_value(value, model, self.prompts)
