@@ -76,6 +76,14 @@ def test_the_tables_of_black_boxes_are_those_of_their_runs(task: str, monkeypatc
     assert "`DDPOTrainer`" in shown
 
 
+def test_the_table_of_calls_on_the_way_is_that_of_its_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    module = importlib.import_module("on_the_way")
+    shown = between(module.MARKS, "results/black-box.md")
+    assert shown == module.table(measured("on_the_way.jsonl"))
+    assert shown.count("| on the way, where unsure |") == 3
+
+
 def test_the_tables_of_rewards_from_outside_are_those_of_their_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     page = (ROOT / "docs" / "howto" / "online.md").read_text(encoding="utf-8")
