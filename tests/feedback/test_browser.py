@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pages import CHROMIUM, chromium, store_of
+from PIL import Image
 
+import scoreact as sa
+from scoreact.cli.main import main
 from scoreact.feedback.answers import BOTH_BAD, TIE, read_answers, read_ratings
 from scoreact.feedback.leases import TaskQueue
 from scoreact.feedback.page import PageServer
-from scoreact.feedback.store import Store
+from scoreact.feedback.store import Store, load_sample
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian's package chromium)")
 
@@ -267,6 +273,130 @@ def test_series_are_plotted_on_one_scale(visit: Any, tmp_path: Path) -> None:
     places = page.eval_on_selector_all("circle", "all => all.flatMap(c => [c.cx.baseVal.value, c.cy.baseVal.value])")
     across = 50 + 48 / 1.1
     assert sorted(places) == pytest.approx(sorted([across, 50, 50, 100 - across]))
+
+
+def colours(page: Any, expected: list[set[tuple[int, ...]]]) -> list[set[tuple[int, ...]]]:
+    """Of each sample on the screen, the colours in the middle, until all that are expected were seen or a while is over."""
+    found: list[set[tuple[int, ...]]] = [set(), set()]
+    begin = time.monotonic()
+    while found != expected and time.monotonic() < begin + 4:
+        for seen, image in zip(found, page.locator("#samples img").all(), strict=True):
+            with Image.open(io.BytesIO(image.screenshot())) as shown:
+                middle = shown.convert("RGB").getpixel((shown.width // 2, shown.height // 2))
+                seen.add(tuple(round(value / 51) for value in middle))
+    return found
+
+
+def test_films_play_side_by_side_and_again(visit: Any, tmp_path: Path) -> None:
+    """Three frames of one colour each, an eighth of a second long; small and enlarged."""
+    store = Store(tmp_path / "preferences.db", synced=False)
+    red, green, blue = torch.eye(3)
+    films = [
+        torch.stack(frames, 1)[:, :, None, None].expand(3, 3, 8, 8)
+        for frames in ((red, green, blue), (blue, blue, red))
+    ]
+    store.add_task([store.add_sample(film, "colours") for film in films])
+    page = visit(store)
+    of_film = {"/samples/1.png": {(5, 0, 0), (0, 5, 0), (0, 0, 5)}, "/samples/2.png": {(0, 0, 5), (5, 0, 0)}}
+    expected = [of_film[url] for url in urls(page)]
+    assert colours(page, expected) == expected
+    page.keyboard.press("f")
+    assert colours(page, expected) == expected  # they begin anew
+
+
+@pytest.fixture
+def rated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
+    """rated(words of `scoreact rate`) -> the address of the page of a process of it, in the test's folder."""
+    monkeypatch.chdir(tmp_path)
+    processes: list[subprocess.Popen[str]] = []
+
+    def opened(*words: str) -> str:
+        command = [sys.executable, "-m", "scoreact", "rate", *words, "--repeats", "0", "--port", "0"]
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        out = processes[-1].stdout
+        assert out is not None
+        address = out.readline().split()[-1]
+        assert any("wait for an answer" in line for line in iter(out.readline, ""))
+        return address
+
+    yield opened
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.slow
+def test_a_tuned_pipeline_is_compared_with_what_it_was(visit: Any, rated: Callable[..., str], tmp_path: Path) -> None:
+    """Both pictures of a prompt, as the run itself draws them with and without what it learned."""
+    pytest.importorskip("diffusers")
+    from tiny_pipelines import make, spelling_tokenizer
+
+    make("sd", spelling_tokenizer()).save_pretrained("sd")
+    Path("prompts.txt").write_text("a cat\ntwo dogs\n")
+    small = [
+        "--iterations",
+        "1",
+        "--batch-size",
+        "4",
+        "--heldout-samples",
+        "4",
+        "--reference-batches",
+        "1",
+        "--steps",
+        "4",
+    ]
+    words = ["--prompts", "prompts.txt", "--reward", "brightness", "--algorithm", "draft", "--learning-rate", "0.05"]
+    assert main(["train", "./sd", *words, *small, "--guard", "off", "--no-report", "--out", "run"]) == 0
+    page = visit(rated("run", "--pairs", "4", "--seed", "3"))
+    chosen = []
+    for _ in range(4):
+        number = int(ready(page).split("-")[0])
+        assert page.locator("#prompt").inner_text() in ("a cat", "two dogs")
+        sizes = page.eval_on_selector_all("#samples img", "all => all.map(i => [i.complete, i.naturalWidth])")
+        assert sizes == [[True, 16], [True, 16]]
+        chosen.append((number, page.locator("#prompt").inner_text(), int(re.findall(r"\d+", urls(page)[0])[0])))
+        page.keyboard.press("ArrowLeft")
+        page.wait_for_function(f"() => !document.getElementById('samples').dataset.ready.startsWith('{number}-')")
+    settled(page)
+    run = sa.open_run("run")
+    drawn = {
+        (prompt, source): run.sample([prompt], 4, seed=3, reference=source == "reference")
+        for prompt in ("a cat", "two dogs") for source in ("tuned", "reference")
+    }  # fmt: skip
+    with Store(tmp_path / "preferences.db", make=False) as store:
+        answers = read_answers(store)
+        both = np.stack([answers.first, answers.second])
+        won = [answers.samples[i].id for i in both[answers.winner, range(4)]]
+        assert list(zip(answers.task, answers.prompts, won, strict=True)) == chosen
+        for sample in answers.samples:
+            expected = drawn[sample.prompt, sample.source][sample.number]
+            torch.testing.assert_close(load_sample(sample), expected, atol=3e-3, rtol=0)
+        for i, j in both.T:
+            assert (answers.samples[i].source, answers.samples[j].source) == ("tuned", "reference")
+            assert not torch.equal(load_sample(answers.samples[i]), load_sample(answers.samples[j]))
+
+
+@pytest.mark.slow
+def test_a_video_pipelines_films_play(visit: Any, rated: Callable[..., str]) -> None:
+    pytest.importorskip("diffusers")
+    from tiny_pipelines import SIZES, make, spelling_tokenizer
+
+    make("wan", spelling_tokenizer()).save_pretrained("wan")
+    sizes = [word for name in ("height", "width", "frames") for word in ("--option", f"{name}={SIZES['wan'][name]}")]
+    page = visit(rated("./wan", "--pairs", "1", "--prompts", "a cat runs", *sizes))
+    assert page.locator("#prompt").inner_text() == "a cat runs"
+    bytes_of = "async (url) => Array.from(new Uint8Array(await (await fetch(url)).arrayBuffer()))"
+    with Store("preferences.db", make=False) as store:
+        films = [load_sample(sample) for sample in store.samples()]
+    assert [film.shape for film in films] == [(3, 5, 32, 32)] * 2
+    assert not torch.equal(*films)
+    for number, film in enumerate(films, 1):
+        with Image.open(io.BytesIO(bytes(page.evaluate(bytes_of, f"/samples/{number}.png")))) as shown:
+            assert (shown.n_frames, shown.info["duration"]) == (5, 125)
+            for frame in range(5):
+                shown.seek(frame)
+                pixels = torch.from_numpy(np.array(shown.convert("RGB"))).permute(2, 0, 1)
+                assert torch.equal(pixels, (255 * film[:, frame]).round().byte())
 
 
 def test_a_phone_a_dark_screen_and_a_screen_reader(visit: Any, tmp_path: Path) -> None:

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..runs.source import open_source
 from ..support.errors import SettingError
 from ..support.seeds import LARGEST
 from .errors import EXPECTED, sentence_of, warn
 from .look import named_prompts
 from .parser import Parser, whole
+from .train import source_with
 
 if TYPE_CHECKING:
     from ..control.policy import Policy
@@ -49,6 +49,7 @@ def rate_arguments(parser: Parser) -> None:
         "--prompts", nargs="+", metavar="TEXT|FILE", help="prompts, or files as of train --prompts [default: the run's]"
     )
     add("--prompt-column", default="", metavar="NAME", help="of those files [default prompt]")
+    add("--option", action="append", default=[], metavar="NAME=VALUE", help="of the recipe or pipeline, as of `train`")
     add("--against", choices=["reference", "itself"],
         help="what the model now is compared with [default: the reference of a run, else itself]")  # fmt: skip
     add("--noise", choices=["other", "same"], default="other", help="of model and reference [default other]")
@@ -89,7 +90,7 @@ def rate(options: argparse.Namespace) -> int:
     if ready:
         taken = [
             name
-            for name in ("out", "mode", "pairs", "prompts", "against", "noise", "weights", "choose")
+            for name in ("out", "mode", "pairs", "prompts", "option", "against", "noise", "weights", "choose")
             if name in options.given
         ]
         if taken:
@@ -140,7 +141,7 @@ def _drawing(options: argparse.Namespace, store: Store) -> Iterator[int]:
 
     kind, name, folder = MODES[options.mode], os.path.normpath(options.source), Path(options.source)
     if holds_pictures(folder):
-        for unused in ("prompts", "against", "noise", "weights", "choose"):
+        for unused in ("prompts", "option", "against", "noise", "weights", "choose"):
             if unused in options.given:
                 raise SettingError(f"--{unused} is of a model, and {folder} is a folder of pictures; leave it out.")
         own = f"{folder.resolve()}{os.sep}"
@@ -150,7 +151,7 @@ def _drawing(options: argparse.Namespace, store: Store) -> Iterator[int]:
     from ..recipes.base import need_prompts
     from ..runs.source import build_policy
 
-    source = open_source(options.source)
+    source = source_with(options.source, options.option, "--option")
     tuned = source.folder is not None
     against = options.against or ("reference" if tuned else "itself")
     if not tuned and against == "reference":

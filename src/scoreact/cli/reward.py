@@ -11,6 +11,7 @@ from ..support.errors import RewardError, SettingError
 from ..support.loading import is_spec
 from ..support.seeds import LARGEST
 from .parser import Parser, assignments, positive, whole
+from .train import source_with
 
 
 def discriminate_arguments(parser: Parser) -> None:
@@ -192,7 +193,9 @@ def fit_arguments(parser: Parser) -> None:
         "file.py:function; may be given several times [default: what suits the samples, the model's, a network]")  # fmt: skip
     add("--model", metavar="RECIPE|RUN_DIR", help="whose pretrained model's own features may be seen too: a recipe, a "
         "pipeline, my_model.py:build, a run. Where they are chosen the reward is for this model alone")  # fmt: skip
+    add("--model-option", action="append", default=[], metavar="NAME=VALUE", help="of that recipe or pipeline")
     add("--seed", type=whole(0, LARGEST), default=0, metavar="INT", help="of the folds and of a network [default 0]")
+    parser.belongs("model_option", "model")
 
 
 def fit(options: argparse.Namespace) -> int:
@@ -206,7 +209,9 @@ def fit(options: argparse.Namespace) -> int:
 
     out = new_reward(options.out)
     evidence = read_evidence(options.store, options.question)
-    model = None if options.model is None else build_policy(open_source(options.model))[0].reference
+    model = None
+    if options.model is not None:
+        model = build_policy(source_with(options.model, options.model_option, "--model-option"))[0].reference
     with waiting("fitting"):
         reward = fit_reward(evidence, options.features, torch.Generator().manual_seed(options.seed), model)
         save_learned(reward, out)

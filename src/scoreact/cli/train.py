@@ -14,6 +14,7 @@ from ..runs.source import (
     Source,
     find_recipe,
     new_folder,
+    open_source,
     recipe_options,
     short_name,
     source_of_run,
@@ -126,6 +127,17 @@ def train_help(words: Sequence[str]) -> str:
     return parser.format_help() + "\n".join(
         ["\noptions of this recipe, with their defaults:", *(options or ["  none"]), ""]
     )
+
+
+def source_with(name: str, words: Sequence[str], flag: str) -> Source:
+    """What `open_source` finds, with options of its recipe. SettingError for a run, which has its own."""
+    source = open_source(name)
+    if not words:
+        return source
+    if source.folder is not None:
+        raise SettingError(f"{flag} is of a recipe, and {name} is a run, which has its own; leave it out.")
+    given = assignments(words, flag, text_options(source.recipe))
+    return dataclasses.replace(source, options=recipe_options(source.recipe, {**source.options, **given}))
 
 
 def train_source(options: argparse.Namespace) -> Source:
