@@ -236,7 +236,7 @@ def said_of_fit(facts: Any) -> list[str]:
         low, high = f["accuracy_interval"]
         by = "drawn at random" if f["random"] else "not drawn at random, so that they may flatter it or not"
         found.append(
-            f"accuracy   {f['accuracy']:.3f} ({low:.3f} to {high:.3f}): so often it foretold who won, of {f['judged_by']} "
+            f"accuracy   {f['accuracy']:.3f} ({low:.3f} to {high:.3f}): so often the one it prefers won, of {f['judged_by']} "
             f"pairs that were left out of its fit, {by}; 0.5 is chance"
         )
         said = ", ".join(f"{row['said']:.2f} -> {row['came']:.2f}" for row in f["calibration"])

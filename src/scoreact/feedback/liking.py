@@ -25,7 +25,8 @@ from ..rewards.bradley_terry import BradleyTerryReward, UtilitySpace
 from ..rewards.denoiser_features import TIMES
 from ..rewards.sample_features import DENOISER, Features, open_features, trained_features
 from ..runs.films import as_picture
-from ..support.errors import RewardError, ScoreactError
+from ..support.errors import FeedbackError, RewardError, ScoreactError
+from ..support.loading import said_by
 from .answers import Share
 from .evidence import Evidence
 from .liking_network import LEAST, train_network
@@ -50,7 +51,7 @@ class Candidate:
         features: frozen; space, basis, design: psi of them, its span, and what the fit to all answers sees of the samples.
         precision: of the weights' prior, the best of `PRECISIONS`.
         each: log P of each answer by the fit that did not see it, [A + ratings]; `ignorant`: their mean without features.
-        logits: that the first of a pair wins, by that fit, [A].
+        logits: that the first of a pair wins, by that fit, [A]; `gaps`: by its utilities alone, whoever stood on the left.
     """
 
     features: Features
@@ -61,6 +62,7 @@ class Candidate:
     each: Tensor
     ignorant: float
     logits: Tensor
+    gaps: Tensor
 
     @property
     def likelihood(self) -> float:
@@ -85,10 +87,15 @@ def fit_reward(
         `accuracy_interval`, `calibration`, `raters`, `self_agreement`, `between_raters`, `notes`, ...
 
     Raises:
-        FeedbackError: There is no answer. RewardError: Features that are not there, or are none of such samples.
+        FeedbackError: No answer prefers a sample, or all are about one task. RewardError: Features that are not there, or are
+            none of such samples.
     """
-    generator = generator or torch.Generator().manual_seed(0)
-    folds, notes, count = folds_of(evidence, generator), list[str](), len(evidence.pairs) + len(evidence.ratings)
+    generator, count = generator or torch.Generator().manual_seed(0), len(evidence.pairs) + len(evidence.ratings)
+    prefers = bool((evidence.pairs.winner >= 0).any()) or len(evidence.ratings) > 0
+    if not prefers or max(len(evidence.group.unique()), len(evidence.ratings.sample.unique())) < 2:
+        why = "all are about one task" if prefers else "none prefers one sample to another"
+        raise FeedbackError(f"of {count} answer{'s' * (count > 1)} {why}, so no reward can be fitted; collect more.")
+    folds, notes = folds_of(evidence, generator), list[str]()
     names = list(features or usual_features(evidence.samples))
     opened = [open_features(name, evidence.samples.shape[1:]) for name in names if name not in (DENOISER, NETWORK)]
     groups = [[candidate for one in opened for candidate in _of_features(evidence, one, folds)]]
@@ -100,11 +107,11 @@ def fit_reward(
                 raise
             notes.append(f"the pretrained model's own features were not tried: {error}")
     elif not features:
-        notes.append("the pretrained model's own features were not tried; name the model, and they are.")
+        notes.append("the pretrained model's own features were not tried; name the model (--model), and they are.")
     if NETWORK in names or (not features and count >= LEAST):
         groups.append(_of_network(evidence, [one for group in groups for one in group], folds, generator))
     elif not features:
-        notes.append(f"no network was trained on the answers: {count} are fewer than {LEAST}.")
+        notes.append(f"no network was trained on the answers: it takes {LEAST}, and there are {count}.")
     best = preferred(groups, evidence)
     if model is not None:
         best.features.take_model(model)
@@ -153,7 +160,13 @@ def _of_model(evidence: Evidence, model: ScoreModel | None, folds: Folds) -> lis
     shape, own = evidence.samples.shape[1:], {"model": reference_digest_of(model)}
     every = open_features(DENOISER, shape, {"times": list(TIMES), **own})
     every.take_model(model)
-    found = every.in_parts(evidence.samples, evidence.prompts).cpu()
+    try:
+        found = every.in_parts(evidence.samples, evidence.prompts).cpu()
+    except RuntimeError as error:
+        raise RewardError(
+            f"{type(model).__name__} does not take samples of shape {tuple(shape)} ({said_by(error)}); name the model that "
+            "drew them."
+        ) from error
     single = [open_features(DENOISER, shape, {"times": [time], **own}) for time in TIMES]
     parts = [*zip(single, found.chunk(len(TIMES), 1), strict=True), (every, found)]
     return [candidate for one, part in parts for candidate in _each_way(evidence, one, part, folds)]
@@ -188,34 +201,43 @@ def _each_way(
             space = UtilitySpace.of(seen, evidence.prompts, by_word)
             spaces.append((space, *basis_of(space.vectors(seen, evidence.prompts))))
             designs.append(spaces[-1][2])
-        each, logits = held_out(evidence, designs[1:] or designs * FOLDS, folds, PRECISIONS, known)
-        ignorant = held_out(evidence, [designs[0][:, :0]] * FOLDS, folds, [1.0])[0].mean()
+        people = known or _people(evidence, designs[0])
+        each, logits, gaps = held_out(evidence, designs[1:] or designs * FOLDS, folds, PRECISIONS, people)
+        # without features, by raters as they are then and by the very raters: the latter may foretell sides better
+        nothing = designs[0][:, :0]
+        without = [held_out(evidence, [nothing] * FOLDS, folds, [1.0], one)[0].mean() for one in (
+            people, _people(evidence, nothing)
+        )]  # fmt: skip
         best = int(each.sum(1).argmax())
-        candidates.append(Candidate(features, *spaces[0], PRECISIONS[best], each[best], float(ignorant), logits[best]))
+        candidates.append(Candidate(
+            features, *spaces[0], PRECISIONS[best], each[best], float(max(without)), logits[best], gaps[best]
+        ))  # fmt: skip
     return candidates
 
 
-def held_out(
-    evidence: Evidence, designs: Sequence[Tensor], folds: Folds, precisions: Sequence[float], known: Fitted | None = None
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Of each precision log P of each answer by the fit that did not see it, [K, A + ratings], and the pairs' logits [K, A].
+def _people(evidence: Evidence, design: Tensor) -> Fitted:
+    """What raters are like, by all answers at the middle precision: a few numbers, which learn nothing by heart."""
+    return fit(design, evidence.pairs, evidence.ratings, len(evidence.raters), PRECISIONS[len(PRECISIONS) // 2])
 
-    What raters are like is taken from `known`, or from all answers at the middle precision: a few numbers, which learn nothing
-    by heart. designs: of each fold.
-    """
+
+def held_out(
+    evidence: Evidence, designs: Sequence[Tensor], folds: Folds, precisions: Sequence[float], known: Fitted
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Of each precision log P of each answer by the fit that did not see it, [K, A + ratings], and of pairs `Candidate.logits`
+    and `gaps`, [K, A] each. known: what raters are like. designs: of each fold."""
     pairs, ratings, raters = evidence.pairs, evidence.ratings, len(evidence.raters)
-    known = known or fit(designs[0], pairs, ratings, raters, precisions[len(precisions) // 2])
     each = torch.zeros(len(precisions), len(pairs) + len(ratings), dtype=torch.float64)
-    logits = torch.zeros(len(precisions), len(pairs), dtype=torch.float64)
+    logits, gaps = (torch.zeros(len(precisions), len(pairs), dtype=torch.float64) for _ in range(2))
     for fold, design in enumerate(designs):
         out, rated_out = folds[0] == fold, folds[1] == fold
-        if not bool(out.any() | rated_out.any()) or bool(out.all() & rated_out.all()):
+        if not bool(out.any() | rated_out.any()):
             continue
         for k, precision in enumerate(precisions):
             found = fit(design, pairs[~out], ratings[~rated_out], raters, precision, known)
             each[k, torch.cat([out, rated_out])] = log_likelihoods(found, design, pairs[out], ratings[rated_out])
             logits[k, out] = found.logit(design, pairs[out])
-    return each, logits
+            gaps[k, out] = found.logit(design, pairs[out], sides=False)
+    return each, logits, gaps
 
 
 def preferred(groups: Sequence[Sequence[Candidate]], evidence: Evidence) -> Candidate:
@@ -244,7 +266,7 @@ def facts_of(
 ) -> dict[str, Any]:
     """Of a fit, for its folder and for the screen."""
     pairs, judges = evidence.pairs, evidence.judges
-    accuracy = accuracy_of(best.logits[judges], pairs[judges])
+    accuracy = accuracy_of(best.gaps[judges], pairs[judges])
     (a, a_error), (b, b_error) = fitted.of_raters(0), fitted.of_raters(1)
     raters = [
         {
@@ -266,7 +288,7 @@ def facts_of(
             {
                 "features": c.features.label, "by_word": c.space.by_word, "precision": c.precision,
                 "log_likelihood": c.likelihood, "without_features": c.ignorant,
-                "accuracy": _value(accuracy_of(c.logits[judges], pairs[judges])), "chosen": c is best,
+                "accuracy": _value(accuracy_of(c.gaps[judges], pairs[judges])), "chosen": c is best,
             }
             for c in tried
         ],
@@ -287,10 +309,10 @@ def facts_of(
     return found
 
 
-def accuracy_of(logits: Tensor, pairs: Compared) -> Share:
-    """How often the one of the larger probability won, of pairs where one did."""
+def accuracy_of(gaps: Tensor, pairs: Compared) -> Share:
+    """How often the one of the larger utility won, of pairs where one did. gaps: of the first less that of the second, [A]."""
     decided = pairs.winner >= 0
-    right = (logits[decided] < 0) == (pairs.winner[decided] == 1)
+    right = (gaps[decided] < 0) == (pairs.winner[decided] == 1)
     return Share(int(right.sum()), int(decided.sum()))
 
 

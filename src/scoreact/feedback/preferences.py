@@ -117,11 +117,14 @@ class Fitted:
         rows = slice(SHARED + which * self.raters, SHARED + (which + 1) * self.raters)
         return self.own[rows], self.own_spread[rows]
 
-    def logit(self, design: Tensor, pairs: Compared, moderated: bool = True) -> Tensor:
-        """log odds that the first wins, where one does, [A]. moderated: over the posterior of the weights (MacKay 1992)."""
+    def logit(self, design: Tensor, pairs: Compared, moderated: bool = True, sides: bool = True) -> Tensor:
+        """log odds that the first wins, where one does, [A].
+
+        moderated: over the posterior of the weights (MacKay 1992). sides: whether it counts which of them stood on the left.
+        """
         difference = design[pairs.first] - design[pairs.second]
         t, b = self.of_raters(0)[0][pairs.rater].exp(), self.of_raters(1)[0][pairs.rater]
-        logit = t * (difference @ self.weights) + pairs.side * b
+        logit = t * (difference @ self.weights) + (pairs.side * b if sides else 0.0)
         if not moderated:
             return logit
         variance = t.square() * ((difference @ self.covariance) * difference).sum(1)
