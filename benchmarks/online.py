@@ -1,14 +1,19 @@
 """Rewards that turn round in the middle of a stream: how soon the policy follows, by window, and which rules may learn late.
 
     python benchmarks/online.py run                       # every arm and seed that online.jsonl lacks, minutes on one thread
+    python benchmarks/online.py drift                     # the same stream, but the reward turns a little before every update
     python benchmarks/online.py rules                     # which rules learn from paths that an older policy drew
-    python benchmarks/online.py table --write             # both tables and the picture of docs/howto/online.md, of the lines
+    python benchmarks/online.py table --write             # the tables and the picture of docs/howto/online.md, of the lines
 
 The stream: a Gaussian mixture in two dimensions and the reward a.x - |x|^2 / 4. In each round 64 samples of the present policy
 are handed out, rewarded, and one update made. After 30 rounds a becomes -a. J is that of 1,000 fresh paths after every second
 update. `share` is (J - J_ref) / (J_best - J_ref), where J_best is the J of the optimal control on the same time grid, known in
 closed form; J* is that of continuous time. Arms differ in what they remember; `scratch` is a new run that begins from the
-pretrained model at the change, told when that is. Resumable: what stands in online.jsonl is not run again.
+pretrained model at the change, told when that is.
+
+`drift`: from round BEFORE on, a turns by TURN degrees a round, through half a circle. The lag of a policy is how long ago the
+reward was the one that it suits best, that of least regret J_best - J; both are averaged over the drift's second half, where
+the lag no longer grows. Resumable: what stands in online.jsonl is not run again.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +35,7 @@ from black_box import write as write_table
 import scoreact as sa
 from scoreact.api.saved_run import SavedRun
 from scoreact.control.policy import Policy
+from scoreact.control.rollout import rollout
 from scoreact.control.trajectory import Trajectory
 from scoreact.control.transitions import Paths
 from scoreact.dynamics.solvers import SOLVERS
@@ -54,6 +60,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "window 128": {"window": 128}, "window 512": {"window": 512}, "all rewards": {"window": ALL},
     "all, half-life 256": {"window": ALL, "half_life": 256}, "from scratch": {"window": 512},
 }  # fmt: skip
+DRIFTING = {
+    "window 64": {"window": 64}, "window 128": {"window": 128}, "window 512": {"window": 512}, "all rewards": {"window": ALL}
+}  # fmt: skip
+TURN = 180 / AFTER  # degrees a round
 COLOURS = dict(zip(ARMS, ("#8ec1e6", "#0f62a8", "#7a838c", "#1b7f4b", "#b8860b"), strict=True))
 RULES: dict[str, dict[str, Any]] = {
     "ctrl": {}, "ctrl_pathwise": {"value_loss": "soft"}, "q_learning": {}, "dpok": {}, "ddpo": {}, "flow_grpo": {},
@@ -117,6 +127,52 @@ def stream(arm: str, seed: int, folder: Path) -> dict[str, Any]:
         "most_step_kl": max(line["policy/step_kl"] for line in run.history if "policy/step_kl" in line),
         "cpu": time.process_time() - begin,
     }  # fmt: skip
+
+
+def turned(number: int) -> Quadratic:
+    """The drifting reward of a round."""
+    before = problem()[1]["before"]
+    angle = math.radians(TURN * max(0, number + 1 - BEFORE))
+    turn = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    return Quadratic(before.quadratic, linear=turn.to(before.linear) @ before.linear)
+
+
+def best_of_rounds() -> list[dict[str, float]]:
+    """Of each round's drifting reward J_ref and J of the optimal control on the grid."""
+    model, config = problem()[0], updated(Config(), SETTINGS)
+    base, found = model.base, []
+    for number in range(BEFORE - 1, BEFORE + AFTER):  # before that it is the first of these
+        reward = turned(number)
+        best, _ = base.tilted(reward.linear, reward.quadratic, config.kl_weight, reward.constant)
+        found.append({"J_ref": j_of(Policy(base, base), reward, config)["J"],
+                      "J_best": j_of(Policy(best, base), reward, config)["J"]})  # fmt: skip
+    return found
+
+
+def drift(arm: str, seed: int, folder: Path) -> dict[str, Any]:
+    """J by the reward of every round of the drift, after every second update in it."""
+    sa.finetune(problem()[0], "outside", out=folder, progress=False, seed=seed, **SETTINGS)
+    run: SavedRun = sa.open_run(folder, model=lambda: problem()[0])
+    looks, begin = [], time.process_time()
+    rewards = [turned(number) for number in range(BEFORE - 1, BEFORE + AFTER)]
+    for number in range(BEFORE + AFTER):
+        handed = run.hand_out(count=EACH)
+        run.update(handed, turned(number)(handed.samples, None), **DRIFTING[arm])  # type: ignore[arg-type]
+        if number >= BEFORE and number % LOOK == LOOK - 1:
+            policy = run.policy()
+            sde, ts = run.config.sde(policy.schedule), run.config.times(policy.schedule)
+            path = rollout(
+                policy,
+                sde,
+                SOLVERS[run.config.solver],
+                ts,
+                policy.condition([""] * PATHS),
+                torch.Generator().manual_seed(77),
+            )
+            costs = run.config.kl_weight * path.path_kl()
+            js = [float((reward(path.xs[-1], None) - costs).mean()) for reward in rewards]  # type: ignore[arg-type]
+            looks.append({"round": number, "J": js})
+    return {"drift": arm, "seed": seed, "looks": looks, "cpu": time.process_time() - begin}
 
 
 def late(rule: str, seed: int) -> dict[str, Any]:
@@ -202,6 +258,33 @@ def stream_table(lines: list[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
+def drift_table(lines: list[dict[str, Any]]) -> str:
+    of = next((line["rounds"] for line in lines if "rounds" in line), [])
+    rows = [
+        "| what is remembered | seeds | lag behind the drift, samples | regret | share of the optimum |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for arm in DRIFTING:
+        mine = [line for line in lines if line.get("drift") == arm]
+        lags, regrets, shares = list[float](), list[float](), list[float]()
+        for line in mine:
+            found = []
+            for look in line["looks"]:
+                if look["round"] < BEFORE + AFTER // 2:
+                    continue
+                now = look["round"] - BEFORE + 1  # the place of its reward
+                behind = [best["J_best"] - j for best, j in zip(of, look["J"], strict=True)]
+                suits = min(range(now + 1), key=behind.__getitem__)
+                gap = of[now]["J_best"] - of[now]["J_ref"]
+                found.append((EACH * (now - suits), behind[now], 1 - behind[now] / gap))
+            for into, values in zip((lags, regrets, shares), zip(*found, strict=True), strict=True):
+                into.append(statistics.fmean(values))
+        if mine:
+            cells = [arm, str(len(mine)), cell(lags, ",.0f"), cell(regrets, ".3f"), cell(shares, ".2f")]
+            rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def rule_table(lines: list[dict[str, Any]]) -> str:
     of = next(line["yardsticks"] for line in lines if "yardsticks" in line)["before"]
     rows = ["| rule | seeds | share of the optimum | path KL, nats |", "| --- | ---: | ---: | ---: |"]
@@ -222,7 +305,7 @@ def rule_table(lines: list[dict[str, Any]]) -> str:
 def made(path: Path = LINES) -> dict[str, str]:
     """The tables of the page, of the runs in a file."""
     lines = resume_lines(path)
-    return {"online": stream_table(lines), "online-rules": rule_table(lines)}
+    return {"online": stream_table(lines), "online-drift": drift_table(lines), "online-rules": rule_table(lines)}
 
 
 def draw(lines: list[dict[str, Any]], path: Path) -> None:
@@ -258,9 +341,16 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+PARTS: dict[str, tuple[str, dict[str, dict[str, Any]], Callable[[str, int, Path], dict[str, Any]]]] = {
+    "run": ("arm", ARMS, stream),
+    "drift": ("drift", DRIFTING, drift),
+    "rules": ("rule", RULES, lambda rule, seed, folder: late(rule, seed)),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["run", "rules", "table"])
+    parser.add_argument("what", choices=[*PARTS, "table"])
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--out", type=Path, default=LINES)
     parser.add_argument("--write", action="store_true", help="into the page, with its picture")
@@ -277,14 +367,15 @@ def main() -> None:
         return
     if not any("yardsticks" in line for line in lines):
         append_line(options.out, {"yardsticks": yardsticks()})
-    names = ARMS if options.what == "run" else RULES
-    key = "arm" if options.what == "run" else "rule"
+    if options.what == "drift" and not any("rounds" in line for line in lines):
+        append_line(options.out, {"rounds": best_of_rounds()})
+    key, names, make = PARTS[options.what]
     for seed in range(options.seeds):
         for name in names:
             if any((line.get(key), line.get("seed")) == (name, seed) for line in lines):
                 continue
             with tempfile.TemporaryDirectory() as scratch:
-                line = stream(name, seed, Path(scratch) / "run") if key == "arm" else late(name, seed)
+                line = make(name, seed, Path(scratch) / "run")
             append_line(options.out, line)
             print(json.dumps({k: v for k, v in line.items() if k != "looks"}), flush=True)
 
