@@ -7,8 +7,10 @@
 
 `moving_shapes.py` says what the model and the judge are. Every arm has the same model, captions, sampler (DDIM with noise,
 STEPS steps) and network calls (policy and reference, one a clip and pass), and one setting. Those of `draft` were chosen by
-looking at five of them on seeds 0 and 1; the others had one. The judge sees SEEN clips drawn as in training, before and after
-from the same noise. Runs in the file are not run again. `film` shows the runs of seed 0, whose weights are beside the model.
+looking at five of them on seeds 0 and 1; those of `ctrl_pathwise` are all that were tried, on seed 10, which is not shown;
+`ddpo` had one. `draft` and the value `residual` follow the reward's own gradient, the others know its values alone. The judge
+sees SEEN clips drawn as in training, before and after from the same noise. Runs in the file are not run again. `film` shows
+the runs of seed 0, whose weights are beside the model.
 """
 
 from __future__ import annotations
@@ -49,10 +51,21 @@ COMMON: dict[str, Any] = {
     "heldout_samples": 16, "reference_batches": 1, "device": "cpu", "guard": "off",
 }  # fmt: skip
 DRAFT: dict[str, Any] = {"algorithm": "draft", "last_steps": 4, "kl_weight": 1e-5, "learning_rate": 1e-3}
+PATHWISE: dict[str, Any] = {
+    "algorithm": "ctrl_pathwise", "kl_weight": 1e-2, "learning_rate": 4e-3, "kl_states": 64, "max_kl": 5.0, "kl_limit": 5000,
+    "average": 0.5,
+}  # fmt: skip
+SURROGATE: dict[str, Any] = {**PATHWISE, "value": "surrogate", "reference_batches": 3}
+FAR: dict[str, Any] = {"kl_weight": 1e-3, "learning_rate": 2e-3, "max_kl": 50.0}
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {  # the reward, and the rule's settings
     "draft": ("smooth_motion", DRAFT),
     "draft, one-sided": ("temporal_flickering", DRAFT),
     "draft, priced": ("smooth_motion", {**DRAFT, "kl_weight": 1e-4}),
+    "surrogate": ("smooth_motion", {**SURROGATE, **FAR}),
+    "surrogate, priced": ("smooth_motion", {**SURROGATE, "act_until": 0.7}),
+    "residual": ("smooth_motion", {**PATHWISE, "value": "residual", **FAR}),
+    "residual, priced": ("smooth_motion", {**PATHWISE, "value": "residual"}),
+    "network": ("smooth_motion", {**PATHWISE, "value": "network", "value_loss": "soft"}),
     "ddpo": ("smooth_motion", {"algorithm": "ddpo", "learning_rate": 1e-3}),
 }
 SHOWN = {

@@ -2,6 +2,7 @@
 
     python benchmarks/online.py run                       # every arm and seed that online.jsonl lacks, minutes on one thread
     python benchmarks/online.py drift                     # the same stream, but the reward turns a little before every update
+    python benchmarks/online.py data                      # no rewards, but examples whose law changes in the middle
     python benchmarks/online.py rules                     # which rules learn from paths that an older policy drew
     python benchmarks/online.py table --write             # the tables and the picture of docs/howto/online.md, of the lines
 
@@ -13,7 +14,11 @@ pretrained model at the change, told when that is.
 
 `drift`: from round BEFORE on, a turns by TURN degrees a round, through half a circle. The lag of a policy is how long ago the
 reward was the one that it suits best, that of least regret J_best - J; both are averaged over the drift's second half, where
-the lag no longer grows. Resumable: what stands in online.jsonl is not run again.
+the lag no longer grows.
+
+`data`: in each round 64 examples come, 64 samples are handed out, and one `update(data=)` follows the newest examples at
+kl_weight 1. They are drawn from the law that the reward LEAN . x tilts the mixture to, and after DATA_BEFORE rounds from that
+of -LEAN . x, so that the best policy is known. Resumable: what stands in online.jsonl is not run again.
 """
 
 from __future__ import annotations
@@ -45,6 +50,7 @@ from scoreact.recipes.gaussian import build
 from scoreact.rewards.closed_form import Quadratic
 from scoreact.support.errors import Diverged
 from scoreact.support.files import append_line, resume_lines
+from scoreact.support.seeds import derived
 from scoreact.training.config import Config, updated, usable
 from scoreact.training.trainer import Trainer
 
@@ -60,10 +66,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "window 128": {"window": 128}, "window 512": {"window": 512}, "all rewards": {"window": ALL},
     "all, half-life 256": {"window": ALL, "half_life": 256}, "from scratch": {"window": 512},
 }  # fmt: skip
-DRIFTING = {
-    "window 64": {"window": 64}, "window 128": {"window": 128}, "window 512": {"window": 512}, "all rewards": {"window": ALL}
-}  # fmt: skip
+DRIFTING = {name: ARMS[name] for name in ("window 128", "window 512", "all rewards")}
 TURN = 180 / AFTER  # degrees a round
+NEWEST = {"newest 256 examples": 256, "newest 1,024 examples": 1024}
+LEAN, DATA_BEFORE, DATA_AFTER = (0.8, -0.6), 16, 30
 COLOURS = dict(zip(ARMS, ("#8ec1e6", "#0f62a8", "#7a838c", "#1b7f4b", "#b8860b"), strict=True))
 RULES: dict[str, dict[str, Any]] = {
     "ctrl": {}, "ctrl_pathwise": {"value_loss": "soft"}, "q_learning": {}, "dpok": {}, "ddpo": {}, "flow_grpo": {},
@@ -175,6 +181,36 @@ def drift(arm: str, seed: int, folder: Path) -> dict[str, Any]:
     return {"drift": arm, "seed": seed, "looks": looks, "cpu": time.process_time() - begin}
 
 
+def leaning(number: int) -> Quadratic:
+    """The reward that tilts the mixture to the law of this round's examples."""
+    sign = 1.0 if number < DATA_BEFORE else -1.0
+    return Quadratic(0.0, linear=sign * torch.tensor(LEAN))
+
+
+def of_data(name: str, seed: int, folder: Path) -> dict[str, Any]:
+    """J by the reward that the examples are tilted by, after every second update; of it J_ref and J of the optimal control."""
+    config = updated(Config(), {**SETTINGS, "kl_weight": 1.0, "seed": seed})
+    sa.finetune(problem()[0], "outside", out=folder, progress=False, config=config)
+    run: SavedRun = sa.open_run(folder, model=lambda: problem()[0])
+    base: Any = problem()[0].base
+    generator, begin = torch.Generator().manual_seed(derived(seed, "examples")), time.process_time()
+    examples, looks, marks = torch.zeros(0, 2), list[dict[str, Any]](), dict[str, dict[str, float]]()
+    for number in range(DATA_BEFORE + DATA_AFTER):
+        reward = leaning(number)
+        law, _ = base.tilted(reward.linear, reward.quadratic, 1.0, reward.constant)
+        examples = torch.cat([examples, law.sample(EACH, generator).float()])[-NEWEST[name] :]
+        found = run.update(data=examples, count=EACH, window=128, discriminator={"features": "values", "samples": 1000})
+        if number in (0, DATA_BEFORE):
+            marks["before" if number == 0 else "after"] = {
+                "J_ref": j_of(Policy(base, base), reward, config)["J"], "J_best": j_of(Policy(law, base), reward, config)["J"]
+            }  # fmt: skip
+        if number % LOOK == LOOK - 1:
+            looks.append({
+                "samples": EACH * (number + 1), **j_of(run.policy(), reward, config), "auc": found.metrics["reward/auc"]
+            })  # fmt: skip
+    return {"data": name, "seed": seed, "looks": looks, "of": marks, "cpu": time.process_time() - begin}
+
+
 def late(rule: str, seed: int) -> dict[str, Any]:
     """J after learning from one set of the pretrained model's paths, again and again: as late as rewards can be."""
     model, rewards = problem()
@@ -198,17 +234,19 @@ def late(rule: str, seed: int) -> dict[str, Any]:
 # --- tables ----------------------------------------------------------------------------------------------------------------
 
 
-def shares(line: dict[str, Any], of: dict[str, dict[str, float]]) -> Iterator[tuple[int, float]]:
+def shares(
+    line: dict[str, Any], of: dict[str, dict[str, float]], change: int = EACH * BEFORE
+) -> Iterator[tuple[int, float]]:
     """Samples since the change, and the share of the way from J_ref to the best on the grid."""
     now = of["after"]
     for look in line["looks"]:
-        if look["samples"] > EACH * BEFORE:
-            yield look["samples"] - EACH * BEFORE, (look["J"] - now["J_ref"]) / (now["J_best"] - now["J_ref"])
+        if look["samples"] > change:
+            yield look["samples"] - change, (look["J"] - now["J_ref"]) / (now["J_best"] - now["J_ref"])
 
 
-def until(line: dict[str, Any], of: dict[str, dict[str, float]], wanted: float) -> float:
+def until(line: dict[str, Any], of: dict[str, dict[str, float]], wanted: float, change: int = EACH * BEFORE) -> float:
     """Samples from the change until the share is reached and held at the next look; inf where it is not."""
-    found = list(shares(line, of))
+    found = list(shares(line, of, change))
     for (samples, share), (_, later) in itertools.pairwise(found):
         if min(share, later) >= wanted:
             return samples
@@ -285,6 +323,29 @@ def drift_table(lines: list[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
+def data_table(lines: list[dict[str, Any]]) -> str:
+    rows = [
+        "| what is followed | seeds | share before the change | samples until 90 % of the new optimum | share in the end |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    change = EACH * DATA_BEFORE
+    for name in NEWEST:
+        mine = [line for line in lines if line.get("data") == name]
+        starts = [
+            (look["J"] - line["of"]["before"]["J_ref"])
+            / (line["of"]["before"]["J_best"] - line["of"]["before"]["J_ref"])
+            for line in mine
+            for look in line["looks"]
+            if look["samples"] == change
+        ]
+        ends = [list(shares(line, line["of"], change))[-1][1] for line in mine]
+        waits = [until(line, line["of"], 0.9, change) for line in mine]
+        if mine:
+            cells = [name, str(len(mine)), cell(starts, ".2f"), cell(waits, ",.0f"), cell(ends, ".2f")]
+            rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def rule_table(lines: list[dict[str, Any]]) -> str:
     of = next(line["yardsticks"] for line in lines if "yardsticks" in line)["before"]
     rows = ["| rule | seeds | share of the optimum | path KL, nats |", "| --- | ---: | ---: | ---: |"]
@@ -303,9 +364,16 @@ def rule_table(lines: list[dict[str, Any]]) -> str:
 
 
 def made(path: Path = LINES) -> dict[str, str]:
-    """The tables of the page, of the runs in a file."""
+    """The tables of the page, of the runs in a file; those that have rows."""
     lines = resume_lines(path)
-    return {"online": stream_table(lines), "online-drift": drift_table(lines), "online-rules": rule_table(lines)}
+    tables = {
+        "online": stream_table,
+        "online-drift": drift_table,
+        "online-data": data_table,
+        "online-rules": rule_table,
+    }
+    found = {name: table(lines) for name, table in tables.items()}
+    return {name: text for name, text in found.items() if text.count("\n") > 1}
 
 
 def draw(lines: list[dict[str, Any]], path: Path) -> None:
@@ -344,6 +412,7 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
 PARTS: dict[str, tuple[str, dict[str, dict[str, Any]], Callable[[str, int, Path], dict[str, Any]]]] = {
     "run": ("arm", ARMS, stream),
     "drift": ("drift", DRIFTING, drift),
+    "data": ("data", {name: {} for name in NEWEST}, of_data),
     "rules": ("rule", RULES, lambda rule, seed, folder: late(rule, seed)),
 }
 

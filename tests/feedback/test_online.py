@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from small_problem import Setup
@@ -18,7 +19,7 @@ from scoreact.api.saved_run import SavedRun
 from scoreact.cli import main as cli
 from scoreact.control.rollout import rollout
 from scoreact.evaluation.optimum import estimate_optimum
-from scoreact.feedback.online import HandedOut, check_off_policy
+from scoreact.feedback.online import HandedOut, HandedPaths, check_off_policy
 from scoreact.feedback.reward_file import read_rewards
 from scoreact.feedback.window import UpdatePlan, Window, below_reference, worth
 from scoreact.recipes.gaussian import build
@@ -346,6 +347,62 @@ def test_a_surrogate_knows_the_window_alone(tmp_path: Path) -> None:
     assert same(weights(tmp_path / "run"), weights(tmp_path / "copy"))
 
 
+def leaning(points: Tensor, by: float, count: int) -> Tensor:
+    """Drawn again from these by weights exp(by x): their law tilted by a linear reward."""
+    generator = torch.Generator().manual_seed(int(10 * by) % 7)
+    return points[torch.multinomial((by * points[:, 0]).exp(), count, True, generator=generator)]
+
+
+@pytest.mark.slow
+def test_the_latest_data_are_followed(tmp_path: Path) -> None:
+    run = begun(tmp_path / "run", batch_size=128, kl_weight=1.0, learning_rate=0.02, value_steps=10, value_first_steps=40,
+                value_batch_size=128, value_learning_rate=0.01, average=0.5)  # fmt: skip
+    points = run.sample(count=2000, reference=True)
+    how: dict[str, Any] = {"discriminator": {"features": "values", "samples": 300}, "window": 300}
+    means, told = list[float](), list[float]()
+    for by in (1.0, -1.0):
+        latest = leaning(points, by, 400)
+        told += [run.update(data=latest, **how).metrics["reward/auc"] for _ in range(3)]
+        means.append(float(right(run.sample(count=1000)).mean()))
+    middle = float(right(points).mean())
+    assert means[0] - middle > 0.1
+    assert middle - means[1] > 0.05
+    assert told[3] > max(told[2], 0.7)  # the data had gone elsewhere
+    assert told[5] < told[3] - 0.1
+    # all that is remembered has the rewards of the newest data
+    reward = sa.discriminate(run.policy().reference, latest, features="values", samples=300, steps=4)
+    assert run._online is not None
+    assert run._online._session is not None
+    kept = Window.of(run._online._session.online)
+    path, condition, _ = run._online._paths(list(kept.rewards), _batches(run), run._online._session.trainer)
+    assert list(kept.rewards.values()) == pytest.approx(reward(path.xs[-1], condition).tolist(), abs=1e-5)
+
+
+def _batches(run: SavedRun) -> dict[int, HandedPaths]:
+    assert run._online is not None
+    return {number: HandedPaths.of(path) for number, path in run._online._files().items()}
+
+
+def test_data_that_are_no_stream_are_refused(tmp_path: Path) -> None:
+    run = begun(tmp_path / "run")
+    handed, points = run.hand_out(count=40), torch.randn(100, 2)
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({}, "needs samples with their rewards, or data"),
+        ({"samples": handed}, "needs samples with their rewards, or data"),
+        ({"samples": handed, "rewards": [0.0] * 40, "data": points}, "and rewards too, which the data make"),
+        (
+            {"samples": handed, "rewards": [0.0] * 40, "discriminator": {"ridge": 1.0}},
+            "options for data, and none are given",
+        ),
+        ({"data": points * float("nan")}, r"\(100, 2\) and hold NaN"),
+        ({"data": torch.randn(100, 3)}, r"shape \(3,\), and the model draws \(2,\)"),
+        ({"data": points[:20]}, "there are 18 examples to learn from"),
+    ]
+    for given, text in refused:
+        with pytest.raises(SettingError, match=text):
+            run.update(**given)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("decoder", ["full", "ridge"])
 def test_a_pipeline_learns_online_by_its_own_default(decoder: str, tmp_path: Path) -> None:
@@ -432,6 +489,15 @@ def test_the_round_trip_without_python(
     assert "network calls; the policy moved by" in printed
     assert cli.main(option(f"update live --rewards rewards.csv --samples {folder}")) == 2
     assert "none of 40 rewards is new" in capsys.readouterr().err
+    np.save(tmp_path / "latest.npy", torch.randn(200, 2).numpy())
+    assert cli.main(option("update live --data latest.npy --count 32 --features values")) == 0
+    printed = capsys.readouterr().out
+    assert "32 new, 64 remembered" in printed
+    assert "of held-out examples against the samples drawn now" in printed
+    assert cli.main(option("update live")) == 2
+    assert "give --rewards or --data" in capsys.readouterr().err
+    assert cli.main(option("update live --rewards rewards.csv --count 3")) == 2
+    assert "--count does nothing without --data" in capsys.readouterr().err
     assert cli.main(option("sample live --for-update --steps 3")) == 2
     assert "--steps does nothing with --for-update" in capsys.readouterr().err
     assert cli.main(option("sample live --count 2 --out drawn")) == 0  # the index is without rewards

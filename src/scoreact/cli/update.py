@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..runs.source import source_of_run
+from ..support.errors import SettingError
 from .errors import warn
 from .parser import Parser, whole
 
@@ -18,10 +19,16 @@ def update_arguments(parser: Parser) -> None:
     add(
         "--rewards",
         type=Path,
-        required=True,
         metavar="FILE",
         help="a .csv with the columns id and reward, or JSON lines",
     )
+    add("--data", metavar="PATH", help="instead of rewards: the latest examples, as `reward discriminate` takes them, towards "
+        "whose law the policy moves")  # fmt: skip
+    add("--count", type=whole(1), default=64, metavar="INT", help="with --data: samples of each prompt that are drawn [default "
+        "64]")  # fmt: skip
+    add("--features", metavar="SPEC", help="with --data: what tells examples from samples, as of `reward discriminate`")
+    parser.belongs("count", "data")
+    parser.belongs("features", "data")
     add("--samples", type=Path, metavar="FOLDER|FILE", help="of `sample --for-update`, or its index.json, where the rewards "
         "are by number or file")  # fmt: skip
     add("--window", type=whole(1), metavar="INT", help=f"newest rewards that are remembered {BEFORE.format(512)}")
@@ -37,11 +44,20 @@ def update(options: argparse.Namespace) -> int:
     from ..report.numbers import rounded
     from ..report.progress import waiting
 
+    if (options.rewards is None) == (options.data is None):
+        raise SettingError("give --rewards or --data, one of them.")
+    if options.data is not None and options.samples is not None:
+        raise SettingError("--samples is the folder that rewards are of; with --data leave it out.")
     run = SavedRun(source_of_run(options.run))
-    rewards = read_rewards(options.rewards, options.samples)
     how = {"window": options.window, "half_life": options.half_life, "calls": options.calls}
-    with waiting("update"):
-        found = run.update([number for number, _ in rewards], [reward for _, reward in rewards], **how)
+    if options.data is not None:
+        own = {"features": options.features} if options.features else {}
+        with waiting("update"):
+            found = run.update(data=options.data, count=options.count, discriminator=own, **how)
+    else:
+        rewards = read_rewards(options.rewards, options.samples)
+        with waiting("update"):
+            found = run.update([number for number, _ in rewards], [reward for _, reward in rewards], **how)
     m = found.metrics
     print(
         f"rewards    {m['online/rewards']:.0f} new, {m['online/window']:.0f} remembered, on average {m['online/age']:.0f} old"
@@ -54,6 +70,10 @@ def update(options: argparse.Namespace) -> int:
         )
         bound = f"; the policy moved by {m['policy/step_kl']:.3g} nats" if "policy/step_kl" in m else ""
         print(f"cost       {m['cost/update_network_calls']:,.0f} network calls{bound}")
+    if "reward/auc" in m:
+        print(
+            f"AUC        {m['reward/auc']:.3f} of held-out examples against the samples drawn now; 0.5: not told apart"
+        )
     for note in found.notes:
         warn(note)
     return 0

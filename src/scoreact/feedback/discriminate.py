@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +29,7 @@ from ..rewards.sample_features import Features, open_features
 from ..sampling.draw import balanced, draw
 from ..support.devices import device_of
 from ..support.errors import SettingError
-from ..support.own_data import Examples, OwnData, read_data
+from ..support.own_data import Examples, OwnData, read_data, split_off
 from ..support.seeds import derived
 from .log_ratio import Head, Sides, calibration, cross_validated, fit_head
 from .reliability import draw_reliability
@@ -61,7 +62,7 @@ class Plan:
 
 def discriminate(
     model: ScoreModel,
-    data: str | Path | OwnData,
+    data: str | Path | OwnData | Tensor | np.ndarray,
     out: str | Path | None = None,
     *,
     features: str = "convolution",
@@ -74,7 +75,8 @@ def discriminate(
 
     Args:
         model: the pretrained model; or one that was tuned, with `onto` the reward that it was tuned to.
-        data: what `read_data` takes, a folder of pictures or of a folder a class, an .npz, a table; or what it returned.
+        data: what `read_data` takes, a folder of pictures or of a folder a class, an .npz, a table; or what it returned; or
+            examples [N, *D] like the model's samples, without labels.
         out: a new folder for the reward, which `scoreact train --reward` and `load_reward` take. None: nothing is written.
         features: what the reward sees, as of `open_features`; features_options: its options.
         labels: True, or the name of the array or column: a head a class, of the model's own classes. Left out: where the model
@@ -91,6 +93,8 @@ def discriminate(
         RunExists: `out` holds something.
     """
     settings = Plan(**plan)
+    if isinstance(data, Tensor | np.ndarray):
+        data, labels = examples_given(data), labels or False
     if out is not None:
         need_empty(Path(out))
     classes = _classes(model, labels)
@@ -166,6 +170,18 @@ def examples_like(data: str | Path, shape: tuple[int, ...], labels: bool | str) 
         raise SettingError(
             f"{error} (This model has classes, so labels are looked for; --no-labels, or labels=False, fits one head for all.)"
         ) from None
+
+
+def examples_given(values: Tensor | np.ndarray) -> OwnData:
+    """Examples [N, *D] that are there already. Raises SettingError for none, and for NaN."""
+    found = torch.as_tensor(values).detach().cpu().float()
+    kind, whole = KINDS.get(found.ndim - 1), bool(found.isfinite().all())
+    if kind is None or not len(found) or not whole:
+        text = "" if whole else " and hold NaN or infinity"
+        raise SettingError(
+            f"data have shape {tuple(found.shape)}{text}; expected finite numbers [N, D], [N, channels, L] or [N, C, H, W]."
+        )
+    return OwnData(kind, *split_off(Examples(found)))
 
 
 def _rows(data: OwnData, classes: tuple[str, ...]) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ from ..algorithms.registry import rules
 from ..control.rollout import rollout
 from ..control.trajectory import Trajectory
 from ..control.transitions import Paths
+from ..rewards.learned import LearnedReward
 from ..runs.checkpoint import checkpoints
 from ..runs.session import Outcome, Session
 from ..support import distributed
@@ -152,9 +153,11 @@ class Online:
         window: int | None = None,
         half_life: float | None = None,
         calls: int | None = None,
+        made: LearnedReward | None = None,
     ) -> Updated:
         """Remember rewards by their samples' ids, and move the policy on by one iteration.
 
+        made: what gave them, where it was made anew: all samples that are remembered get its rewards.
         Nothing is remembered where anything is refused.
         """
         with self._at_work() as session:
@@ -178,7 +181,7 @@ class Online:
             if len(memory) < FEWEST:
                 said.append(f"{len(memory)} rewards are remembered; the policy moves from {FEWEST} on.")
             else:
-                metrics |= self._learn(session, memory, batches, set(new), said)
+                metrics |= self._learn(session, memory, batches, set(new), made, said)
             kept = {i for batch in batches.values() if self._waits(batch, batches, memory) for i in batch.ids}
             session.online = {
                 **memory.state_dict(), "rewarded": sorted((known | set(new)) & kept),
@@ -273,23 +276,29 @@ class Online:
         return new, said
 
     def _learn(
-        self, session: OnlineSession, memory: Window, batches: Mapping[int, HandedPaths], new: set[int], said: list[str]
-    ) -> Metrics:
-        """One iteration on paths of the window. new: ids of the samples whose rewards came just now."""
+        self, session: OnlineSession, memory: Window, batches: Mapping[int, HandedPaths], new: set[int],
+        made: LearnedReward | None, said: list[str],
+    ) -> Metrics:  # fmt: skip
+        """One iteration on paths of the window. new: ids of the samples whose rewards came just now. made: as of `update`."""
         trainer, c = session.trainer, self.config
-        wanted, values = list(memory.rewards), torch.tensor(list(memory.rewards.values()), dtype=torch.float32)
+        wanted = list(memory.rewards)
         paths, condition, drawn_at = self._paths(wanted, batches, trainer)
+        if made is not None:
+            ends, decode = paths.xs[-1].split(AT_ONCE), trainer.policy.model.decode
+            rows = torch.arange(len(wanted)).split(AT_ONCE)
+            anew = torch.cat([made(decode(x), paths.condition[i]).cpu() for x, i in zip(ends, rows, strict=True)])
+            memory.rewards = dict(zip(wanted, anew.tolist(), strict=True))
+        values = torch.tensor(list(memory.rewards.values()), dtype=torch.float32)
         log_ratios = paths.log_ratio_to_reference().cpu()
         metrics = worth(values, log_ratios, condition, c.kl_weight)
+        if made is not None:
+            metrics["reward/auc"] = made.auc(values[[number in new for number in wanted]])
         metrics["online/lag"] = float(trainer.iteration - drawn_at.mean())
         rows = memory.draw(c.batch_size, trainer.generator).to(trainer.device)
         before, policy = trainer.policy.network_calls, trainer.policy
         assert isinstance(trainer.minimise, AdamSteps)
-        if memory.plan.calls:
-            trainer.minimise.left = lambda: memory.plan.calls - (policy.network_calls - before)
-        else:
-            trainer.minimise.left = lambda: math.inf
-        values = values.to(trainer.device)
+        most, values = memory.plan.calls or math.inf, values.to(trainer.device)
+        trainer.minimise.left = lambda: most - (policy.network_calls - before)
         if trainer.surrogate is not None:
             fresh = torch.tensor([number in new for number in wanted])
             found = fit_anew(trainer.surrogate, Paths(paths, values), fresh, trainer.sde, policy.model.decode)
