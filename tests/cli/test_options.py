@@ -117,3 +117,20 @@ def test_whole_numbers() -> None:
     assert whole(0)("+3") == 3
     with pytest.raises(Exception, match="at least 0, got '--3'"):
         whole(0)("--3")
+
+
+def test_numbers_with_commas_may_begin_below_0() -> None:
+    words = [
+        "gaussian",
+        "--statistic",
+        "my.py:two",
+        "--target",
+        "-0.08,0.5",
+        "--statistic",
+        "my.py:one",
+        "--target",
+        "-1e-3",
+    ]
+    assert parser_of("calibrate").parse(words).target == [[-0.08, 0.5], [-0.001]]
+    with pytest.raises(ValueError, match="--target needs a value"):
+        parser_of("calibrate").parse(["gaussian", "--statistic", "my.py:two", "--target", "--rounds", "2"])

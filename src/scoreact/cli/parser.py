@@ -70,6 +70,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog, description=about, formatter_class=Formatter, allow_abbrev=False, add_help=False)
         for action in (None, "store"):
             self.register("action", action, Once)
+        self._negative_number_matcher = re.compile(r"^-[\d.][-+\d.,eE]*$")  # several too, with commas between: a value
         self._belongs: list[tuple[str, str, tuple[str, ...]]] = []
 
     def error(self, message: str) -> NoReturn:
