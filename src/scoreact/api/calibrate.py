@@ -208,7 +208,8 @@ def calibrate(
     if facts["trusted"] and facts["path_kl"] > DEAR * facts["least_kl"] + 0.1:
         notes.append(
             f"the policy pays {facts['path_kl']:.3g} nats for what {facts['least_kl']:.3g} would buy: training had not settled "
-            f"when lambda was corrected. Give a round more iterations than {origin.config.iterations}."
+            f"when lambda was corrected, or {origin.config.steps} steps are few for it. Give a round more iterations than "
+            f"{origin.config.iterations}, or more steps."
         )
     facts = finite(facts)
     if folder is not None:
