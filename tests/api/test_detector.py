@@ -213,7 +213,7 @@ def test_files_are_read_row_by_row(tmp_path: Path) -> None:
     held = read_rows(tmp_path / "p.npz", (1, 6, 6), True)
     assert held.values.shape == (2, 1, 6, 6)
     assert held.labels == ["3", "4"]
-    assert held.notes
+    assert held.notes == ("Scored are 2 held-out examples. Held out are those of test_images.",)
     assert len(read_rows(tmp_path / "p.npz", (1, 6, 6), part="train").values) == 5
     with pytest.raises(SettingError, match=r"\(1, 6, 6\); the model draws \(1, 8, 8\)"):
         read_rows(tmp_path / "p.npz", (1, 8, 8))

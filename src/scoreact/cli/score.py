@@ -14,7 +14,7 @@ from .parser import Parser, positive, whole
 
 METHOD_NAMES = ("path", "bits", "complexity", "typicality", "ratio", "posterior", "reconstruction", "norms", "scoped")
 RATIO = (
-    "ratio: a row scores high where {model} is less likely to draw it than {reference}. Abnormal rows do if {reference} is the "
+    "a row scores high where {model} is less likely to draw it than {reference}. Abnormal rows do if {reference} is the "
     "broader of the two, or the reward was made to tell them; others may score low."
 )
 
@@ -23,7 +23,7 @@ def score_arguments(parser: Parser) -> None:
     add = parser.add_argument
     add("source", metavar="MODEL|RUN_DIR", help="a run, a model of pretrain, a recipe, or my_model.py:build")
     add("--data", type=Path, required=True, metavar="FILE", help="what is scored: a folder of pictures, .npz, .npy, a table; "
-        "of a file with a split the test part")  # fmt: skip
+        "of a file with a split the held-out part, val or test")  # fmt: skip
     add("--method", choices=METHOD_NAMES, default="path", help=
         "path: bits a number by a few denoising errors; bits: by the "
         "probability-flow ODE; complexity: path less a PNG file's; typicality: away from normal ones' mean path; ratio: the "
@@ -89,6 +89,8 @@ def score(options: argparse.Namespace) -> int:
     else:
         how |= {"levels": options.levels, "noises": options.noises, "reference": options.reference}
         how |= {"least_noise": options.least_noise} if options.method != "reconstruction" else {}
+    for text in rows.notes:
+        note(text)
     if options.method == "ratio":
         note(RATIO.format(model=options.source, reference=options.reference or "what it was tuned from"))
     errors = None
@@ -108,8 +110,6 @@ def score(options: argparse.Namespace) -> int:
         lines.append(line)
     write_lines(lines, options.out)
     if options.out is not None:
-        for text in rows.notes:
-            print(f"note: {text}")
         print(
             f"{len(lines):,} rows by {options.method}: mean {found.mean():.4g}, from {found.min():.4g} to {found.max():.4g}"
         )

@@ -134,7 +134,7 @@ def read_rows(path: str | Path, shape: Sequence[int], labels: bool | str = False
         path: a folder of pictures, an .npz or .npy, or a table with an example a row.
         shape: *D of one sample.
         labels: as of `read_data`.
-        part: of a file with a split, "train" or "test".
+        part: of a file with a split, "train" or "test"; the latter is what `read_data` holds out.
 
     Raises:
         SettingError: what cannot be read, or has another shape.
@@ -155,7 +155,7 @@ def read_rows(path: str | Path, shape: Sequence[int], labels: bool | str = False
         other = part == "test" and found.other is not None
         values = found.other if other and found.other is not None else found.values
         words = found.other_labels if other else found.labels
-        notes = [f"Scored are the file's held-out examples, {len(values):,} of them."] if other else []
+        notes = [f"Scored are {len(values):,} held-out examples. {found.notes[0]}"] if other else []
     elif path.suffix in TABLES:
         table = read_table(path, labels)
         values, words, notes = torch.from_numpy(table.numbers), table.labels, table.notes
