@@ -7,7 +7,7 @@ Raters answer by Davidson's law. On Fashion-MNIST they like plain pictures, by l
 a point beside the mixture. Each line of the output is one part with one seed, and is not run again.
 
     chosen    answers to pairs that `choose_pairs` picks, against pairs at random: accuracy on 1000 other pairs, without noise
-    candidates  what a fit to 500 answers may see: features of each kind alone, and which it takes where all are there
+    candidates  what a fit to 120 answers of them tried: features of each kind, and which it took
     raters    five people of whom one is careless and one leans to the left; a fit that takes them for one person beside it
     gain      the true utility that training gains: to a reward of 500 answers (the five people), and to the true one
     pipeline  the same as `gain` on a small text-to-image pipeline, where they like a picture that shows its caption
@@ -109,9 +109,7 @@ def reward_of(fitted: Fitted, given: Pool, space: UtilitySpace, basis: Tensor) -
 def accuracy(reward: BradleyTerryReward, given: Pool) -> float:
     """On 1000 pairs of pictures that nobody rated, by the true winner."""
     others = pairs_within(given.features[2000:], given.prompts[2000:], torch.Generator().manual_seed(0))
-    own = reward.features is given.convolution
-    features = others.features if own else reward.features.in_parts(given.samples[2000:], others.prompts)
-    found, true = reward.utility(features, others.prompts), given.utility[2000:]
+    found, true = reward.utility(others.features, others.prompts), given.utility[2000:]
     right = (found[others.first] > found[others.second]) == (true[others.first] > true[others.second])
     return float(right.double().mean())
 
@@ -176,20 +174,24 @@ def raters(given: Pool, seed: int) -> dict[str, Any]:
     }
 
 
-def candidates(given: Pool, seed: int) -> dict[str, Any]:
-    """Of each kind of features the held-out log-likelihood above none, and the accuracy; and what a fit takes of all."""
-    evidence, model = people(given, seed), pictures_problem("plain").model
-
-    def fitted(*names: str) -> dict[str, Any]:
-        begin = time.process_time()
-        liking = fit_reward(evidence, names, torch.Generator().manual_seed(seed), model)
-        facts = liking.facts
-        return {
-            "features": liking.features.label, "nats": facts["log_likelihood"] - facts["without_features"],
-            "accuracy": accuracy(liking, given), "seconds": time.process_time() - begin,
-        }  # fmt: skip
-
-    return {"all": fitted(), **{name: fitted(name) for name in SEEN}}
+def candidates(given: None, seed: int) -> dict[str, Any]:
+    """What a fit to 120 answers of the five people tried: nats an answer above none and accuracy, on answers left out."""
+    problem = pictures_problem("plain")
+    model, prompts = problem.model, [problem.prompts[i % 10] for i in range(120)] * 2
+    sde, ts, seeds = PLAIN.sde(model.schedule), PLAIN.times(model.schedule), [240 * seed + i for i in range(240)]
+    samples = draw(model, prompts, sampler_by_name(PLAIN.solver), ts, seeds, torch.device("cpu"), sde.noise)[1].detach()
+    utility = property_reward("plain")(samples, Condition(prompts)).double()
+    first = torch.arange(120)
+    pairs = simulate(RATERS, utility, first, first + 120, torch.Generator().manual_seed(seed))
+    judges = torch.ones(120, dtype=torch.bool)
+    evidence = Evidence(samples, prompts, pairs, raters=[r.name for r in RATERS], group=first, judges=judges)
+    facts = fit_reward(evidence, (), torch.Generator().manual_seed(seed), model).facts
+    return {
+        "tried": [
+            [one["features"], one["log_likelihood"] - one["without_features"], one["accuracy"], one["chosen"]]
+            for one in facts["candidates"]
+        ]
+    }
 
 
 def gain(given: Pool, seed: int) -> dict[str, Any]:
@@ -284,35 +286,43 @@ def caution(given: None, seed: int) -> dict[str, Any]:
     liking = fit_reward(evidence, ["convolution"])
     found: dict[str, Any] = {"falls": {}}
     for c in (0, 1, 2):
-        truths: list[Tensor] = []
+        torch.manual_seed(seed)  # of the policy's first weights
+        seen: list[tuple[Tensor, Tensor]] = []
+        reward = dataclasses.replace(liking, caution=float(c))
 
-        def look(samples: Tensor, condition: Condition, truths: list[Tensor] = truths) -> dict[str, float]:
-            truths.append(near(samples).double())
-            return {"judge/truth": float(truths[-1].mean())}
+        def look(samples: Tensor, condition: Condition, seen: Any = seen, reward: Any = reward) -> dict[str, float]:
+            seen.append((reward(samples, condition).double(), near(samples).double()))
+            return {"judge/truth": float(seen[-1][1].mean())}
 
         result = sa.finetune(
-            dataclasses.replace(build(), optimum=None), dataclasses.replace(liking, caution=float(c)), judge=look,
+            dataclasses.replace(build(), optimum=None), reward, judge=look,
             config=recipes()["gaussian"].config, kl_weight=0.1, iterations=24, evaluate_every=3, heldout_samples=300,
             guard="off", kl_limit=1e4, seed=seed, progress=False,
         )  # fmt: skip
         looks = [line for line in result.history if line.get("evaluation")]
         found[str(c)] = [[look[key] for key in ("reward/heldout", "judge/truth", "policy/kl")] for look in looks]
-        found["falls"][str(c)] = falls([look["reward/heldout"] for look in looks], truths)
+        found["falls"][str(c)] = falls(seen)
     return found
 
 
-def falls(followed: list[float], truths: list[Tensor]) -> dict[str, float]:
-    """The largest fall of the truth from one evaluation to a later one at which the reward that is followed is higher.
+def falls(seen: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """The largest fall of the truth from one evaluation to a later one where the reward that is followed has risen.
 
-    Evaluations are of the same noise, so the standard error is that of the paired difference. truths: [B] of each.
+    Evaluations are of the same noise, so standard errors are those of paired differences; risen is by more than one.
+    seen: of each evaluation the rewards and the truths of its samples, [B].
     """
     found = {"fall": 0.0, "error": 0.0}
-    for j in range(len(followed)):
+    for j in range(len(seen)):
         for i in range(j):
-            lost = truths[i] - truths[j]
-            if followed[j] > followed[i] and float(lost.mean()) > found["fall"]:
-                found = {"fall": float(lost.mean()), "error": float(lost.std() / len(lost) ** 0.5)}
+            risen, lost = seen[j][0] - seen[i][0], seen[i][1] - seen[j][1]
+            if float(risen.mean()) > error_of(risen) and float(lost.mean()) > found["fall"]:
+                found = {"fall": float(lost.mean()), "error": error_of(lost)}
     return found
+
+
+def error_of(values: Tensor) -> float:
+    """Of their mean."""
+    return float(values.std() / len(values) ** 0.5)
 
 
 PARTS: dict[str, Callable[..., dict[str, Any]]] = {
@@ -348,16 +358,13 @@ def table(lines: list[dict[str, Any]]) -> str:
             (s for s, value in zip(SIZES, curves["chosen"], strict=True) if value >= curves["random"][-1]), None
         )
         row("chosen", f"chosen pairs that are as good as {SIZES[-1]} at random", str(needed or "none"))
-    for name in ("all", *SEEN) if of["candidates"] else ():
-        own = [line[name] for line in of["candidates"]]
-        taken = sum(line["all"]["features"].split()[0] == name for line in of["candidates"])
-        what = "what a fit takes of all" if name == "all" else f"{name}, which it takes in {taken} of {len(own)}"
-        nats, right = ([one[key] for one in own] for key in ("nats", "accuracy"))
-        row(
-            "candidates",
-            f"features {what}: nats an answer above none, left out; accuracy",
-            f"{mean(nats)}; {mean(right)}",
-        )
+    for name in SEEN if of["candidates"] else ():
+        own = [[one for one in line["tried"] if one[0].split()[0] == name] for line in of["candidates"]]
+        best = [max(group, key=lambda one: one[1]) for group in own]
+        taken = sum(any(one[3] for one in group) for group in own)
+        nats, right = (mean([one[i] for one in best]) for i in (1, 2))
+        found = f"{nats}; {right}; taken in {taken}"
+        row("candidates", f"{name}: nats an answer above no features, accuracy, both on answers left out", found)
     if of["raters"]:
         for name in (r.name for r in RATERS):
             weights, sides = ([line[key][name] for line in of["raters"]] for key in ("weight", "side"))
@@ -385,8 +392,9 @@ def table(lines: list[dict[str, Any]]) -> str:
             text = "; ".join(
                 f"{name} {mean([end[i] for end in ends])}" for i, name in enumerate(("first", "best", "last"))
             )
-            lost = [end[1] - end[2] for end in ends]
-            row("caution", f"true utility under u - {c} sigma", f"{text}; most lost after the best {max(lost):.2g}")
+            worst = max((line["falls"][c] for line in of["caution"]), key=lambda one: one["fall"])
+            most = f"{worst['fall']:.2g} ± {worst['error']:.2g}" if worst["fall"] else "0"
+            row("caution", f"true utility under u - {c} sigma", f"{text}; most it fell while the reward rose {most}")
     return "\n".join(rows)
 
 
@@ -406,7 +414,7 @@ def main() -> int:
         for seed in range(options.seeds):
             if any((line["part"], line["seed"]) == (part, seed) for line in lines):
                 continue
-            if given is None and part not in ("caution", "pipeline"):
+            if given is None and part not in ("candidates", "caution", "pipeline"):
                 given = pool()
             begin = time.process_time()
             lines.append(
