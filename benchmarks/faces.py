@@ -2,6 +2,7 @@
 
     python benchmarks/faces.py sample WEIGHTS --out faces.png
     python benchmarks/faces.py train WEIGHTS --reward hair --picture before_after.png
+    python benchmarks/faces.py show RUN --picture before_after.png     # of a run of scoreact train, which goes on after a kill
     python benchmarks/faces.py train --tiny        # the same with small random weights: seconds, and no file
 
 WEIGHTS: `ddpm_64_uint8.safetensors`, wangjia184/diffusion_model (63 million parameters, MIT), every tensor as bytes with an
@@ -396,20 +397,11 @@ def compare(
 
 
 def table(found: dict[str, Any]) -> str:
-    """Of `compare`, and of a run where it says so."""
+    """Of what `compare` found."""
     rows = [f"| {found['pictures']} fresh pictures from the same noise | before | after |", "| --- | ---: | ---: |"]
     rows += [f"| {what} | {found['before'][what]} | {found['after'][what]} |" for what in found["before"]]
     rows += ["", f"Gain of a picture over that of the same noise: {found['gain']}."]
     return "\n".join(rows)
-
-
-MARKS = ("<!-- faces -->\n", "<!-- /faces -->\n")
-
-
-def shown(found: dict[str, Any]) -> str:
-    """A run's table for the page."""
-    run = "; ".join(f"{what} {value}" for what, value in found["run"].items())
-    return f"{table(found)}\n\n{run}. ± is 95 % over pictures; one run.\n"
 
 
 def look_at_run(options: argparse.Namespace) -> None:
@@ -421,21 +413,16 @@ def look_at_run(options: argparse.Namespace) -> None:
     j_ref, star = reference["objective/J_ref"], reference["objective/J_star"]
     costs = [line["cost/reward_calls"] for line in run.history if "cost/reward_calls" in line]
     found["run"] = {
-        "J_ref": f"{j_ref:.2f} ± {1.96 * reference['objective/J_ref_se']:.2f}", "J\\*": f"{star:.2f}",
+        "J_ref": f"{j_ref:.2f} ± {1.96 * reference['objective/J_ref_se']:.2f}", "J*": f"{star:.2f}",
         "J at the end": f"{final['objective/J']:.2f}, from {run.record.evaluations[0]['objective/J']:.2f}",
         "path KL": f"{final['policy/kl']:.2f} ± {1.96 * final['policy/kl_se']:.2f} nats",
         "reward calls in training": f"{costs[-1]:.0f}",
     }  # fmt: skip
     found["settings"] = run.config.to_dict()
     found["guard"] = [line["text"] for line in run.history if "guard" in line]
-    print("\n".join(found["guard"]))
+    print("; ".join(f"{what} {value}" for what, value in found["run"].items()), *found["guard"], sep="\n")
     if options.line is not None:
         options.line.write_text(json.dumps(found) + "\n", encoding="utf-8")
-    if options.page is not None:
-        before, _, rest = options.page.read_text(encoding="utf-8").partition(MARKS[0])
-        options.page.write_text(
-            before + MARKS[0] + shown(found) + MARKS[1] + rest.partition(MARKS[1])[2], encoding="utf-8"
-        )
 
 
 def main() -> None:
@@ -465,7 +452,6 @@ def main() -> None:
     showing.add_argument("--each", type=int, default=32)
     showing.add_argument("--picture", type=Path)
     showing.add_argument("--line", type=Path, help="a file for one line of JSON")
-    showing.add_argument("--page", type=Path, help="put the table between the marks of this page")
     options = parser.parse_args()
     if options.command == "show":
         torch.set_num_threads(1)
