@@ -3,6 +3,8 @@
     python benchmarks/markets.py run --data stocks.csv --work markets --out benchmarks/markets.jsonl
     python benchmarks/markets.py table --out benchmarks/markets.jsonl --page docs/results/markets.md
     python benchmarks/markets.py figure --data stocks.csv --work markets --out docs/results/markets.png
+    python benchmarks/markets.py run --packaged indices --work markets-indices --out benchmarks/markets_indices.jsonl --seeds 3
+    python benchmarks/markets.py table --out benchmarks/markets_indices.jsonl --page docs/results/markets.md --mark indices
 
 `stocks.csv`: a column of levels a share and one of dates. The first 80 % of the days are learned from, of which `pretrain`
 keeps its last tenth out to choose its weights by; the rest is used to test value at risk alone. `run` pretrains once; then, a
@@ -12,6 +14,8 @@ The floor: as many windows of the real days as there are without overlap, drawn 
 networks' scores, every other tenth of the time against the rest.
 GARCH and EGARCH: Student's errors, a fit a share; the standardised residuals of a day are drawn together (filtered historical
 simulation), which keeps the correlations.
+`--packaged`: tables that `arch` ships, written as a csv into `--work`: `indices`, S&P 500 and NASDAQ, 1999 to 2018; `vix`, the
+CBOE's index of volatility of 2014 to 2018. Of them nothing is reweighted.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import json
 import math
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +61,7 @@ ENOUGH = 100  # effective samples
 SHOCK, WIDTH, DAYS = -0.08, 0.02, 5  # log-return of the last share over the last days of a window, and how exactly
 BETAS = (4.0, 1.0)  # kl_weight
 MARKS = ("<!-- markets -->\n", "<!-- /markets -->\n")
+PACKAGED = {"indices": ("sp500", "nasdaq"), "vix": ("vix",)}  # of arch.data
 LAWS = ("floor", "GARCH", "EGARCH", "pretrained", "reweighted")
 ROWS = {
     "std": "std, log ratio", "kurtosis": "excess kurtosis", "tail_losses": "tail exponent of losses",
@@ -99,6 +105,18 @@ class Market:
         tenths = self.learn[:, : self.learn.shape[1] // 10 * 10].unflatten(1, (10, -1)).unfold(2, WINDOW, 1)
         parts = [tenths[:, k::2].permute(1, 2, 0, 3).flatten(0, 1) for k in (0, 1)]
         return parts[0], parts[1]
+
+
+def packaged(name: str, path: Path) -> None:
+    """Levels that `arch` ships, as a csv: the days that all columns have."""
+    columns = {}
+    for index in PACKAGED[name]:
+        frame = import_module(f"arch.data.{index}").load()
+        columns[index] = frame["Adj Close" if "Adj Close" in frame else index].dropna()
+    days = sorted(set.intersection(*(set(column.index) for column in columns.values())))
+    rows = [",".join([f"{day:%Y-%m-%d}", *(repr(float(column[day])) for column in columns.values())]) for day in days]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join([",".join(["date", *columns]), *rows]) + "\n", encoding="utf-8")
 
 
 # --- GARCH and EGARCH --------------------------------------------------------------------------------------------------
@@ -252,12 +270,12 @@ def drawn(model: Path, count: int, seed: int, path: dict[str, Any] = PATH) -> Te
     return torch.cat(parts)[:count]
 
 
-def run(market: Market, work: Path, lines: Lines) -> None:
+def run(market: Market, work: Path, lines: Lines, seeds: int = SEEDS, reweight: bool = True) -> None:
     model = work / "pretrained"
     if not (model / "model.json").is_file():
         sa.pretrain(model, market.csv, window=WINDOW, values="returns", **PRETRAIN)
     kinds = {kind: Garch(market.learn, kind) for kind in ("GARCH", "EGARCH")}
-    for seed in range(SEEDS):
+    for seed in range(seeds):
         generator = torch.Generator().manual_seed(seed)
         if not lines.has("floor", seed):
             lines.add("floor", seed, measured(market, market.resampled(generator), seed, market.halves()))
@@ -278,7 +296,7 @@ def run(market: Market, work: Path, lines: Lines) -> None:
         if not lines.has("path", number):
             std = series_facts(drawn(model, SAMPLES, 0, path)).std / series_facts(market.windows).std
             lines.add("path", number, {**path, "std": float(std.mean())})
-    if not lines.has("shock", 0):
+    if reweight and not lines.has("shock", 0):
         scenarios(market, drawn(model, 4 * SAMPLES, 7), lines)
 
 
@@ -422,6 +440,14 @@ def figure(market: Market, work: Path, path: Path) -> None:
     draw_facts(laws, path, LAGS)
 
 
+def show(text: str, page: Path | None, marks: tuple[str, str]) -> None:
+    """Print it, and put it between the marks of a page."""
+    print(text)
+    if page is not None:
+        head, _, rest = page.read_text(encoding="utf-8").partition(marks[0])
+        page.write_text(head + marks[0] + text + marks[1] + rest.partition(marks[1])[2], encoding="utf-8")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["run", "table", "figure"])
@@ -429,19 +455,21 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("markets"), help="models and samples [default markets]")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/markets.jsonl"))
     parser.add_argument("--page", type=Path, help="put the tables between the marks of this page")
+    parser.add_argument("--packaged", choices=PACKAGED, help="instead of --data: levels that `arch` ships")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"of the samples [default {SEEDS}]")
+    parser.add_argument("--mark", default="markets", help="name of the marks in the page [default markets]")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.part == "table":
-        text = table(Lines(options.out).lines)
-        print(text)
-        if options.page is not None:
-            page = options.page.read_text(encoding="utf-8")
-            head, _, rest = page.partition(MARKS[0])
-            options.page.write_text(head + MARKS[0] + text + MARKS[1] + rest.partition(MARKS[1])[2], encoding="utf-8")
+        marks = tuple(mark.replace("markets", options.mark) for mark in MARKS)
+        show(table(Lines(options.out).lines), options.page, (marks[0], marks[1]))
         return 0
+    if options.packaged is not None:
+        options.data = options.work / f"{options.packaged}.csv"
+        packaged(options.packaged, options.data)
     market = Market(options.data, options.work)
     if options.part == "run":
-        run(market, options.work, Lines(options.out))
+        run(market, options.work, Lines(options.out), options.seeds, options.packaged is None)
     else:
         figure(market, options.work, options.out)
     return 0

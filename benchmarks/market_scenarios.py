@@ -1,0 +1,251 @@
+"""Trained by `sa.calibrate` from the pretrained model of `markets.py`: stylised facts repaired, and scenarios.
+
+    python benchmarks/market_scenarios.py run --data stocks.csv --work markets --out benchmarks/market_scenarios.jsonl
+    python benchmarks/market_scenarios.py table --out benchmarks/market_scenarios.jsonl --page docs/results/markets.md
+
+`stocks.csv` and `markets`: those of `markets.py run`. Parts, a seed each: `repair`, the shape of a window's days that the
+model misses; `loss`, P(loss of a window > value at risk at 95 %) = 25 %; `tail`, the same of 99.9 %, in rounds, and `once`, at
+once with as many iterations; `shock`, a fall of the last share by 8 % over the last five days, whose mean and spread are given,
+so that the law of the other shares given it stays the model's. Resumable: what is in the file is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import markets
+import torch
+from torch import Tensor
+
+import scoreact as sa
+from scoreact.api import calibrate
+from scoreact.api.calibrate import Calibration
+from scoreact.evaluation.metrics import confidence_interval
+from scoreact.evaluation.value_at_risk import value_at_risk
+
+TRAIN: dict[str, Any] = {
+    "algorithm": "adjoint_matching", "reward_gradient": "exact", "learning_rate": 1e-3, "decay_from": 0.3, "average": 0.85,
+    "batch_size": 64, "minibatch_size": 512, "iterations": 40, "reference_batches": 4, "heldout_samples": 256,
+    "evaluate_every": 1000, **markets.PATH,
+}  # fmt: skip
+SAMPLES, TOLERANCE = 800, 0.1
+ROUNDS = {"repair": 3, "loss": 2, "shock": 2, "tail": 3}
+SOFT = 0.03  # log-return within which a loss passes from below the limit to above, so that there is a gradient
+TARGET = 0.25  # probability of a loss beyond the limit
+PARTS = ("repair", "loss", "shock", "tail", "once")
+LEVELS = {"loss": 0.95, "tail": 0.999, "once": 0.999}
+SEEDS = {"repair": 3, "loss": 3, "shock": 3, "tail": 1, "once": 1}
+MARKS = ("<!-- trained -->\n", "<!-- /trained -->\n")
+NAMES = {
+    "repair": "repair of shape and volatility", "loss": "P(loss > VaR 95 %) = 25 %", "shock": "index falls by 8 % in 5 days",
+    "tail": "P(loss > VaR 99.9 %) = 25 %, in rounds", "once": "the same, at once",
+}  # fmt: skip
+
+
+# --- statistics of windows [n, C, 64] ------------------------------------------------------------------------------------
+
+
+def shape(returns: Tensor) -> Tensor:
+    """Mean |r| over the root of mean r^2, and the logarithm of that root in percent; means over shares: [n, 2]."""
+    root = returns.square().mean(2).sqrt()
+    return torch.stack([(returns.abs().mean(2) / root).mean(1), (100 * root).log().mean(1)], dim=1)
+
+
+def other_facts(returns: Tensor) -> Tensor:
+    """In percent: mean |r_t r_(t + k)| at lags 1 and 20, and r_t r_(t + 1): [n, 3]."""
+    r = 100 * returns
+    size = r.abs()
+    columns = [(size[..., :-k] * size[..., k:]).mean((1, 2)) for k in (1, 20)]
+    return torch.stack([*columns, (r[..., :-1] * r[..., 1:]).mean((1, 2))], dim=1)
+
+
+def fall(returns: Tensor, limit: float, soft: float = SOFT) -> Tensor:
+    """1 where equal weights lose more than `limit` in a window, else 0; softly."""
+    return torch.sigmoid((-returns.mean(1).sum(1) - limit) / soft)
+
+
+def beyond(returns: Tensor, limit: float) -> Tensor:
+    return (-returns.mean(1).sum(1) > limit).to(returns.dtype)
+
+
+def last_days(returns: Tensor) -> Tensor:
+    """Log-return of the last share over the last days, and its square: [n, 2]."""
+    s = returns[:, -1, -markets.DAYS :].sum(1)
+    return torch.stack([s, s.square()], dim=1)
+
+
+def of_others(returns: Tensor) -> Tensor:
+    """That of the other shares: [n, C - 1]."""
+    return returns[:, :-1, -markets.DAYS :].sum(2)
+
+
+def differentiable(function: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
+    found = partial(function, **options)
+    found.differentiable, found.__name__ = True, function.__name__  # type: ignore[attr-defined]
+    return found
+
+
+# --- running -------------------------------------------------------------------------------------------------------------
+
+
+def trained(
+    model: Path, statistic: Callable[..., Tensor], targets: list[float], also: Callable[..., Tensor], seed: int, **how: Any
+) -> tuple[Calibration, dict[str, Any]]:  # fmt: skip
+    """A calibration, and of it what the table says."""
+    settings = {**TRAIN, "seed": seed, **how}
+    found = sa.calibrate(
+        model,
+        statistic,
+        targets,
+        also=also,
+        samples=SAMPLES,
+        tolerance=TOLERANCE,
+        progress=False,
+        say=print,
+        **settings,
+    )
+    kept = ("met", "statistics", "path_kl", "path_kl_se", "least_kl", "least_kl_se", "effective_samples", "trusted")
+    facts = {name: found.facts[name] for name in kept}
+    facts["moved"] = [row for row in found.facts["moved"] if row["name"].partition("[")[0] == also.__name__]
+    facts["rounds"] = [
+        {"share": r["share"], "means": r["means"], "path_kl": r["path_kl"]} for r in found.facts["rounds"]
+    ]
+    return found, facts
+
+
+def run(market: markets.Market, work: Path, lines: markets.Lines, part: str, seed: int) -> None:
+    model = work / "pretrained"
+    before = markets.drawn(model, 4000, 7).double()
+    if part == "repair":
+        goal = shape(market.windows.double()).mean(0).tolist()
+        found, facts = trained(
+            model, differentiable(shape), goal, differentiable(other_facts), seed, rounds=ROUNDS[part]
+        )
+        facts["other_goal"] = other_facts(market.windows.double()).mean(0).tolist()
+        samples = found.result.sample(count=markets.SAMPLES, seed=seed)
+        facts["distances"] = markets.measured(market, samples.cpu(), seed)
+    elif part == "shock":
+        goal = [markets.SHOCK, markets.SHOCK**2 + markets.WIDTH**2]
+        found, facts = trained(
+            model, differentiable(last_days), goal, differentiable(of_others), seed, rounds=ROUNDS[part]
+        )
+        weights, law = markets.nearest_law(last_days(before), torch.tensor(goal))
+        facts |= {"reweighted": (weights @ of_others(before)).tolist(), "reweighted_effective": law["effective"]}
+        facts["columns"] = list(market.columns)
+    else:
+        limit = value_at_risk(before.mean(1).sum(1), LEVELS[part])
+        statistic, hard = differentiable(fall, limit=limit), differentiable(beyond, limit=limit)
+        how = (
+            {"rounds": 1, "iterations": ROUNDS["tail"] * TRAIN["iterations"]}
+            if part == "once"
+            else {"rounds": ROUNDS[part]}
+        )
+        with patch.object(calibrate, "LEAST", 0.0 if part == "once" else calibrate.LEAST):
+            _, facts = trained(model, statistic, [TARGET], hard, seed, **how)
+        weights, law = markets.nearest_law(fall(before, limit)[:, None], torch.tensor([TARGET]))
+        facts |= {
+            "limit": limit,
+            "reweighted": float(weights @ beyond(before, limit)),
+            "reweighted_effective": law["effective"],
+        }
+    lines.add(part, seed, facts)
+
+
+# --- showing -------------------------------------------------------------------------------------------------------------
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Markdown: what was asked for, reached and paid; the shares given the shock."""
+    heads = (
+        "scenario",
+        "statistic",
+        "before",
+        "target",
+        "after",
+        "lambda",
+        "path KL",
+        "least KL",
+        "worth, samples",
+        "met",
+    )
+    rows = [f"| {' | '.join(heads)} |", "| --- |" + " --- |" * (len(heads) - 1)]
+    for part in PARTS:
+        own = [line for line in lines if line["law"] == part]
+        if not own:
+            continue
+        for j, first in enumerate(own[0]["statistics"]):
+            each = [line["statistics"][j] for line in own]
+            cells = [_cell([row[name] for row in each]) for name in ("before", "target", "after", "weight")]
+            whole = ["", "", "", ""]
+            if j == 0:
+                met = sum(line["met"] for line in own)
+                whole = [_cell([line[name] for line in own], 2) for name in ("path_kl", "least_kl")]
+                whole += [_cell([line["effective_samples"] for line in own], 0), f"{met} of {len(own)}"]
+            rows.append(f"| {NAMES[part] if j == 0 else ''} | {first['name']} | {' | '.join([*cells, *whole])} |")
+        for j, first in enumerate(own[0]["moved"]):
+            each = [line["moved"][j] for line in own]
+            goal = own[0]["other_goal"][j] if "other_goal" in own[0] else None
+            cells = [_cell([row["before"] for row in each]), "" if goal is None else f"({goal:.4g})"]
+            rows.append(
+                f"| | not asked for: {first['name']} | {' | '.join([*cells, _cell([r['after'] for r in each])])} | | | | | |"
+            )
+    shocks = [line for line in lines if line["law"] == "shock"]
+    if shocks:
+        columns = shocks[0]["columns"]
+        rows += [
+            "",
+            f"| given {columns[-1]} at {markets.SHOCK:.0%} | {' | '.join(columns[:-1])} |",
+            "| --- |" + " --- |" * (len(columns) - 1),
+        ]
+        tuned = [_percent([line["moved"][j]["after"] for line in shocks]) for j in range(len(columns) - 1)]
+        rows.append(f"| trained | {' | '.join(tuned)} |")
+        worth = f"reweighted, worth {shocks[0]['reweighted_effective']:.0f} of 4,000"
+        rows.append(f"| {worth} | {' | '.join(_percent([x]) for x in shocks[0]['reweighted'])} |")
+    return "\n".join(rows) + "\n"
+
+
+def _cell(found: list[float | None], digits: int = 4) -> str:
+    """Mean and half-width of the seeds; none where no samples say it. digits: 4 significant ones, or so many decimals."""
+    values = [x for x in found if x is not None]
+    if not values:
+        return "none"
+    mean, half = confidence_interval(values)
+    text = format(mean, ".4g" if digits == 4 else f".{digits}f")
+    return text + (f" ± {half:.2g}" if len(values) > 1 and half > 0 else "")
+
+
+def _percent(values: list[float]) -> str:
+    mean, half = confidence_interval(values)
+    return f"{mean:.1%}" + (f" ± {half:.1%}" if len(values) > 1 else "")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["run", "table"])
+    parser.add_argument("--data", type=Path, help="a table of levels, a column a share")
+    parser.add_argument("--work", type=Path, default=Path("markets"), help="the model of markets.py [default markets]")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--seeds", type=int, nargs="+", help="[default 0, 1, 2 of most parts]")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/market_scenarios.jsonl"))
+    parser.add_argument("--page", type=Path, help="put the tables between the marks of this page")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    lines = markets.Lines(options.out)
+    if options.part == "table":
+        markets.show(table(lines.lines), options.page, MARKS)
+        return 0
+    market = markets.Market(options.data, options.work)
+    for part in options.only:
+        for seed in options.seeds or range(SEEDS[part]):
+            if not lines.has(part, seed):
+                run(market, options.work, lines, part, seed)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
