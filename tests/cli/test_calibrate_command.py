@@ -21,10 +21,11 @@ def test_from_words_to_a_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("my.py").write_text("def first(x):\n    return x[:, 0]\ndef both(x):\n    return x.square()\n")
-    words = "--statistic my.py:first --target -1.5 --statistic my.py:both --target 2,3 --also my.py:first"
+    words = "--statistic my.py:first --target -1.5 --statistic my.py:both --target 2,3 --also my.py:first --solver euler_maruyama"
     assert main(shlex.split(f"calibrate gaussian {words} --out run {SMALL}")) == 1, "not reached"
     printed = capsys.readouterr().out
     assert "round 1  lambda" in printed
+    assert printed.count("3 steps of euler_maruyama on the grid uniform draw") == 1
     assert main(shlex.split(f"calibrate gaussian {words} --out run --resume-or-start {SMALL}")) == 1
     assert capsys.readouterr().out.strip() in printed, "the outcome of one that has ended"
     assert main(shlex.split(f"calibrate gaussian {words} --out run --resume-or-start {SMALL} --seed 1")) == 2

@@ -172,6 +172,16 @@ def calibrate(
     kept.begin(before)
     for note in notes:
         tell(f"note: {note}")
+    said = set[str]()
+
+    def hear(kind: str, line: Mapping[str, Any]) -> None:
+        """What a round's run notices is said once, where its progress is not shown, which would say it."""
+        if not shows and line.get("guard") == "note" and line["text"] not in said:
+            said.add(line["text"])
+            tell(f"note: {line['text']}")
+        if on_event is not None:
+            on_event(kind, dict(line))
+
     weights, result, done = torch.zeros(len(goal), dtype=torch.float64), None, list[dict[str, Any]]()
     here, aim, share, gap, off = first, first.mean, 1.0, 0.0, 0.0
     for number in range(1, rounds + 1):
@@ -183,7 +193,7 @@ def calibrate(
             now = gap = first.distance(here.mean, aim)
         off, way = now, "" if share == 1 else f", {share:.0%} of the way"
         tell(f"round {number}  lambda {_several(weights.tolist())}{way}")
-        result = work.train(weights.tolist(), result, kept.round(number), progress, on_event)
+        result = work.train(weights.tolist(), result, kept.round(number), progress, hear)
         drawn = kept.drawn(number, partial(work.draw, result.policy, number))
         here = Samples(drawn.values(names), drawn.condition, names)
         kl, kl_se = drawn.path_kl()
