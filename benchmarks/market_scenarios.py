@@ -4,9 +4,10 @@
     python benchmarks/market_scenarios.py table --out benchmarks/market_scenarios.jsonl --page docs/results/markets.md
 
 `stocks.csv` and `markets`: those of `markets.py run`. Parts, a seed each: `repair`, the shape of a window's days that the
-model misses; `loss`, P(loss of a window > value at risk at 95 %) = 25 %; `tail`, the same of 99.9 %, in rounds, and `once`, at
-once with as many iterations; `shock`, a fall of the last share by 8 % over the last five days, whose mean and spread are given,
-so that the law of the other shares given it stays the model's. Resumable: what is in the file is not made again.
+model misses; `loss`, P(loss of a window > value at risk at 95 %) = 25 %; `shock`, a fall of the
+last share by 8 % over the last five days, whose mean and spread are given, so that the law of the other shares given it stays
+the model's; `tail`, on the Gaussian mixture of the recipe `gaussian`, an event of probability 0.001 made 0.25, in rounds,
+and `once`, at once with as many iterations. Resumable: what is in the file is not made again.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from scoreact.api import calibrate
 from scoreact.api.calibrate import Calibration
 from scoreact.evaluation.metrics import confidence_interval
 from scoreact.evaluation.value_at_risk import value_at_risk
+from scoreact.recipes.base import recipes
 
 TRAIN: dict[str, Any] = {
     "algorithm": "adjoint_matching", "reward_gradient": "exact", "learning_rate": 1e-3, "decay_from": 0.3, "average": 0.85,
@@ -34,16 +36,26 @@ TRAIN: dict[str, Any] = {
     "evaluate_every": 1000, **markets.PATH,
 }  # fmt: skip
 SAMPLES, TOLERANCE = 800, 0.1
-ROUNDS = {"repair": 3, "loss": 2, "shock": 2, "tail": 3}
+ROUNDS = {"repair": 3, "loss": 2, "shock": 2, "tail": 6}
 SOFT = 0.03  # log-return within which a loss passes from below the limit to above, so that there is a gradient
 TARGET = 0.25  # probability of a loss beyond the limit
 PARTS = ("repair", "loss", "shock", "tail", "once")
-LEVELS = {"loss": 0.95, "tail": 0.999, "once": 0.999}
-SEEDS = {"repair": 3, "loss": 3, "shock": 3, "tail": 1, "once": 1}
+LEVEL = 0.95
+TAIL = {"limit": 2.3, "soft": 0.2}  # of x on the recipe gaussian, where P(x > limit) is 0.001
+OF_TAIL: dict[str, Any] = {
+    "algorithm": "adjoint_matching", "reward_gradient": "exact", "iterations": 20, "batch_size": 128, "steps": 20,
+    "heldout_samples": 64, "reference_batches": 2, "evaluate_every": 1000,
+}  # fmt: skip
+SEEDS = {"repair": 1, "loss": 1, "shock": 1, "tail": 5, "once": 5}
 MARKS = ("<!-- trained -->\n", "<!-- /trained -->\n")
 NAMES = {
-    "repair": "repair of shape and volatility", "loss": "P(loss > VaR 95 %) = 25 %", "shock": "index falls by 8 % in 5 days",
-    "tail": "P(loss > VaR 99.9 %) = 25 %, in rounds", "once": "the same, at once",
+    "repair": "repair", "loss": "loss beyond VaR 95 %", "shock": "index falls by 8 % in 5 days",
+    "tail": "tail of the mixture, in rounds", "once": "the same, at once",
+}  # fmt: skip
+STATISTICS = {
+    "shape[0]": "mean \\|r\\| over root mean square", "shape[1]": "log volatility", "last_days[0]": "index over 5 days",
+    "last_days[1]": "its square", "fall": "P, softly", "beyond": "P", "far": "P, softly", "past": "P",
+    "other_facts[0]": "\\|r_t r_(t+1)\\|", "other_facts[1]": "\\|r_t r_(t+20)\\|", "other_facts[2]": "r_t r_(t+1)",
 }  # fmt: skip
 
 
@@ -79,6 +91,15 @@ def last_days(returns: Tensor) -> Tensor:
     return torch.stack([s, s.square()], dim=1)
 
 
+def far(x: Tensor) -> Tensor:
+    """Of points [n, 2]: 1 where x is past the limit, else 0; softly."""
+    return torch.sigmoid((x[:, 0] - TAIL["limit"]) / TAIL["soft"])
+
+
+def past(x: Tensor) -> Tensor:
+    return (x[:, 0] > TAIL["limit"]).to(x.dtype)
+
+
 def of_others(returns: Tensor) -> Tensor:
     """That of the other shares: [n, C - 1]."""
     return returns[:, :-1, -markets.DAYS :].sum(2)
@@ -94,24 +115,16 @@ def differentiable(function: Callable[..., Tensor], **options: Any) -> Callable[
 
 
 def trained(
-    model: Path, statistic: Callable[..., Tensor], targets: list[float], also: Callable[..., Tensor], seed: int, **how: Any
-) -> tuple[Calibration, dict[str, Any]]:  # fmt: skip
+    model: Path | str, statistic: Callable[..., Tensor], targets: list[float], also: Callable[..., Tensor], **how: Any
+) -> tuple[Calibration, dict[str, Any]]:
     """A calibration, and of it what the table says."""
-    settings = {**TRAIN, "seed": seed, **how}
+    settings = {"samples": SAMPLES, **how}
     found = sa.calibrate(
-        model,
-        statistic,
-        targets,
-        also=also,
-        samples=SAMPLES,
-        tolerance=TOLERANCE,
-        progress=False,
-        say=print,
-        **settings,
-    )
+        model, statistic, targets, also=also, tolerance=TOLERANCE, progress=False, report=False, say=print, **settings
+    )  # fmt: skip
     kept = ("met", "statistics", "path_kl", "path_kl_se", "least_kl", "least_kl_se", "effective_samples", "trusted")
     facts = {name: found.facts[name] for name in kept}
-    facts["moved"] = [row for row in found.facts["moved"] if row["name"].partition("[")[0] == also.__name__]
+    facts["moved"] = [row for row in found.facts["moved"] if also.__name__ in row["name"]]
     facts["rounds"] = [
         {"share": r["share"], "means": r["means"], "path_kl": r["path_kl"]} for r in found.facts["rounds"]
     ]
@@ -119,7 +132,7 @@ def trained(
 
 
 def run(market: markets.Market, work: Path, lines: markets.Lines, part: str, seed: int) -> None:
-    model = work / "pretrained"
+    model, how = work / "pretrained", {**TRAIN, "rounds": ROUNDS[part], "seed": seed}
     before = markets.drawn(model, 4000, 7).double()
     if part == "repair":
         goal = shape(market.windows.double()).mean(0).tolist()
@@ -138,15 +151,9 @@ def run(market: markets.Market, work: Path, lines: markets.Lines, part: str, see
         facts |= {"reweighted": (weights @ of_others(before)).tolist(), "reweighted_effective": law["effective"]}
         facts["columns"] = list(market.columns)
     else:
-        limit = value_at_risk(before.mean(1).sum(1), LEVELS[part])
+        limit = value_at_risk(before.mean(1).sum(1), LEVEL)
         statistic, hard = differentiable(fall, limit=limit), differentiable(beyond, limit=limit)
-        how = (
-            {"rounds": 1, "iterations": ROUNDS["tail"] * TRAIN["iterations"]}
-            if part == "once"
-            else {"rounds": ROUNDS[part]}
-        )
-        with patch.object(calibrate, "LEAST", 0.0 if part == "once" else calibrate.LEAST):
-            _, facts = trained(model, statistic, [TARGET], hard, seed, **how)
+        _, facts = trained(model, statistic, [TARGET], hard, **how)
         weights, law = markets.nearest_law(fall(before, limit)[:, None], torch.tensor([TARGET]))
         facts |= {
             "limit": limit,
@@ -156,14 +163,27 @@ def run(market: markets.Market, work: Path, lines: markets.Lines, part: str, see
     lines.add(part, seed, facts)
 
 
+def tail(lines: markets.Lines, part: str, seed: int) -> None:
+    """An event of probability 0.001, in rounds or at once, with as many iterations, where the nearest law is known."""
+
+    how: dict[str, Any] = {**OF_TAIL, "rounds": ROUNDS["tail"], "seed": seed}
+    if part == "once":
+        how |= {"rounds": 1, "iterations": ROUNDS["tail"] * OF_TAIL["iterations"]}
+    with patch.object(calibrate, "LEAST", 0.0 if part == "once" else calibrate.LEAST):
+        _, facts = trained("gaussian", differentiable(far), [TARGET], past, samples=2 * SAMPLES, **how)
+    exact = recipes()["gaussian"].build().model.base.sample(1_000_000, torch.Generator().manual_seed(0))  # type: ignore[attr-defined]
+    _, law = markets.nearest_law(far(exact.double())[:, None], torch.tensor([TARGET]))
+    lines.add(part, seed, {**facts, "exact_kl": law["kl"]})
+
+
 # --- showing -------------------------------------------------------------------------------------------------------------
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """Markdown: what was asked for, reached and paid; the shares given the shock."""
+    """Markdown: what was asked for, reached and paid; and how the other shares fall with the index."""
     heads = (
         "scenario",
-        "statistic",
+        "mean of",
         "before",
         "target",
         "after",
@@ -171,42 +191,52 @@ def table(lines: list[dict[str, Any]]) -> str:
         "path KL",
         "least KL",
         "worth, samples",
-        "met",
+        "seeds",
     )
     rows = [f"| {' | '.join(heads)} |", "| --- |" + " --- |" * (len(heads) - 1)]
-    for part in PARTS:
-        own = [line for line in lines if line["law"] == part]
-        if not own:
-            continue
-        for j, first in enumerate(own[0]["statistics"]):
+    by = {part: [line for line in lines if line["law"] == part] for part in PARTS}
+    for part, own in by.items():
+        for j in range(len(own[0]["statistics"]) if own else 0):
             each = [line["statistics"][j] for line in own]
             cells = [_cell([row[name] for row in each]) for name in ("before", "target", "after", "weight")]
             whole = ["", "", "", ""]
             if j == 0:
-                met = sum(line["met"] for line in own)
                 whole = [_cell([line[name] for line in own], 2) for name in ("path_kl", "least_kl")]
-                whole += [_cell([line["effective_samples"] for line in own], 0), f"{met} of {len(own)}"]
-            rows.append(f"| {NAMES[part] if j == 0 else ''} | {first['name']} | {' | '.join([*cells, *whole])} |")
-        for j, first in enumerate(own[0]["moved"]):
-            each = [line["moved"][j] for line in own]
-            goal = own[0]["other_goal"][j] if "other_goal" in own[0] else None
-            cells = [_cell([row["before"] for row in each]), "" if goal is None else f"({goal:.4g})"]
+                whole += [_cell([line["effective_samples"] for line in own], 0), str(len(own))]
             rows.append(
-                f"| | not asked for: {first['name']} | {' | '.join([*cells, _cell([r['after'] for r in each])])} | | | | | |"
+                f"| {'' if j else NAMES[part]} | {STATISTICS[each[0]['name']]} | {' | '.join([*cells, *whole])} |"
             )
-    shocks = [line for line in lines if line["law"] == "shock"]
-    if shocks:
-        columns = shocks[0]["columns"]
+        for j in range(len(own[0]["moved"]) if own and part != "shock" else 0):
+            each = [line["moved"][j] for line in own]
+            goal = f"not asked for{', real ' + format(own[0]['other_goal'][j], '.4g') if part == 'repair' else ''}"
+            cells = [_cell([row["before"] for row in each]), goal, _cell([row["after"] for row in each])]
+            rows.append(f"| | {STATISTICS[each[0]['name']]} | {' | '.join(cells)} | | | | | |")
+    if by["shock"]:
+        columns = by["shock"][0]["columns"]
+        rows += ["", f"| fall over 5 days as a share of {columns[-1]}'s | {' | '.join(columns[:-1])} |"]
+        rows += ["| --- |" + " --- |" * (len(columns) - 1)]
+        worth = by["shock"][0]["reweighted_effective"]
+        trained_to = [_cell([_shares(line)[0][j] for line in by["shock"]], 2) for j in range(len(columns) - 1)]
+        reweighted = [f"{share:.2f}" for share in _shares(by["shock"][0])[1]]
         rows += [
-            "",
-            f"| given {columns[-1]} at {markets.SHOCK:.0%} | {' | '.join(columns[:-1])} |",
-            "| --- |" + " --- |" * (len(columns) - 1),
+            f"| trained | {' | '.join(trained_to)} |",
+            f"| reweighted, worth {worth:.0f} of 4,000 | {' | '.join(reweighted)} |",
         ]
-        tuned = [_percent([line["moved"][j]["after"] for line in shocks]) for j in range(len(columns) - 1)]
-        rows.append(f"| trained | {' | '.join(tuned)} |")
-        worth = f"reweighted, worth {shocks[0]['reweighted_effective']:.0f} of 4,000"
-        rows.append(f"| {worth} | {' | '.join(_percent([x]) for x in shocks[0]['reweighted'])} |")
+    pairs = [(a, b) for a in by["tail"] for b in by["once"] if a["seed"] == b["seed"]]
+    if pairs:
+        off = [[abs(line["statistics"][0]["after"] - TARGET) for line in pair] for pair in pairs]
+        cells = [_cell([x[0] for x in off], 2), _cell([x[1] for x in off], 2), _cell([x[1] - x[0] for x in off], 2)]
+        rows += ["", "| distance from 25 %, in rounds | at once | difference, seed by seed |", "| --- | --- | --- |"]
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
+
+
+def _shares(line: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """By how much the others moved for each unit that the last share moved: trained, and reweighted."""
+    index, moved = line["statistics"][0], line["moved"]
+    trained_to = [row["change"] / (index["after"] - index["before"]) for row in moved]
+    asked = index["target"] - index["before"]
+    return trained_to, [(x - row["before"]) / asked for x, row in zip(line["reweighted"], moved, strict=True)]
 
 
 def _cell(found: list[float | None], digits: int = 4) -> str:
@@ -217,11 +247,6 @@ def _cell(found: list[float | None], digits: int = 4) -> str:
     mean, half = confidence_interval(values)
     text = format(mean, ".4g" if digits == 4 else f".{digits}f")
     return text + (f" ± {half:.2g}" if len(values) > 1 and half > 0 else "")
-
-
-def _percent(values: list[float]) -> str:
-    mean, half = confidence_interval(values)
-    return f"{mean:.1%}" + (f" ± {half:.1%}" if len(values) > 1 else "")
 
 
 def main() -> int:
@@ -239,11 +264,11 @@ def main() -> int:
     if options.part == "table":
         markets.show(table(lines.lines), options.page, MARKS)
         return 0
-    market = markets.Market(options.data, options.work)
+    market = markets.Market(options.data, options.work) if set(options.only) - {"tail", "once"} else None
     for part in options.only:
         for seed in options.seeds or range(SEEDS[part]):
             if not lines.has(part, seed):
-                run(market, options.work, lines, part, seed)
+                tail(lines, part, seed) if part in ("tail", "once") else run(market, options.work, lines, part, seed)
     return 0
 
 

@@ -3,8 +3,8 @@
     python benchmarks/markets.py run --data stocks.csv --work markets --out benchmarks/markets.jsonl
     python benchmarks/markets.py table --out benchmarks/markets.jsonl --page docs/results/markets.md
     python benchmarks/markets.py figure --data stocks.csv --work markets --out docs/results/markets.png
-    python benchmarks/markets.py run --packaged indices --work markets-indices --out benchmarks/markets_indices.jsonl --seeds 3
-    python benchmarks/markets.py table --out benchmarks/markets_indices.jsonl --page docs/results/markets.md --mark indices
+    python benchmarks/markets.py run --packaged indices --work indices --out benchmarks/markets_indices.jsonl
+    python benchmarks/markets.py table --out benchmarks/markets_indices.jsonl --mark indices --page docs/results/markets.md
 
 `stocks.csv`: a column of levels a share and one of dates. The first 80 % of the days are learned from, of which `pretrain`
 keeps its last tenth out to choose its weights by; the rest is used to test value at risk alone. `run` pretrains once; then, a
@@ -270,10 +270,10 @@ def drawn(model: Path, count: int, seed: int, path: dict[str, Any] = PATH) -> Te
     return torch.cat(parts)[:count]
 
 
-def run(market: Market, work: Path, lines: Lines, seeds: int = SEEDS, reweight: bool = True) -> None:
+def run(market: Market, work: Path, lines: Lines, seeds: int, steps: int, reweight: bool) -> None:
     model = work / "pretrained"
     if not (model / "model.json").is_file():
-        sa.pretrain(model, market.csv, window=WINDOW, values="returns", **PRETRAIN)
+        sa.pretrain(model, market.csv, window=WINDOW, values="returns", **{**PRETRAIN, "steps": steps})
     kinds = {kind: Garch(market.learn, kind) for kind in ("GARCH", "EGARCH")}
     for seed in range(seeds):
         generator = torch.Generator().manual_seed(seed)
@@ -457,6 +457,7 @@ def main() -> int:
     parser.add_argument("--page", type=Path, help="put the tables between the marks of this page")
     parser.add_argument("--packaged", choices=PACKAGED, help="instead of --data: levels that `arch` ships")
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"of the samples [default {SEEDS}]")
+    parser.add_argument("--pretrain-steps", type=int, default=PRETRAIN["steps"], help=f"[default {PRETRAIN['steps']}]")
     parser.add_argument("--mark", default="markets", help="name of the marks in the page [default markets]")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -469,7 +470,7 @@ def main() -> int:
         packaged(options.packaged, options.data)
     market = Market(options.data, options.work)
     if options.part == "run":
-        run(market, options.work, Lines(options.out), options.seeds, options.packaged is None)
+        run(market, options.work, Lines(options.out), options.seeds, options.pretrain_steps, options.packaged is None)
     else:
         figure(market, options.work, options.out)
     return 0

@@ -21,7 +21,8 @@ def test_from_words_to_a_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("my.py").write_text("def first(x):\n    return x[:, 0]\ndef both(x):\n    return x.square()\n")
-    words = "--statistic my.py:first --target -1.5 --statistic my.py:both --target 2,3 --also my.py:first --solver euler_maruyama"
+    words = "--statistic my.py:first --target -1.5 --statistic my.py:both --target 2,3 --also my.py:first "
+    words += "--solver euler_maruyama"
     assert main(shlex.split(f"calibrate gaussian {words} --out run {SMALL}")) == 1, "not reached"
     printed = capsys.readouterr().out
     assert "round 1  lambda" in printed

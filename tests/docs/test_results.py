@@ -133,10 +133,20 @@ def test_the_table_of_simulated_people_is_that_of_its_runs(monkeypatch: pytest.M
 
 def test_the_tables_of_markets_are_those_of_their_runs() -> None:
     module = benchmark("markets")
+    for name, lines in (("markets", "markets.jsonl"), ("indices", "markets_indices.jsonl")):
+        start, end = (mark.replace("markets", name) for mark in module.MARKS)
+        shown = between((start, end), "results/markets.md")
+        assert shown == module.table(measured(lines))
+        assert "| GARCH, each day anew |" in shown
+
+
+def test_the_table_of_trained_scenarios_is_that_of_its_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    module = benchmark("market_scenarios")
     shown = between(module.MARKS, "results/markets.md")
-    lines = measured("markets.jsonl")
+    lines = measured("market_scenarios.jsonl")
     assert shown == module.table(lines)
-    assert "| GARCH, each day anew |" in shown
+    assert "| the same, at once | P, softly |" in shown
 
 
 @pytest.mark.slow

@@ -64,7 +64,7 @@ def _path(line: Mapping[str, Any]) -> str:
         f"deviation is {line['spread']:.2f} of the data's\n           tried: {'; '.join(tried)}"
     )
     if abs(line["spread"] - 1) > FAR:
-        said += "\nnote: no path draws the data's spread, so that the model lacks it; train it longer, or on more data."
+        said += "\nnote: none of them draws the data's spread; train longer, on more data, or try more --steps."
     return said
 
 
