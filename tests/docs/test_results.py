@@ -115,6 +115,12 @@ def test_the_tables_of_anomalies_are_those_of_their_runs() -> None:
         assert {"anomalies": "| PyOD AutoEncoder | 5 |", "paradox": "| a white square on black |"}[name] in shown
 
 
+def test_the_tables_of_heartbeats_are_those_of_their_runs() -> None:
+    module = benchmark("heartbeats")
+    assert between(module.MARKS, "results/health.md") == module.table(measured("heartbeats.jsonl"))
+    assert module.table(measured("heartbeats.jsonl")).count("| tuned to log p(class) |") == 2
+
+
 def test_the_tables_of_few_steps_are_those_of_their_runs() -> None:
     module = benchmark("few_steps")
     shown = between(module.MARKS, "results/few-steps.md")
