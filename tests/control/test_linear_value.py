@@ -263,6 +263,7 @@ def test_every_rule_with_a_critic_takes_it(rule: str) -> None:
     assert last["value/ridge"] > 0
 
 
+@pytest.mark.slow  # as other critics are tested to do by default
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     whole = train(tmp_path / "whole")
 

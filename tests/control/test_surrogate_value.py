@@ -101,7 +101,7 @@ def test_other_losses_are_refused() -> None:
         problem(10, 0, "log_probability")
 
 
-@pytest.mark.parametrize("algorithm", ["ctrl", "ctrl_pathwise"])
+@pytest.mark.parametrize("algorithm", [pytest.param("ctrl", marks=pytest.mark.slow), "ctrl_pathwise"])
 def test_a_run_reaches_most_of_the_optimum(algorithm: str) -> None:
     """What an untrained layer sees of a point says nearly all of the mixture's reward."""
     settings = {

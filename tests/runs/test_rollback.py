@@ -75,7 +75,7 @@ def test_what_it_goes_back_to_is_that_state_exactly(
     """With steps as before, the accident leaves no trace in the weights."""
     monkeypatch.setattr("scoreact.runs.rollback.SLOWER", 1.0)
     whole, broken = train(None), train(tmp_path / "run" if folder else None, 3)
-    assert next(line["guard"] for line in broken.history if "guard" in line) == "rollback"
+    assert "rollback" in [line.get("guard") for line in broken.history]
     for one, other in zip(whole.policy.parameters(), broken.policy.parameters(), strict=True):
         assert torch.equal(one, other)
 
