@@ -136,7 +136,7 @@ def test_the_table_of_simulated_people_is_that_of_its_runs(monkeypatch: pytest.M
     lines = measured("people.jsonl")
     made = importlib.import_module("people").table(lines)
     assert made in (ROOT / "docs" / "howto" / "liking.md").read_text(encoding="utf-8")
-    assert made.count("text to image | 2 |") == 3
+    assert made.count("text to image | 5 |") == 3
 
 
 def test_the_tables_of_markets_are_those_of_their_runs() -> None:
