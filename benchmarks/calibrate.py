@@ -121,7 +121,7 @@ class BestForShare(nn.Module):
         means = alpha_end * base.means.double()
         covariances = alpha_end**2 * base.covariances.double() + sigma_end**2 * unit
         alpha = (self.schedule.alpha(t) / alpha_end).reshape(-1, 1, 1)
-        noise = (self.schedule.sigma(t)[:, None, None] ** 2 - (alpha * sigma_end) ** 2).clamp(min=1e-9)
+        noise = (self.schedule.sigma(t).reshape(-1, 1, 1) ** 2 - (alpha * sigma_end) ** 2).clamp(min=1e-9)
         there = alpha[..., None] ** 2 * covariances + noise[..., None] * unit  # of a component at t
         off, inverse = points[:, None] - alpha * means, torch.linalg.inv(there)
         log_normal = -0.5 * (torch.einsum("bki,bkij,bkj->bk", off, inverse, off) + torch.logdet(there))

@@ -54,8 +54,8 @@ PRETRAIN: dict[str, Any] = {"steps": 1000, "width": 16, "bfloat16": "no", "seed"
 PATH: dict[str, Any] = {"solver": "euler_maruyama", "grid": "log_snr", "steps": 40}
 PATHS: tuple[dict[str, Any], ...] = (
     *({"solver": "ddim", "grid": "uniform", "steps": steps} for steps in (10, 40)),
-    *({"solver": "euler_maruyama", "grid": "log_snr", "steps": steps} for steps in (20, 40)),
-)  # of which the last is the one that draws enough of the standard deviation
+    *({"solver": "euler_maruyama", "grid": "log_snr", "steps": steps} for steps in (20, 40, 160)),
+)  # more steps tell the model's own spread from what few of them add
 STRESS, TARGET = (0.95, 0.99), 0.5  # levels of value at risk, and how likely the scenario makes a loss beyond it
 ENOUGH = 100  # effective samples
 SHOCK, WIDTH, DAYS = -0.08, 0.02, 5  # log-return of the last share over the last days of a window, and how exactly

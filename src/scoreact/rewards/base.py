@@ -55,6 +55,13 @@ class TakesModel(Protocol):
         ...
 
 
+def need_times(model: ScoreModel, times: Collection[float]) -> None:
+    """Raises RewardError where one of these times is none of the model's."""
+    low, high = model.schedule.t_min, model.schedule.t_max
+    if outside := [t for t in times if not low <= t <= high]:
+        raise RewardError(f"time {outside[0]:g} is none of the model's, which are {low:g} to {high:g}.")
+
+
 def _none(samples: Tensor, condition: Condition) -> Tensor:
     raise RewardError(
         "there is no reward; give one: --reward file.py:function or a known name, or finetune(model, reward)."

@@ -19,6 +19,7 @@ from ..models.weights import reference_digest_of
 from ..support.devices import device_of
 from ..support.errors import ModelError, RewardError
 from ..types import expand
+from .base import need_times
 
 TIMES = (0.25, 0.5, 0.75)
 
@@ -43,9 +44,7 @@ class DenoiserFeatures:
         """A frozen view or copy of this pretrained model is asked, as it is now. Does nothing where there is one already."""
         if self.model is not None:
             return
-        low, high = model.schedule.t_min, model.schedule.t_max
-        if outside := [t for t in self.times if not low <= t <= high]:
-            raise RewardError(f"time {outside[0]:g} is none of the model's, which are {low:g} to {high:g}.")
+        need_times(model, self.times)
         if self.digest and reference_digest_of(model) != self.digest:
             raise RewardError(
                 f"the reward sees samples by another pretrained model than this {type(model).__name__}; train the model that "

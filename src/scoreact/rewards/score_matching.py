@@ -18,6 +18,7 @@ from ..models.base import Encodes, ScoreModel
 from ..support.errors import RewardError
 from ..support.loading import load_named
 from ..types import Condition, expand
+from .base import need_times
 
 
 class ScoreMatching:
@@ -51,9 +52,7 @@ class ScoreMatching:
         """A frozen copy of this model denoises, where none was given."""
         if self.model is not None:
             return
-        low, high = model.schedule.t_min, model.schedule.t_max
-        if outside := [t for t in self.times if not low <= t <= high]:
-            raise RewardError(f"time {outside[0]:g} is none of the model's, which are {low:g} to {high:g}.")
+        need_times(model, self.times)
         kept = copy.deepcopy(model)
         if isinstance(kept, nn.Module):
             kept.requires_grad_(False).eval()

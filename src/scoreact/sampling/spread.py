@@ -1,8 +1,8 @@
 """Which path draws samples as spread as the data are.
 
 A step of DDIM leaves out what the state does not tell of the sample, so that few of them draw too little of the standard
-deviation: of pictures a tenth, of what is near to noise, as vectors and series are, a half. Euler-Maruyama over the log-SNR
-draws too much where its steps are few. All paths here are memoryless, so that training to a reward tilts the law.
+deviation: least of what is near to noise, as series of returns are. Euler-Maruyama over the log-SNR draws too much where its
+steps are few. All paths here are memoryless, so that training to a reward tilts the law.
 """
 
 from __future__ import annotations
