@@ -11,7 +11,7 @@ import pytest
 from scoreact.cli.main import main
 
 SMALL = (
-    "--tolerance 0.2 --samples 100 --rounds 1 --iterations 1 --batch-size 16 --steps 3 --heldout-samples 16 "
+    "--tolerance 0.2 --samples 100 --rounds 2 --iterations 1 --batch-size 16 --steps 3 --heldout-samples 16 "
     "--reference-batches 1 --value-steps 1 --value-first-steps 1 --option width=8 --no-report --device cpu"
 )
 

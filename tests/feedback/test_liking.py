@@ -357,6 +357,21 @@ class Squares(nn.Module):
         return self.level - x, torch.cat([x, x.square()], 1)
 
 
+class Linear(nn.Module):
+    """A denoiser of points in three dimensions alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.layer(x)
+
+    def with_features(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        found = self.layer(x)
+        return found, found
+
+
 def test_a_models_own_features_are_taken_and_asked_of_that_model_alone(tmp_path: Path) -> None:
     model = NetworkModel(Squares(), RectifiedFlow(), prediction.velocity, (2,))
     reward = fit_reward(points(lambda x: -x.square().sum(1), 150), ["values", "denoiser"], model=model)
@@ -389,6 +404,9 @@ def test_what_was_not_tried_is_said_and_what_cannot_be_is_refused() -> None:
     assert note.startswith("the pretrained model's own features were not tried: ")
     with pytest.raises(RewardError, match="are a pretrained model's own; name it"):
         fit_reward(evidence, ["denoiser"])
+    other = NetworkModel(Linear(), RectifiedFlow(), prediction.velocity, (3,))
+    with pytest.raises(RewardError, match=r"does not take samples of shape \(2,\) .* name the model that drew them"):
+        fit_reward(evidence, ["denoiser"], model=other)
     with pytest.raises(RewardError, match="are trained on answers"):
         open_features("network", (2,))
 
