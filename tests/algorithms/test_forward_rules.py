@@ -20,7 +20,7 @@ from scoreact.algorithms.diffusion_nft import DiffusionNFT, graded
 from scoreact.algorithms.dpo import DPO, paired, read_pairs, write_pairs
 from scoreact.algorithms.forward import ForwardRule
 from scoreact.algorithms.ram import RAM, leave_one_out
-from scoreact.algorithms.rwr import RWR, normalised_weights
+from scoreact.algorithms.rwr import RWR, log_weights
 from scoreact.api.result import Result
 from scoreact.api.start import finetune
 from scoreact.control.policy import Policy
@@ -110,7 +110,7 @@ def test_the_kl_error_is_the_control_and_the_others_are_predictions(generator: t
 
 
 def test_weights_by_hand() -> None:
-    weights = normalised_weights(torch.tensor([0.0, 2.0, 1.0, 5.0]), Condition(["a", "b", "a", "b"]), 0.5)
+    weights = log_weights(torch.tensor([0.0, 2.0, 1.0, 5.0]), Condition(["a", "b", "a", "b"]), 0.5).exp()
     e2, e6 = math.exp(2), math.exp(6)  # exp(1 / 0.5), exp(3 / 0.5)
     wanted = [2 / (1 + e2), 2 / (1 + e6), 2 * e2 / (1 + e2), 2 * e6 / (1 + e6)]
     assert weights.tolist() == pytest.approx(wanted)
@@ -221,6 +221,60 @@ def test_rwr_from_the_reference_has_the_tilted_law_as_minimiser(weighting: str) 
     ours, theirs = line.distance()
     assert theirs > 0.3  # nats: the tilt is no small one
     assert ours < 0.02 * theirs
+
+
+def gradients(line: Line, baseline: str, reward: Callable[[Tensor, Condition], Tensor], batches: int) -> Tensor:
+    """Of the loss at the reference, a row a batch of the reference's samples; the same samples for every baseline."""
+    rule = RWR(line.policy, line.sde, euler_maruyama, None, BETA, reward, replay=1, baseline=baseline)  # type: ignore[arg-type]
+    generator, rows = torch.Generator().manual_seed(5), []
+    for _ in range(batches):
+        path = line.samples(line.base, 200, generator).trajectory
+        loss = rule.loss(rule.prepare(Paths(path, reward(path.xs[-1], path.condition)), generator, 1.0))[0]
+        rows.append(torch.cat(torch.autograd.grad(loss, line.policy.trainable())))
+    return torch.stack(rows)
+
+
+def along(x: Tensor, condition: Condition) -> Tensor:
+    return 0.3 * Line.slope * x[:, 0]
+
+
+def test_a_baseline_changes_the_noise_of_the_gradient_and_not_its_mean() -> None:
+    """At the reference, where the target less the reference's score has mean 0 given the state."""
+    line = Line()
+    without, with_one = (gradients(line, baseline, along, 300) for baseline in ("none", "denoised"))
+    error = (without - with_one).std(0) / 300**0.5
+    assert float(((without.mean(0) - with_one.mean(0)) / (error + 1e-6)).abs().max()) < 4
+    slopes, offsets = (without.std(0) / with_one.std(0)).view(2, -1)[:, :-1]  # no step begins at the last time
+    assert float(torch.cat([slopes, offsets]).min()) > 2
+    assert int(offsets.argmax()) == len(offsets) - 1, (
+        "the nearest to the data, where the denoised sample tells the most"
+    )
+
+
+def test_with_a_baseline_a_constant_reward_changes_nothing() -> None:
+    def flat(x: Tensor, condition: Condition) -> Tensor:
+        return torch.full((len(x),), 2.5)
+
+    assert float(gradients(Line(), "denoised", flat, 2).abs().max()) < 1e-3
+    assert float(gradients(Line(), "none", flat, 2).abs().max()) > 0.01
+
+
+def test_rwr_with_a_baseline_has_the_tilted_law_as_minimiser_sooner() -> None:
+    found = []
+    for baseline in ("none", "denoised"):
+        line = Line()
+        end = line.ts[-1:]
+
+        def reward(x: Tensor, condition: Condition, line: Line = line, end: Tensor = end) -> Tensor:
+            t = end.expand(len(x))
+            return BETA * (line.tilted.log_prob(t, x) - line.base.log_prob(t, x))
+
+        rule = RWR(line.policy, line.sde, euler_maruyama, None, BETA, reward, replay=1, baseline=baseline)  # type: ignore[arg-type]
+        fit(line, rule, line.base, 100, 150, 0.08)
+        found.append(line.distance())
+    (without, theirs), (with_one, _) = found
+    assert with_one < 0.01 * theirs
+    assert with_one < 0.5 * without
 
 
 def test_rwr_remembers_the_reference_and_forgets_the_policy(generator: torch.Generator) -> None:
@@ -617,6 +671,7 @@ def write_choices(path: Path, law: GaussianMixture, reward: Any, count: int) -> 
 
 RUNS: list[dict[str, Any]] = [
     {"algorithm": "rwr", "replay": 3},
+    {"algorithm": "rwr", "replay": 3, "baseline": "denoised", "draws": 2},
     {"algorithm": "rwr", "samples": "policy", "sampling": "ode"},
     {"algorithm": "diffusion_nft", "old_rise": 0.2, "learning_rate": 0.01},
     {"algorithm": "dpo", "labels": "sampled", "draws": 2},
@@ -655,6 +710,7 @@ def test_kill_and_resume_equals_uninterrupted(tmp_path: Path, run: dict[str, Any
     [
         ({"algorithm": "rwr"}, 4 + 4, 1),  # the reference draws; the policy denoises at every step
         ({"algorithm": "rwr", "draws": 1}, 4 + 1, 1),
+        ({"algorithm": "rwr", "draws": 3, "baseline": "denoised"}, 4 + 3 + 3, 1 + 3),  # the reference denoises them too
         ({"algorithm": "diffusion_nft"}, 4 + 4 + 4 + 4, 1),  # rollout; old policy, reference, policy
         ({"algorithm": "diffusion_nft", "kl_share": 0.0}, 4 + 4 + 4, 1),
         ({"algorithm": "ram"}, 4 + 4 + 4, 1),  # rollout; reference, policy

@@ -169,6 +169,10 @@ def test_what_cannot_be_of_a_batch_is_refused() -> None:
         ({"value": "residual"}, "value residual wants the reward of single states"),
         ({"reward_failures": 3}, "reward_failures is 3"),
         ({"algorithm": "rwr", "replay": 2}, "replay is 2"),
+        (
+            {"algorithm": "rwr", "replay": 1, "baseline": "denoised"},
+            "baseline denoised wants the reward of single states",
+        ),
         ({"algorithm": "draft"}, "gradient"),
     ):
         settings = {k: v for k, v in TINY.items() if not (k.startswith("value_") and "algorithm" in changes)}

@@ -167,6 +167,7 @@ def test_a_learned_model_is_a_recipe(
     capsys.readouterr()
     with pytest.raises(SettingError, match="mine has no option"):
         recipe_options(find_recipe(str(tmp_path / "mine")), {"width": 3})
+    assert find_recipe(str(tmp_path / "mine")).build().model.shape == shape, "every option has a default"
 
 
 def test_scores_see_the_class_and_samples_have_the_datas_unit(tmp_path: Path) -> None:

@@ -240,6 +240,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"algorithm": "dpo", "pairs": "all"}, {"rounds": 3}, "of pairs random, not of pairs all."),
     ({"algorithm": "draft", "variant": "refl"}, {"renoise": 2}, "of variant draft, alignprop, not of variant refl."),
     ({"algorithm": "rwr", "samples": "policy"}, {"replay": 3}, "of samples reference, not of samples policy."),
+    ({"algorithm": "rwr", "samples": "policy"}, {"baseline": "denoised"}, "of samples reference, not of samples policy."),
 ]  # fmt: skip
 
 

@@ -6,6 +6,12 @@ Fixed point: with samples of the reference (the default) exactly the tilted law 
 the batch (and its remembered rollouts) grows: the weighted samples are the tilted law's, and denoising them gives its
 score whatever lambda. With samples of the policy (iterated) each iteration tilts once more, p exp(n R / beta) after n, so
 it drifts to the argmax of R, held by nothing but stopping.
+With `baseline` denoised the loss becomes
+    E[ sum_k lambda_k ( w |d|^2 - 2 (w - b) d . (s(x_k | x_data) - s_ref) ) ],   d = s_theta - s_ref,
+    b(t, x) = exp(R(decode(x_data_hat)) / beta) / mean over c's, at most the largest w,
+whose minimiser is the same for any b(t, x), as s(x_k | x_data) - s_ref has mean 0 given x_k under the reference, and whose
+noise is that of w - b: none towards the data, where the denoised sample tells the reward and the noise of s(x_k | x_data) is
+greatest. A constant reward then changes nothing.
 Sources: Peters & Schaal 2007 (RWR), Lee et al. 2023 (arXiv 2302.12192: samples of the pretrained model, the reward as
 weight), Black et al. 2023 (arXiv 2305.13301, section 4.2: iterated, weights exp(R / beta)).
 Departs from them: weights are normalised per prompt, and the rollouts of the reference are remembered (`replay`), as their
@@ -15,6 +21,7 @@ fine-tuning of Stable Diffusion and are not taken.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -23,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ..control.policy import Policy
-from ..control.transitions import Paths, Rows
+from ..control.transitions import Paths, Rows, chunks
 from ..support.settings import setting
 from ..types import Condition, Metrics, groups, sum_over_data
 from .forward import ForwardRule, Noised
@@ -31,10 +38,12 @@ from .forward import ForwardRule, Noised
 
 @dataclass(frozen=True)
 class Weighted(Rows):
-    """Noised samples and their weights."""
+    """Noised samples and their weights; with a baseline the reference's scores there too."""
 
     weight: Tensor  # [M]
     noised: Noised
+    baseline: Tensor | None = None  # [M]
+    reference: Tensor | None = None  # [M, *D]
 
 
 @dataclass
@@ -56,6 +65,10 @@ class RWR(ForwardRule):
     replay: int = setting(
         40, "Number of the reference's rollouts that are remembered", 1, needs={"samples": ("reference",)}
     )
+    baseline: Literal["none", "denoised"] = setting(
+        "none", "Control variate of the weights: none, or that of the denoised sample's reward (a reward call a row)",
+        needs={"samples": ("reference",)},
+    )  # fmt: skip
     memory: list[tuple[Tensor, Tensor, list[str]]] = field(default_factory=list)  # samples, rewards, prompts
 
     def compares_samples(self) -> bool:
@@ -73,19 +86,44 @@ class RWR(ForwardRule):
         self.memory = [*self.memory, (path.xs[-1], rewards, list(path.condition.prompts))][-kept:]
         samples = torch.cat([x for x, _, _ in self.memory])
         prompts = [prompt for _, _, names in self.memory for prompt in names]
-        weight = normalised_weights(torch.cat([r for _, r, _ in self.memory]), Condition(prompts), self.kl_weight)
+        rewards_kept, among = torch.cat([r for _, r, _ in self.memory]), Condition(prompts)
+        log_weight = log_weights(rewards_kept, among, self.kl_weight)
+        weight = log_weight.exp()
         chosen = torch.randperm(len(weight), generator=generator, device=weight.device)[: len(rewards)]
         condition = self.policy.condition([prompts[i] for i in chosen.tolist()])
         self.metrics = {"policy/effective_samples": float(weight.sum() ** 2 / weight.square().sum())}
         rows, index = self.noised(samples[chosen], path.ts, condition, generator)
-        return Weighted(weight[chosen][index], rows)
+        if self.baseline == "none":
+            return Weighted(weight[chosen][index], rows)
+        log_z = (rewards_kept / self.kl_weight - log_weight)[chosen][index]
+        reference, estimate = self.denoised(rows)
+        log_baseline = (estimate / self.kl_weight - log_z).clamp(max=float(log_weight.max()))
+        return Weighted(weight[chosen][index], rows, log_baseline.exp(), reference)
+
+    @torch.no_grad()
+    def denoised(self, rows: Noised) -> tuple[Tensor, Tensor]:
+        """The reference's scores there, and the rewards [M] of its denoised samples."""
+        assert self.reward is not None
+        scores, rewards = [], []
+        for part in chunks(rows.t0):
+            t, x, condition = rows.t0[part], rows.x[part], rows.condition[part]
+            score = self.policy.reference_score(t, x, condition)
+            scores.append(score)
+            rewards.append(self.reward(self.policy.model.decode(self.sde.x_data_hat(t, x, score)), condition))
+        return torch.cat(scores), torch.cat(rewards)
 
     def loss(self, rows: Weighted) -> tuple[Tensor, Metrics]:
-        """w / 2 |error|^2, summed over the grid's steps, mean over samples."""
+        """Half of the loss above: summed over the grid's steps, mean over samples."""
         at = rows.noised
         score = self.policy.score(at.t0, at.x, at.condition)
         error = 0.5 * sum_over_data(self.error(self.weighting, at.t0, at.t1, at.x, score, at.target) ** 2)
-        return at.steps * (rows.weight * error).mean(), {"policy/denoising_error": float(error.detach().mean())}
+        told = {"policy/denoising_error": float(error.detach().mean())}
+        if rows.baseline is None or rows.reference is None:
+            return at.steps * (rows.weight * error).mean(), told
+        moved = self.error(self.weighting, at.t0, at.t1, at.x, score, rows.reference)
+        noise = self.error(self.weighting, at.t0, at.t1, at.x, at.target, rows.reference)
+        pull = (rows.weight - rows.baseline) * sum_over_data(moved * noise)
+        return at.steps * (0.5 * rows.weight * sum_over_data(moved**2) - pull).mean(), told
 
     def state_dict(self) -> dict[str, Any]:
         if self.samples == "policy":
@@ -96,13 +134,13 @@ class RWR(ForwardRule):
         self.memory = [(entry["x"], entry["rewards"], entry["prompts"]) for entry in state.get("memory", [])]
 
 
-def normalised_weights(rewards: Tensor, condition: Condition, kl_weight: float) -> Tensor:
-    """exp(R / beta), [B], divided by its mean over the samples of the same prompt."""
-    weight = torch.empty_like(rewards)
+def log_weights(rewards: Tensor, condition: Condition, kl_weight: float) -> Tensor:
+    """log of exp(R / beta) [B], divided by its mean over the samples of the same prompt."""
+    found = torch.empty_like(rewards)
     for index in groups(condition).values():
         rows = index.to(rewards.device)
-        weight[rows] = len(rows) * torch.softmax(rewards[rows] / kl_weight, 0)
-    return weight
+        found[rows] = math.log(len(rows)) + torch.log_softmax(rewards[rows] / kl_weight, 0)
+    return found
 
 
 RULES = {"rwr": RWR}

@@ -149,7 +149,7 @@ def user_recipe(spec: str) -> Recipe:
         )
 
     def build(**options: Any) -> Problem:
-        adapters = {name: options.pop(name) for name in added}
+        adapters = {name: options.pop(name, default) for name, default in added.items()}
         made = function(**options)
         problem = made if isinstance(made, Problem) else Problem(made)
         if not isinstance(problem.model, nn.Module):
@@ -167,7 +167,7 @@ def _with_lora(recipe: Recipe) -> Recipe:
     """A recipe whose model may get low-rank adapters."""
 
     def build(**options: Any) -> Problem:
-        adapters = {name: options.pop(name) for name in LORA}
+        adapters = {name: options.pop(name, default) for name, default in LORA.items()}
         return _with_adapters(recipe.build(**options), **adapters)
 
     return dataclasses.replace(recipe, build=build, options={**recipe.options, **LORA})

@@ -155,6 +155,8 @@ def check_batch_reward(config: Config, reward: Checked) -> list[str]:
         raise SettingError(
             f"{what}, and {used} wants the reward of single states; use value network or linear, and reward_gradient exact."
         )
+    if c.rule.get("baseline") == "denoised":
+        raise SettingError(f"{what}, and baseline denoised wants the reward of single states; leave it out.")
     if c.reward_failures:
         raise SettingError(
             f"{what}, and reward_failures is {c.reward_failures}: a batch that fails would be asked in halves, which are other "
