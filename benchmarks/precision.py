@@ -2,7 +2,8 @@
 
     python benchmarks/shapes.py pretrain shapes
     python benchmarks/precision.py shapes                      # what precision.jsonl lacks, then its table
-    python benchmarks/precision.py shapes --rules draft --seeds 1
+    python benchmarks/precision.py shapes --seeds 5 --ways float32 "bfloat16, computed in float32"
+    python benchmarks/precision.py --page docs/howto/pipelines.md     # runs nothing
 
 Path KL by rounding: of 24 captions at the rule's steps, by a change of the weights as large as one step of the optimiser
 (`training.rounding`). Gain: the reward on 240 pictures from the same noise before and after, drawn in the precision that was
@@ -13,9 +14,9 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import math
 import os
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import shapes
 import text_to_image
 import torch
+from few_steps import cell
 from torch import Tensor
 
 import scoreact as sa
@@ -39,11 +41,13 @@ from scoreact.models.pipelines import casting
 from scoreact.models.pipelines.model import PipelineModel
 from scoreact.models.pipelines.opening import pipeline_model
 from scoreact.models.value_networks import Encoder
+from scoreact.support.files import append_line, resume_lines
 from scoreact.training.config import updated
 from scoreact.training.rounding import rounding_kl
 
 RESULTS = Path(__file__).with_suffix(".jsonl")
 STEPS, RATE = 10, 4e-3
+MARKS = ("<!-- precision -->\n", "<!-- /precision -->\n")
 RULES: dict[str, dict[str, Any]] = {
     "ctrl": {
         "algorithm": "ctrl", "value": "residual", "value_loss": "martingale", "kl_weight": 0.1,
@@ -144,57 +148,63 @@ def run(folder: Path, rule: str, way: str, seed: int) -> dict[str, Any]:
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
-def interval(rows: list[dict[str, Any]], name: str) -> str:
-    """Mean over seeds, and 95 % by the pictures' spread."""
-    mean = sum(row[name] for row in rows) / len(rows)
-    error = math.sqrt(sum(row["error"] ** 2 for row in rows)) / len(rows)
-    return f"{mean:+.3f} ± {1.96 * error:.3f}"
-
-
 def table(found: list[dict[str, Any]]) -> str:
+    """Markdown: the floors, and what each rule gains in each way; gains in pairs of equal seeds beside float32's."""
     floors = {row["way"]: row for row in found if row["what"] == "floor"}
     lines = ["| denoiser | path KL by rounding, nats |", "| --- | ---: |"]
     lines += [f"| {way} | {floors[way]['kl']:.2g} |" for way in WAYS if way in floors]
-    head = ["rule", "denoiser", "gain", "path KL", "by rounding", "CPU s"]
-    lines += ["", f"| {' | '.join(head)} |", "| --- | --- | ---: | ---: | ---: | ---: |"]
+    head = ["rule, paths", "denoiser", "seeds", "gain", "less float32's", "path KL", "by rounding", "CPU s"]
+    lines += ["", f"| {' | '.join(head)} |", f"| --- | --- |{' ---: |' * (len(head) - 2)}"]
     for rule in RULES:
-        for way in TRAINED:
-            rows = [row for row in found if row["what"] == rule and row["way"] == way]
-            if rows:
-                kl, rounding, seconds = (
-                    sum(row[name] for row in rows) / len(rows) for name in ("path_kl", "rounding", "seconds")
-                )
-                lines.append(
-                    f"| {rule}, {rows[0]['paths']} paths, {len(rows)} seeds | {way} | {interval(rows, 'gain')} | {kl:.2f} | "
-                    f"{rounding:.2g} | {seconds:.0f} |"
-                )
-                if "gain_in_plain_diffusers" in rows[0]:
-                    gain = sum(row["gain_in_plain_diffusers"] for row in rows) / len(rows)
-                    lines.append(f"| | its adapter, drawn with in bfloat16 | {gain:+.3f} | | | |")
-    return "\n".join(lines)
+        by = {way: {row["seed"]: row for row in found if (row["what"], row["way"]) == (rule, way)} for way in TRAINED}
+        for way, rows in by.items():
+            if not rows:
+                continue
+            name = f"`{rule}`, {next(iter(rows.values()))['paths']}" if way == TRAINED[0] else ""
+            pairs = [row["gain"] - by[TRAINED[0]][seed]["gain"] for seed, row in rows.items() if seed in by[TRAINED[0]]]
+            less = "" if way == TRAINED[0] else cell(pairs, 3)
+            refused = all(row["path_kl"] == 0 for row in rows.values())
+            gain = "0, every step refused" if refused else cell([row["gain"] for row in rows.values()], 3)
+            kl, rounding, seconds = (
+                statistics.fmean(row[name] for row in rows.values()) for name in ("path_kl", "rounding", "seconds")
+            )
+            lines.append(
+                f"| {name} | {way} | {len(rows)} | {gain} | {less} | {kl:.2f} | {rounding:.2g} | {seconds:.0f} |"
+            )
+            plain = [row["gain_in_plain_diffusers"] for row in rows.values() if "gain_in_plain_diffusers" in row]
+            if plain:
+                lines.append(f"| | its adapter, drawn with in bfloat16 | {len(plain)} | {cell(plain, 3)} | | | | |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="of `benchmarks/shapes.py pretrain`")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", help="of `benchmarks/shapes.py pretrain`")
     parser.add_argument("--rules", nargs="*", choices=tuple(RULES), default=list(RULES))
+    parser.add_argument("--ways", nargs="*", choices=tuple(TRAINED), default=list(TRAINED))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--page", type=Path, help="put the tables between the marks of this page; runs nothing")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    found = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
+    found = resume_lines(options.out)
     wanted = [("floor", way, 0) for way in WAYS]
     wanted += [
-        (rule, way, seed) for seed in range(options.seeds) for rule in options.rules for way in reversed(TRAINED)
+        (rule, way, seed) for seed in range(options.seeds) for rule in options.rules for way in reversed(options.ways)
     ]
-    for what, way, seed in wanted:
+    if options.page is None and options.folder is None:
+        parser.error("give the folder of `shapes.py pretrain`, or --page.")
+    for what, way, seed in wanted if options.page is None else []:
         if any((row["what"], row["way"], row["seed"]) == (what, way, seed) for row in found):
             continue
         row = floor(options.folder, way) if what == "floor" else run(options.folder, what, way, seed)
         found.append({"what": what, "way": way, "seed": seed, **row})
-        with options.out.open("a") as file:
-            file.write(json.dumps(found[-1]) + "\n")
-    print(table(found))
+        append_line(options.out, found[-1])
+    shown = table(found)
+    print(shown)
+    if options.page is not None:
+        before, _, rest = options.page.read_text(encoding="utf-8").partition(MARKS[0])
+        options.page.write_text(before + MARKS[0] + shown + MARKS[1] + rest.partition(MARKS[1])[2], encoding="utf-8")
 
 
 if __name__ == "__main__":

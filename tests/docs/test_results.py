@@ -94,6 +94,22 @@ def test_the_tables_of_rewards_from_outside_are_those_of_their_runs(monkeypatch:
         assert table.count("\n") > 2
 
 
+def test_the_tables_of_precision_are_those_of_their_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    module = importlib.import_module("precision")
+    shown = between(module.MARKS, "howto/pipelines.md")
+    assert shown == module.table(measured("precision.jsonl"))
+    assert "| bfloat16, computed in float32 |" in shown
+
+
+def test_the_table_of_the_control_variate_is_that_of_its_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    module = importlib.import_module("rwr_baseline")
+    shown = between(module.MARKS, "reference/rules.md")
+    assert shown == module.table(measured("rwr_baseline.jsonl"))
+    assert shown.count("`denoised`") == 2
+
+
 def test_the_table_of_four_steps_is_that_of_its_runs() -> None:
     module = benchmark("four_steps")
     shown = between(module.MARKS, "results/four-steps.md")

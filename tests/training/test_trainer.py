@@ -329,8 +329,10 @@ def test_what_cannot_be_trained_is_refused() -> None:
     fixed = mixture(2, 3, 0)
     with pytest.raises(ValueError, match="GaussianMixture has no parameter with requires_grad"):
         finetune(fixed, linear_reward(2, 0), [""])
-    with pytest.raises(TypeError, match=r"model is str; training needs an nn\.Module"):
-        finetune("model", linear_reward(2, 0), [""])  # type: ignore[arg-type]
+    with pytest.raises(
+        TypeError, match=r"model is 'gaussian'; training needs .* is trained by `scoreact train NAME`\."
+    ):
+        finetune("gaussian", linear_reward(2, 0), [""])  # type: ignore[arg-type]
     with pytest.raises(SettingError, match=r"prompts is the text 'cat'; give a list of prompts, such as \['cat'\]"):
         finetune(model(), linear_reward(2, 0), "cat")
     with pytest.raises(SettingError, match="no reward is given"):

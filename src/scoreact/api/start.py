@@ -242,7 +242,8 @@ def problem_of(
         raise SettingError(f"prompts is the text {prompts!r}; give a list of prompts, such as [{prompts!r}].")
     if not isinstance(model, Problem) and not isinstance(model, nn.Module):
         raise TypeError(
-            f"model is {type(model).__name__}; training needs an nn.Module with the members of ScoreModel, or a Problem."
+            f"model is {str(model)[:60]!r}; training needs an nn.Module with the members of ScoreModel, or a Problem. What "
+            "has a name or a folder, such as a recipe, is trained by `scoreact train NAME`."
         )
     check_texts(prompts)
     problem = model if isinstance(model, Problem) else Problem(model)  # type: ignore[arg-type]
