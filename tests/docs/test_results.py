@@ -110,6 +110,13 @@ def test_the_table_of_the_control_variate_is_that_of_its_runs(monkeypatch: pytes
     assert shown.count("`denoised`") == 2
 
 
+def test_the_table_of_cifar_is_that_of_its_pictures() -> None:
+    module = benchmark("cifar")
+    shown = between(module.MARKS, "results/gpu.md")
+    assert shown == module.table(measured("cifar.jsonl"))
+    assert shown.count("| am60 |") == 3
+
+
 def test_the_table_of_four_steps_is_that_of_its_runs() -> None:
     module = benchmark("four_steps")
     shown = between(module.MARKS, "results/four-steps.md")

@@ -8,10 +8,10 @@ score whatever lambda. With samples of the policy (iterated) each iteration tilt
 it drifts to the argmax of R, held by nothing but stopping.
 With `baseline` denoised the loss becomes
     E[ sum_k lambda_k ( w |d|^2 - 2 (w - b) d . (s(x_k | x_data) - s_ref) ) ],   d = s_theta - s_ref,
-    b(t, x) = exp(R(decode(x_data_hat)) / beta) / mean over c's, at most the largest w,
-whose minimiser is the same for any b(t, x), as s(x_k | x_data) - s_ref has mean 0 given x_k under the reference, and whose
-noise is that of w - b: none towards the data, where the denoised sample tells the reward and the noise of s(x_k | x_data) is
-greatest. A constant reward then changes nothing.
+    b(t_k, x) = m_k + c_k (e(x) - mean of e at t_k),   e(x) = exp(R(decode(x_data_hat)) / beta) / mean over c's, at most max w
+m_k and c_k the regression of w on e at that step, over earlier iterations. The minimiser is the same for any b(t, x), as
+s(x_k | x_data) - s_ref has mean 0 given x_k under the reference. The noise is that of w - b: none towards the data, where the
+denoised sample tells the reward and the noise of s(x_k | x_data) is greatest. A constant reward then changes nothing.
 Sources: Peters & Schaal 2007 (RWR), Lee et al. 2023 (arXiv 2302.12192: samples of the pretrained model, the reward as
 weight), Black et al. 2023 (arXiv 2305.13301, section 4.2: iterated, weights exp(R / beta)).
 Departs from them: weights are normalised per prompt, and the rollouts of the reference are remembered (`replay`), as their
@@ -34,6 +34,9 @@ from ..control.transitions import Paths, Rows, chunks
 from ..support.settings import setting
 from ..types import Condition, Metrics, groups, sum_over_data
 from .forward import ForwardRule, Noised
+
+KEPT = 0.95  # share of the moments that an iteration leaves
+FEW = 10  # rows of a step, with fewer of which before it a baseline is 1, the mean of the weights
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,11 @@ class RWR(ForwardRule):
         40, "Number of the reference's rollouts that are remembered", 1, needs={"samples": ("reference",)}
     )
     baseline: Literal["none", "denoised"] = setting(
-        "none", "Control variate of the weights: none, or that of the denoised sample's reward (a reward call a row)",
+        "none", "Control variate of the weights: none, or one by the denoised sample's reward (a reward call a row)",
         needs={"samples": ("reference",)},
     )  # fmt: skip
     memory: list[tuple[Tensor, Tensor, list[str]]] = field(default_factory=list)  # samples, rewards, prompts
+    moments: Tensor | None = None  # [steps, 5] of 1, e, w, e^2, e w at each step of the grid
 
     def compares_samples(self) -> bool:
         return self.samples == "policy"  # the reference's are remembered, and become groups
@@ -96,9 +100,10 @@ class RWR(ForwardRule):
         if self.baseline == "none":
             return Weighted(weight[chosen][index], rows)
         log_z = (rewards_kept / self.kl_weight - log_weight)[chosen][index]
-        reference, estimate = self.denoised(rows)
-        log_baseline = (estimate / self.kl_weight - log_z).clamp(max=float(log_weight.max()))
-        return Weighted(weight[chosen][index], rows, log_baseline.exp(), reference)
+        reference, rewards_there = self.denoised(rows)
+        estimate = (rewards_there / self.kl_weight - log_z).clamp(max=float(log_weight.max())).exp()
+        baseline = self.fitted(path.ts, rows.t0, estimate, weight[chosen][index])
+        return Weighted(weight[chosen][index], rows, baseline, reference)
 
     @torch.no_grad()
     def denoised(self, rows: Noised) -> tuple[Tensor, Tensor]:
@@ -111,6 +116,19 @@ class RWR(ForwardRule):
             scores.append(score)
             rewards.append(self.reward(self.policy.model.decode(self.sde.x_data_hat(t, x, score)), condition))
         return torch.cat(scores), torch.cat(rewards)
+
+    def fitted(self, ts: Tensor, t0: Tensor, estimate: Tensor, weight: Tensor) -> Tensor:
+        """b [M] at steps from t0 [M] by the moments so far, in which these estimates and weights [M] are counted then."""
+        step = torch.searchsorted(ts[:-1].contiguous(), t0)
+        if self.moments is None:
+            self.moments = torch.zeros(len(ts) - 1, 5, dtype=weight.dtype, device=weight.device)
+        count, e, w, ee, ew = self.moments[step].T
+        known = count >= FEW
+        e, w, ee, ew = (part / count.clamp(min=1) for part in (e, w, ee, ew))
+        slope = (ew - e * w) / (ee - e**2).clamp(min=1e-6)
+        columns = torch.stack([torch.ones_like(weight), estimate, weight, estimate**2, estimate * weight], dim=1)
+        self.moments = (KEPT * self.moments).index_add(0, step, columns)
+        return torch.where(known, w + slope * (estimate - e), torch.ones_like(weight))
 
     def loss(self, rows: Weighted) -> tuple[Tensor, Metrics]:
         """Half of the loss above: summed over the grid's steps, mean over samples."""
@@ -128,10 +146,12 @@ class RWR(ForwardRule):
     def state_dict(self) -> dict[str, Any]:
         if self.samples == "policy":
             return {}
-        return {"memory": [{"x": x, "rewards": r, "prompts": prompts} for x, r, prompts in self.memory]}
+        kept = {} if self.moments is None else {"moments": self.moments}
+        return {"memory": [{"x": x, "rewards": r, "prompts": prompts} for x, r, prompts in self.memory], **kept}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.memory = [(entry["x"], entry["rewards"], entry["prompts"]) for entry in state.get("memory", [])]
+        self.moments = state.get("moments")
 
 
 def log_weights(rewards: Tensor, condition: Condition, kl_weight: float) -> Tensor:
