@@ -79,24 +79,18 @@ SHARED: dict[str, Any] = {
     "decay_from": 0.5,
     "max_kl": 0.5,
     "average": 0.8,
+    "value": "residual",
+    "value_loss": "soft",
     "heldout_samples": 300,
     "evaluate_every": 60,
     "checkpoint_every": 30,
 }
-OWN = Config(algorithm="adjoint_matching", kl_weight=0.3, iterations=60, learning_rate=2e-4, **SHARED)
-OTHERS = Config(
-    algorithm="ctrl_pathwise",
-    kl_weight=0.2,
-    iterations=120,
-    learning_rate=3e-4,
-    value="residual",
-    value_loss="soft",
-    **SHARED,
-)
+OWN = Config(algorithm="ctrl_pathwise", kl_weight=0.1, iterations=30, learning_rate=1.5e-4, **SHARED)
+OTHERS = Config(algorithm="ctrl", kl_weight=0.3, iterations=60, learning_rate=2e-4, **SHARED)
 
 FOUR_STEPS = Recipe(
     "four-steps",
-    "Fashion-MNIST in four steps, as near to real pictures as in fifty: the data are the reward",
+    "Fashion-MNIST in four steps, nearer to real pictures than in fifty: the data are the reward",
     build,
     OWN,
     OPTIONS,
