@@ -34,8 +34,8 @@ TRAIN: dict[str, Any] = {
     "batch_size": 64, "minibatch_size": 512, "iterations": 40, "reference_batches": 4, "heldout_samples": 256,
     "evaluate_every": 1000, **markets.PATH,
 }  # fmt: skip
-SAMPLES, TOLERANCE = 800, 0.1
-ROUNDS = {"repair": 3, "loss": 2, "shock": 2, "tail": 6}
+SAMPLES, TOLERANCE = {"repair": 800, "loss": 2000, "shock": 800, "tail": 1600}, 0.1
+ROUNDS = {"repair": 6, "loss": 6, "shock": 6, "tail": 6}
 SOFT = 0.03  # log-return within which a loss passes from below the limit to above, so that there is a gradient
 TARGET = 0.25  # probability of a loss beyond the limit
 PARTS = ("repair", "loss", "shock", "tail", "once")
@@ -117,9 +117,8 @@ def trained(
     model: Path | str, statistic: Callable[..., Tensor], targets: list[float], also: Callable[..., Tensor], **how: Any
 ) -> tuple[Calibration, dict[str, Any]]:
     """A calibration, and of it what the table says."""
-    settings = {"samples": SAMPLES, **how}
     found = sa.calibrate(
-        model, statistic, targets, also=also, tolerance=TOLERANCE, progress=False, report=False, say=print, **settings
+        model, statistic, targets, also=also, tolerance=TOLERANCE, progress=False, report=False, say=print, **how
     )  # fmt: skip
     kept = ("met", "statistics", "path_kl", "path_kl_se", "least_kl", "least_kl_se", "effective_samples", "trusted")
     facts = {name: found.facts[name] for name in kept}
@@ -131,21 +130,17 @@ def trained(
 
 
 def run(market: markets.Market, work: Path, lines: markets.Lines, part: str, seed: int) -> None:
-    model, how = work / "pretrained", {**TRAIN, "rounds": ROUNDS[part], "seed": seed}
+    model, how = work / "pretrained", {**TRAIN, "samples": SAMPLES[part], "rounds": ROUNDS[part], "seed": seed}
     before = markets.drawn(model, 4000, 7).double()
     if part == "repair":
         goal = shape(market.windows.double()).mean(0).tolist()
-        found, facts = trained(
-            model, differentiable(shape), goal, differentiable(other_facts), seed, rounds=ROUNDS[part]
-        )
+        found, facts = trained(model, differentiable(shape), goal, differentiable(other_facts), **how)
         facts["other_goal"] = other_facts(market.windows.double()).mean(0).tolist()
         samples = found.result.sample(count=markets.SAMPLES, seed=seed)
         facts["distances"] = markets.measured(market, samples.cpu(), seed)
     elif part == "shock":
         goal = [markets.SHOCK, markets.SHOCK**2 + markets.WIDTH**2]
-        found, facts = trained(
-            model, differentiable(last_days), goal, differentiable(of_others), seed, rounds=ROUNDS[part]
-        )
+        found, facts = trained(model, differentiable(last_days), goal, differentiable(of_others), **how)
         weights, law = markets.nearest_law(last_days(before), torch.tensor(goal))
         facts |= {"reweighted": (weights @ of_others(before)).tolist(), "reweighted_effective": law["effective"]}
         facts["columns"] = list(market.columns)
@@ -172,7 +167,7 @@ def tail(lines: markets.Lines, part: str, seed: int) -> None:
     try:
         if part == "once":
             calibrate.LEAST = 0  # a round may then go all of the way, however few samples that leaves
-        _, facts = trained("gaussian", differentiable(far), [TARGET], past, samples=2 * SAMPLES, **how)
+        _, facts = trained("gaussian", differentiable(far), [TARGET], past, samples=SAMPLES["tail"], **how)
     finally:
         calibrate.LEAST = least
     exact = recipes()["gaussian"].build().model.base.sample(1_000_000, torch.Generator().manual_seed(0))  # type: ignore[attr-defined]

@@ -130,6 +130,15 @@ def test_a_run_is_the_pretrained_model_of_the_next(tmp_path: Path) -> None:
 # --- kills -------------------------------------------------------------------------------------------------------------
 
 
+def test_where_training_stands_still_lambda_is_corrected_in_the_third_round() -> None:
+    """A policy that has not come half of the way gets one round more to the same lambda, and no third."""
+    still: dict[str, Any] = TINY | {"learning_rate": 1e-9, "report": False}
+    found = sa.calibrate(gaussian(), shift, 1.6, tolerance=0.2, samples=2000, rounds=4, **still)
+    first, second, third, fourth = (row["weights"][0] for row in found.facts["rounds"])
+    assert first == second
+    assert third == fourth == pytest.approx(2 * first, rel=0.2), "the policy being where it was"
+
+
 def two_rounds(out: Path, resume: bool = False, **how: Any) -> sa.Calibration:
     """Two rounds of a module, whatever they reach."""
     settings: dict[str, Any] = {

@@ -183,11 +183,13 @@ def calibrate(
             on_event(kind, dict(line))
 
     weights, result, done = torch.zeros(len(goal), dtype=torch.float64), None, list[dict[str, Any]]()
-    here, aim, share, gap, off = first, first.mean, 1.0, 0.0, 0.0
+    here, aim, share, gap, off, stood = first, first.mean, 1.0, 0.0, 0.0, 0
     for number in range(1, rounds + 1):
         now = first.distance(here.mean, aim)
         untrained = now > HALF * gap > HALF**2
-        if now >= STILL * off and not untrained:
+        stood = stood + 1 if now >= STILL * off else 0
+        if stood > untrained:  # a policy that is far from the aim gets a second round to the same lambda
+            stood = 0
             step, share = here.step(goal, least)
             weights, aim = weights + step.weights, here.mean + share * (goal - here.mean)
             now = gap = first.distance(here.mean, aim)
