@@ -130,6 +130,22 @@ def test_a_run_is_the_pretrained_model_of_the_next(tmp_path: Path) -> None:
 # --- kills -------------------------------------------------------------------------------------------------------------
 
 
+def test_a_mean_that_is_not_known_to_the_tolerance_is_said() -> None:
+    """A statistic that spreads more after training than before, on few samples and on many."""
+
+    def rare(x: Tensor) -> Tensor:
+        return torch.sigmoid((x[:, 0] - 1.5) / 0.1)
+
+    rare.differentiable = True  # type: ignore[attr-defined]
+    said = []
+    for samples in (450, 4000):
+        found = sa.calibrate(gaussian(), rare, 0.45, tolerance=0.1, samples=samples, rounds=1, report=False, **QUICK)
+        assert found.facts["statistics"][0]["std"] > 1.2 * found.facts["statistics"][0]["std_before"]
+        said.append([note for note in found.facts["notes"] if "partly chance" in note])
+    assert "rare: twice the standard error of the mean on 450 samples is more than the tolerance" in said[0][0]
+    assert said[1] == []
+
+
 def test_where_training_stands_still_lambda_is_corrected_in_the_third_round() -> None:
     """A policy that has not come half of the way gets one round more to the same lambda, and no third."""
     still: dict[str, Any] = TINY | {"learning_rate": 1e-9, "report": False}

@@ -223,6 +223,12 @@ def calibrate(
             f"when lambda was corrected, or {origin.config.steps} steps are few for it. Give a round more iterations than "
             f"{origin.config.iterations}, or more steps."
         )
+    unsure = [row["name"] for row in facts["statistics"] if row["after_se"] > SURE * row["allowed"]]
+    if unsure:
+        notes.append(
+            f"{', '.join(unsure)}: twice the standard error of the mean on {samples:,} samples is more than the tolerance allows, "
+            "so whether the target is met is partly chance; give more samples."
+        )
     facts = finite(facts)
     if folder is not None:
         draw_calibration(
