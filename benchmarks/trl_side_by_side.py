@@ -40,7 +40,7 @@ EQUAL_DRAFT: Run = {  # AlignPropTrainer always computes each step again for its
 PEER_RATES = {"ddpo": (1e-3, 3e-3, 1e-2, 3e-2), "alignprop": (3e-4, 1e-3, 3e-3)}
 GRADIENT: dict[str, list[Run]] = {  # rules that follow the reward's gradient, as AlignProp does
     "draft": [
-        {"algorithm": "draft", "last_steps": 5, "learning_rate": rate, "iterations": 16, "kl_share": 0.0}
+        {"algorithm": "draft", "last_steps": 5, "learning_rate": rate, "iterations": 20, "kl_share": 0.0}
         for rate in (5e-3, 1e-2, 1.5e-2)
     ],
     "adjoint_matching": [

@@ -226,8 +226,8 @@ def calibrate(
     unsure = [row["name"] for row in facts["statistics"] if row["after_se"] > SURE * row["allowed"]]
     if unsure:
         notes.append(
-            f"{', '.join(unsure)}: twice the standard error of the mean on {samples:,} samples is more than the tolerance allows, "
-            "so whether the target is met is partly chance; give more samples."
+            f"{', '.join(unsure)}: twice the standard error of the mean on {samples:,} samples is more than the tolerance "
+            "allows, so whether the target is met is partly chance; give more samples."
         )
     facts = finite(facts)
     if folder is not None:
