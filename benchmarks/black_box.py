@@ -47,7 +47,8 @@ TRIALS: dict[str, list[Run]] = {
     "equal": [{**EQUAL, "learning_rate": rate, "batch_size": 48} for rate in (2e-3, 4e-3)],
     "ddpo": [{"algorithm": "ddpo", "minibatch_size": 32, "learning_rate": rate} for rate in (1e-3, 2e-3, 4e-3, 8e-3)],
     "flow_grpo": [
-        {"algorithm": "flow_grpo", "minibatch_size": 32, "learning_rate": r} for r in (1e-3, 2e-3, 4e-3, 8e-3)
+        {"algorithm": "flow_grpo", "minibatch_size": 32, "group_size": 4, "learning_rate": r}
+        for r in (1e-3, 2e-3, 4e-3, 8e-3)
     ],
     "draft": [
         {"algorithm": "draft", "last_steps": 5, "kl_weight": 0.01, "learning_rate": rate, "iterations": 30}

@@ -77,7 +77,7 @@ COMMON: dict[str, Any] = {
     "value": "residual", "value_loss": "soft", "device": "cpu",
 }  # fmt: skip
 TRIALS: list[dict[str, Any]] = [
-    {"kl_weight": weight, "learning_rate": rate} for weight in (0.2, 0.4) for rate in (1.5e-4, 3e-4)
+    {"kl_weight": weight, "learning_rate": rate} for weight in (0.1, 0.2, 0.4) for rate in (1.5e-4, 3e-4)
 ]
 ARMS: dict[str, dict[str, Any]] = {
     "adjoint_matching": {"algorithm": "adjoint_matching"},
@@ -92,9 +92,12 @@ ARMS: dict[str, dict[str, Any]] = {
     "ddpo, black box": {"algorithm": "ddpo"},
 }  # fmt: skip
 OF_DXMI: list[dict[str, Any]] = [
-    {"learning_rate": rate, "energy_rate": 3e-4, "time_bonus": bonus} for rate in (3e-6, 1e-5) for bonus in (0.0, 1.0)
+    {"learning_rate": rate, "energy_rate": 3e-4, "time_bonus": bonus}
+    for rate, bonus in ((3e-6, 0.0), (1e-5, 0.0), (1e-6, 1.0), (3e-6, 1.0), (1e-5, 1.0), (3e-6, 3.0))
 ]
-RATES: list[dict[str, Any]] = [{"learning_rate": rate} for rate in (5e-6, 1.5e-5, 5e-5, 1.5e-4)]  # without a kl_weight
+RATES: list[dict[str, Any]] = [
+    {"learning_rate": rate} for rate in (5e-7, 1.5e-6, 5e-6, 1.5e-5, 5e-5, 1.5e-4)
+]  # no kl_weight
 HIDDEN = ("ctrl, black box", "ddpo, black box")
 
 
