@@ -31,6 +31,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
+from pages import put
 
 import scoreact as sa
 from scoreact.evaluation.metrics import confidence_interval
@@ -444,10 +445,7 @@ def main() -> None:
     if options.picture:
         draw(kept.lines, options.picture)
     if options.write:
-        text = options.write.read_text(encoding="utf-8")
-        before_it, _, rest = text.partition(MARKS[0])
-        after_it = rest.partition(MARKS[1])[2]
-        options.write.write_text(before_it + MARKS[0] + table(kept.lines) + MARKS[1] + after_it, encoding="utf-8")
+        put(table(kept.lines), options.write, MARKS)
 
 
 if __name__ == "__main__":

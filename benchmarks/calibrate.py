@@ -28,6 +28,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
+from pages import put
 from torch import Tensor, nn
 
 import scoreact as sa
@@ -263,9 +264,7 @@ def main() -> int:
     shown = made(options.out)
     print(shown)
     if options.write is not None:
-        page = options.write.read_text(encoding="utf-8")
-        before, _, rest = page.partition(MARKS[0])
-        options.write.write_text(before + MARKS[0] + shown + MARKS[1] + rest.partition(MARKS[1])[2], encoding="utf-8")
+        put(shown, options.write, MARKS)
     return 0
 
 

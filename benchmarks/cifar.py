@@ -24,6 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
+from pages import put
 from PIL import Image
 from torch import Tensor
 
@@ -122,8 +123,7 @@ def main() -> int:
     shown = table(resume_lines(options.out))
     print(shown, end="")
     if options.write:
-        before, _, rest = options.write.read_text(encoding="utf-8").partition(MARKS[0])
-        options.write.write_text(before + MARKS[0] + shown + MARKS[1] + rest.partition(MARKS[1])[2], encoding="utf-8")
+        put(shown, options.write, MARKS)
     return 0
 
 

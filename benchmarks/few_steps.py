@@ -33,6 +33,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
+from pages import put
 from torch import Tensor
 
 from scoreact.dynamics.grids import GRIDS, grid_times, uniform
@@ -408,9 +409,7 @@ def main() -> int:
         shown = tables(resume_lines(options.out)) + "\n"
         print(shown, end="")
         if options.write:
-            before, _, rest = options.write.read_text(encoding="utf-8").partition(MARKS[0])
-            text = before + MARKS[0] + shown + MARKS[1] + rest.partition(MARKS[1])[2]
-            options.write.write_text(text, encoding="utf-8")
+            put(shown, options.write, MARKS)
     return 0
 
 

@@ -23,6 +23,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
+from pages import put
 from torch import Tensor
 
 from scoreact.api.start import finetune
@@ -150,11 +151,7 @@ def main() -> int:
             print(f"seed {seed}: {costs}", flush=True)
     print(table(lines), end="")
     if options.write:
-        text = options.write.read_text(encoding="utf-8")
-        before, _, rest = text.partition(MARKS[0])
-        options.write.write_text(
-            before + MARKS[0] + table(lines) + MARKS[1] + rest.partition(MARKS[1])[2], encoding="utf-8"
-        )
+        put(table(lines), options.write, MARKS)
     return 0
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pages import put
 from torch import Tensor
 
 import scoreact as sa
@@ -242,8 +243,7 @@ def main() -> None:
     else:
         print(table(lines), end="")
         if options.write:
-            before, _, rest = PAGE.read_text(encoding="utf-8").partition(MARKS[0])
-            PAGE.write_text(before + MARKS[0] + table(lines) + MARKS[1] + rest.partition(MARKS[1])[2], encoding="utf-8")
+            put(table(lines), PAGE, MARKS)
 
 
 if __name__ == "__main__":

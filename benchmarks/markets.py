@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pages import put
 from torch import Tensor
 
 import scoreact as sa
@@ -444,8 +445,7 @@ def show(text: str, page: Path | None, marks: tuple[str, str]) -> None:
     """Print it, and put it between the marks of a page."""
     print(text)
     if page is not None:
-        head, _, rest = page.read_text(encoding="utf-8").partition(marks[0])
-        page.write_text(head + marks[0] + text + marks[1] + rest.partition(marks[1])[2], encoding="utf-8")
+        put(text, page, marks)
 
 
 def main() -> int:

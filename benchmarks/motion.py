@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from moving_shapes import CAPTIONS, build, judged
+from pages import put
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -216,9 +217,7 @@ def main() -> None:
         shown = table(resume_lines(options.out)) + "\n"
         print(shown, end="")
         if options.write:
-            before, _, rest = options.write.read_text(encoding="utf-8").partition(MARKS[0])
-            after = rest.partition(MARKS[1])[2]
-            options.write.write_text(before + MARKS[0] + shown + MARKS[1] + after, encoding="utf-8")
+            put(shown, options.write, MARKS)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from few_steps import cell
+from pages import put
 from surrogate_features import Drawn, drawn
 
 from scoreact.control.ridge_surrogate import RidgeSurrogate
@@ -109,8 +110,7 @@ def main() -> None:
     shown = table(resume_lines(options.out))
     print(shown)
     if options.page is not None:
-        before, _, rest = options.page.read_text(encoding="utf-8").partition(MARKS[0])
-        options.page.write_text(before + MARKS[0] + shown + MARKS[1] + rest.partition(MARKS[1])[2], encoding="utf-8")
+        put(shown, options.page, MARKS)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pages import put
 from torch import Tensor
 
 import scoreact as sa
@@ -149,10 +150,7 @@ def main() -> None:
     if options.picture:
         draw(lines, options.data, options.picture)
     if options.write:
-        before, _, rest = options.write.read_text(encoding="utf-8").partition(MARKS[0])
-        options.write.write_text(
-            before + MARKS[0] + table(lines) + MARKS[1] + rest.partition(MARKS[1])[2], encoding="utf-8"
-        )
+        put(table(lines), options.write, MARKS)
 
 
 if __name__ == "__main__":

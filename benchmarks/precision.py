@@ -29,6 +29,7 @@ import shapes
 import text_to_image
 import torch
 from few_steps import cell
+from pages import put
 from torch import Tensor
 
 import scoreact as sa
@@ -203,8 +204,7 @@ def main() -> None:
     shown = table(found)
     print(shown)
     if options.page is not None:
-        before, _, rest = options.page.read_text(encoding="utf-8").partition(MARKS[0])
-        options.page.write_text(before + MARKS[0] + shown + MARKS[1] + rest.partition(MARKS[1])[2], encoding="utf-8")
+        put(shown, options.page, MARKS)
 
 
 if __name__ == "__main__":

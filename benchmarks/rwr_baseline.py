@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from few_steps import cell
+from pages import put
 
 import scoreact as sa
 from scoreact.recipes.base import recipes
@@ -94,8 +95,7 @@ def main() -> None:
     shown = table(lines)
     print(shown, end="")
     if options.page:
-        before, _, rest = options.page.read_text(encoding="utf-8").partition(MARKS[0])
-        options.page.write_text(before + MARKS[0] + shown + MARKS[1] + rest.partition(MARKS[1])[2], encoding="utf-8")
+        put(shown, options.page, MARKS)
 
 
 if __name__ == "__main__":

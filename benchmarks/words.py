@@ -28,6 +28,7 @@ from typing import Any
 
 import matplotlib
 import torch
+from pages import put
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
@@ -269,8 +270,7 @@ def rules() -> None:
     shown = summary(Lines(options.out, None if options.table else options.folder), options.rules) + "\n"
     print(shown, end="")
     if options.page:
-        before, _, rest = options.page.read_text(encoding="utf-8").partition(MARKS[0])
-        options.page.write_text(before + MARKS[0] + shown + MARKS[1] + rest.partition(MARKS[1])[2], encoding="utf-8")
+        put(shown, options.page, MARKS)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,26 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def benchmark(name: str) -> ModuleType:
-    """A script of benchmarks/, as a module."""
+    """A script of benchmarks/, as a module; it imports what stands beside it."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        spec.loader.exec_module(module)
     return module
+
+
+def test_a_table_is_put_between_its_marks_and_a_page_without_them_is_left_alone(tmp_path: Path) -> None:
+    put, page, marks = benchmark("pages").put, tmp_path / "page.md", ("<!-- a -->\n", "<!-- /a -->\n")
+    page.write_text("before\n<!-- a -->\nold\n<!-- /a -->\nafter\n")
+    put("| new |\n", page, marks)
+    assert page.read_text() == "before\n<!-- a -->\n| new |\n<!-- /a -->\nafter\n"
+    page.write_text("before\n<!-- a -->\nafter\n")
+    with pytest.raises(SystemExit, match="put these two lines where it goes"):
+        put("| new |\n", page, marks)
+    assert page.read_text() == "before\n<!-- a -->\nafter\n"
 
 
 def between(marks: tuple[str, str], page: str) -> str:
