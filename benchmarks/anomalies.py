@@ -31,7 +31,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
-from pages import put
+from page_tables import put
 
 import scoreact as sa
 from scoreact.evaluation.metrics import confidence_interval

@@ -28,7 +28,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from pages import put
+from page_tables import put
 from torch import Tensor, nn
 
 import scoreact as sa

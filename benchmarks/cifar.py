@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
-from pages import put
+from page_tables import put
 from PIL import Image
 from torch import Tensor
 

@@ -33,7 +33,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
-from pages import put
+from page_tables import put
 from torch import Tensor
 
 from scoreact.dynamics.grids import GRIDS, grid_times, uniform

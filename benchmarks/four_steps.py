@@ -23,7 +23,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from pages import put
+from page_tables import put
 from torch import Tensor
 
 from scoreact.api.start import finetune

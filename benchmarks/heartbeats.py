@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pages import put
+from page_tables import put
 from torch import Tensor
 
 import scoreact as sa

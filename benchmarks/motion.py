@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from moving_shapes import CAPTIONS, build, judged
-from pages import put
+from page_tables import put
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from few_steps import cell
-from pages import put
+from page_tables import put
 from surrogate_features import Drawn, drawn
 
 from scoreact.control.ridge_surrogate import RidgeSurrogate

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pages import put
+from page_tables import put
 from torch import Tensor
 
 import scoreact as sa

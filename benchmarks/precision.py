@@ -29,7 +29,7 @@ import shapes
 import text_to_image
 import torch
 from few_steps import cell
-from pages import put
+from page_tables import put
 from torch import Tensor
 
 import scoreact as sa

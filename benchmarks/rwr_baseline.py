@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from few_steps import cell
-from pages import put
+from page_tables import put
 
 import scoreact as sa
 from scoreact.recipes.base import recipes

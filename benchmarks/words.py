@@ -28,7 +28,7 @@ from typing import Any
 
 import matplotlib
 import torch
-from pages import put
+from page_tables import put
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F

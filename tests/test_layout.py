@@ -134,6 +134,17 @@ def test_no_two_public_names_are_alike() -> None:
 ALIKE = {"main", "build", "module base", "module check", "module registry", "module run"}
 
 
+def test_what_is_imported_by_its_bare_name_has_the_name_alone() -> None:
+    """Tests and scripts import what stands beside them; of two files of one name whoever comes second gets the first."""
+    top = Path(__file__).parents[1]
+    where: dict[str, list[str]] = defaultdict(list)
+    for folder in ("benchmarks", "docs", "examples", "tests"):
+        for path in sorted((top / folder).rglob("*.py")):
+            where[path.stem].append(str(path.relative_to(top)))
+    alike = {name: places for name, places in where.items() if len(places) > 1 or name in sys.stdlib_module_names}
+    assert alike == {}
+
+
 def test_help_imports_no_torch() -> None:
     code = "import sys; from scoreact.cli.main import main; main(['--help']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0

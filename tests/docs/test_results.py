@@ -28,7 +28,7 @@ def benchmark(name: str) -> ModuleType:
 
 
 def test_a_table_is_put_between_its_marks_and_a_page_without_them_is_left_alone(tmp_path: Path) -> None:
-    put, page, marks = benchmark("pages").put, tmp_path / "page.md", ("<!-- a -->\n", "<!-- /a -->\n")
+    put, page, marks = benchmark("page_tables").put, tmp_path / "page.md", ("<!-- a -->\n", "<!-- /a -->\n")
     page.write_text("before\n<!-- a -->\nold\n<!-- /a -->\nafter\n")
     put("| new |\n", page, marks)
     assert page.read_text() == "before\n<!-- a -->\n| new |\n<!-- /a -->\nafter\n"
