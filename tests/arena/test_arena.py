@@ -706,6 +706,30 @@ def test_a_search_can_start_from_what_earlier_ones_found(tmp_path: Path) -> None
 
 
 @needs_optuna
+def test_a_grid_is_tried_in_every_combination_and_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = {"learning_rate": ["1e-3", 4e-3], "average": [0.0, 0.9]}
+    found = tune("ctrl", TINY, None, 1, 2_000, 240, tmp_path / "tuned", grid=grid)
+    trials = resume_lines(tmp_path / "tuned" / "ctrl.tiny.trials.jsonl")
+    pairs = [(line["settings"]["learning_rate"], line["settings"]["average"]) for line in trials]
+    assert pairs == [(1e-3, 0.0), (1e-3, 0.9), (4e-3, 0.0), (4e-3, 0.9)]
+    assert len({line["J"] for line in trials}) == 4, "the settings change what is trained"
+    assert found["J"] == max(line["J"] for line in trials)
+    assert (found["defaults"], found["trials"]) == (None, 4)
+    again = tune("ctrl", TINY, None, 1, 2_000, 240, tmp_path / "tuned", grid={**grid, "average": [0.9]})
+    assert resume_lines(tmp_path / "tuned" / "ctrl.tiny.trials.jsonl") == trials, "what was tried is not tried again"
+    assert (again["trials"], again["J"]) == (2, max(line["J"] for line in (trials[1], trials[3])))
+    words = ["--rule", "ddpo", "--problem", "gaussian-2d", "--grid", "learning_rate=1e-3, 3e-3", "--seeds", "1"]
+    budget = ["--set", "batch_size=16", "--network-calls", "1000", "--reward-calls", "64"]
+    cli.run(["tune", *words, *budget, "--out", str(tmp_path / "words")])
+    said = capsys.readouterr().out
+    assert "1/2 J" in said
+    assert "learning_rate 0.003" in said
+    assert "the defaults" not in said
+
+
+@needs_optuna
 @pytest.mark.slow
 def test_tuning_beats_a_bad_learning_rate(tmp_path: Path) -> None:
     found = tune("ctrl", TINY, 10, 2, 60_000, 2_000, tmp_path, settings={"learning_rate": 2e-4})
@@ -721,6 +745,20 @@ def test_tuning_beats_a_bad_learning_rate(tmp_path: Path) -> None:
         (["--rule", "ctrll", "--problem", "series"], r"'ctrll'; known: .* Did you mean 'ctrl'\?"),
         (["--rule", "ctrl", "--problem", "series", "--reward-calls", "5"], r"5 reward calls are too few"),
         (["--problem", "series"], r"--rule"),
+        (
+            ["--rule", "ddpo", "--problem", "series", "--grid", "learning_rate=1e-3", "--trials", "2"],
+            r"a grid says itself what is tried; leave out trials and start, or leave out the grid\.",
+        ),
+        (
+            ["--rule", "ddpo", "--problem", "series", "--grid", "learning_rate"],
+            r"--grid got 'learning_rate'; expected name=value",
+        ),
+        (
+            ["--rule", "ddpo", "--problem", "series", "--grid", "learning_rat=1e-3"],
+            r"unknown key 'learning_rat'; did you mean",
+        ),
+        (["--rule", "ddpo", "--problem", "series", "--grid", "learning_rate=1e-3,fast"], r"learning_rate is 'fast'"),
+        (["--rule", "ddpo", "--problem", "series", "--grid", "value_steps=1,2"], r"value_steps"),
     ],
 )
 def test_tune_words_that_cannot_be_used(arguments: list[str], sentence: str, tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
-"""The search for a rule's settings before a comparison (Optuna's TPE), and the files that it leaves for `bench`."""
+"""The search for a rule's settings before a comparison (Optuna's TPE, or a grid), and the files that it leaves for `bench`."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
 import statistics
@@ -63,7 +64,7 @@ def search_space(rule: str, config: Config) -> dict[str, Any]:
 def tune(
     rule: str,
     problem: str | ArenaProblem,
-    trials: int = 20,
+    trials: int | None = None,
     seeds: int = 2,
     network_calls: int | None = None,
     reward_calls: int | None = None,
@@ -72,13 +73,17 @@ def tune(
     *,
     settings: Mapping[str, Any] | None = None,
     start: str | Path | None = None,
+    grid: Mapping[str, Sequence[Any]] | None = None,
     on_trial: Callable[[Line, int, int], None] | None = None,
 ) -> Line:
     """Search a rule's settings for the highest mean held-out J at the budget; write OUT/RULE.PROBLEM.json.
 
-    The first trial is the defaults, then come those that `start`, a folder like `out`, holds of the rule on whatever
-    problem, the others are Optuna's TPE. Seeds and held-out noise are none of `bench`'s. A killed search
-    continues: trials in OUT/RULE.PROBLEM.trials.jsonl are not run again. Returns what the file says.
+    The first of `trials` (20) is the defaults, then come those that `start`, a folder like `out`, holds of the rule on
+    whatever problem, the others are Optuna's TPE. With `grid`, setting -> values, every combination of its values is
+    tried instead, and nothing else: for models where a trial takes minutes. Seeds and held-out noise are none of
+    `bench`'s. A killed search continues: trials in OUT/RULE.PROBLEM.trials.jsonl are not run again. Returns what the
+    file says.
+    Raises SettingError for names, numbers and combinations that cannot be used.
     """
     try:
         import optuna
@@ -86,7 +91,9 @@ def tune(
         raise ImportError("optuna is needed for tune; `pip install 'scoreact[tune]'`.") from None
     find_rule(rule)
     where = known_problem(problem)
-    for name, number in (("trials", trials), ("seeds", seeds)):
+    if grid and (trials is not None or start is not None):
+        raise SettingError("a grid says itself what is tried; leave out trials and start, or leave out the grid.")
+    for name, number in (("trials", 20 if trials is None else trials), ("seeds", seeds)):
         if number < 1:
             raise SettingError(f"{name} is {number}; it must be at least 1.")
     if reason := skips(rule, where):
@@ -101,7 +108,13 @@ def tune(
     check_budget(base)
     earlier = found_before(start, rule)
     config = base.config()
-    space = search_space(rule, config)
+    first = _combinations(grid, base) if grid else [{}, *earlier]
+    space = (
+        {name: list(dict.fromkeys(given[name] for given in first)) for name in grid}
+        if grid
+        else search_space(rule, config)
+    )
+    count = len(first) if grid else 20 if trials is None else trials
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     log = (folder / tuned_name(rule, where.name)).with_suffix(".trials.jsonl")
@@ -112,12 +125,12 @@ def tune(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=0, n_startup_trials=6))
     current = {**config.to_dict(), **config.rule}
-    for given in [{}, *earlier]:
+    for given in first:
         study.enqueue_trial(_inside(space, {**current, **given}), skip_if_exists=True)
     lines: list[Line] = []
     with Workers(min(jobs, seeds)) as workers:
         yardstick: Line = {}
-        for number in range(trials):
+        for number in range(count):
             trial = study.ask()
             chosen = {name: _suggest(trial, name, range_) for name, range_ in space.items()}
             line = known.get(json.dumps(finite(chosen), sort_keys=True))
@@ -142,17 +155,33 @@ def tune(
                 study.tell(trial, line["J"])
             lines.append(line)
             if on_trial is not None:
-                on_trial(line, number + 1, trials)
+                on_trial(line, number + 1, count)
     good = [line for line in lines if line["J"] is not None]
     if not good:
-        raise RuntimeError(f"all {trials} trials of {rule} on {where.name} failed; the last: {lines[-1]['failed'][0]}")
+        raise RuntimeError(f"all {count} trials of {rule} on {where.name} failed; the last: {lines[-1]['failed'][0]}")
     best = max(good, key=lambda line: float(line["J"]))
     result = {
         "rule": rule, "problem": where.name, "settings": best["settings"], "J": best["J"], "recovered": best["recovered"],
-        "defaults": lines[0], "trials": trials, "seeds": seeds, "budget": budget, "common": common, "space": space,
+        "defaults": None if grid else lines[0], "trials": count, "seeds": seeds, "budget": budget, "common": common,
+        "space": space,
     }  # fmt: skip
     write_json(folder / tuned_name(rule, where.name), finite(result))
     return result
+
+
+def _combinations(grid: Mapping[str, Sequence[Any]], base: Job) -> list[dict[str, Any]]:
+    """Every combination of a grid's values, as the rule's settings have them. Raises SettingError for what it does not use."""
+    for name, values in grid.items():
+        if not values:
+            raise SettingError(f"the grid has no value of {name}; give one at least.")
+    found = []
+    for values in itertools.product(*grid.values()):
+        given = dict(zip(grid, values, strict=True))
+        check_used([base], {}, {base.rule: given})
+        config = dataclasses.replace(base, settings=given).config()
+        current = {**config.to_dict(), **config.rule}
+        found.append({name: current[name] for name in grid})
+    return found
 
 
 def _inside(space: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:

@@ -53,7 +53,9 @@ def tune_arguments(parser: Parser) -> None:
         metavar="NAME",
         help="problems, one search each; or a pipeline's folder, or my_model.py:build",
     )
-    add("--trials", type=whole(1), default=20, metavar="INT", help="settings to try, the defaults first [20]")
+    add("--trials", type=whole(1), metavar="INT", help="settings to try, the defaults first [20]")
+    add("--grid", action="append", default=[], metavar="NAME=V,V",
+        help="try these values of a setting, and with others every combination, instead of searching")  # fmt: skip
     add("--seeds", type=whole(1), default=2, metavar="INT", help="runs of each, on seeds that bench never uses [2]")
     add("--out", type=Path, default=Path("tuned"), metavar="DIR", help="RULE.PROBLEM.json goes there [tuned]")
     add(
@@ -164,6 +166,7 @@ def tune(options: argparse.Namespace) -> int:
     from ..arena import tuning
     from ..arena.problems import skips
 
+    grid = _grid(options.grid)
     for problem in _problems(options, options.problem):
         for rule in options.rule:
             if reason := skips(rule, problem):
@@ -173,16 +176,27 @@ def tune(options: argparse.Namespace) -> int:
             try:
                 found = tuning.tune(
                     rule, problem, options.trials, options.seeds, options.network_calls, options.reward_calls, options.out,
-                    options.jobs, settings=assignments(options.set, "--set"), start=options.start, on_trial=_say_trial,
+                    options.jobs, settings=assignments(options.set, "--set"), start=options.start, grid=grid,
+                    on_trial=_say_trial,
                 )  # fmt: skip
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(
                     f"finished trials are kept in {options.out}; the same command continues."
                 ) from None
-            gain = "" if found["defaults"]["J"] is None else f", the defaults {found['defaults']['J']:.4g}"
+            defaults = (found["defaults"] or {}).get("J")
+            gain = "" if defaults is None else f", the defaults {defaults:.4g}"
             print(f"  best J {found['J']:.4g}{gain}: {_words(found['settings'])}")
             print(f"  {options.out / tuning.tuned_name(rule, problem.name)}")
     return 0
+
+
+def _grid(words: Sequence[str]) -> dict[str, list[Any]]:
+    """`name=value,value` words: setting -> values."""
+    texts = assignments(words, "--grid", [word.partition("=")[0] for word in words])
+    return {
+        name: [assignments([f"{name}={value.strip()}"], "--grid")[name] for value in text.split(",")]
+        for name, text in texts.items()
+    }
 
 
 def _say_trial(line: dict[str, Any], number: int, trials: int) -> None:
