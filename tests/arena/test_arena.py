@@ -720,10 +720,25 @@ def test_a_grid_is_tried_in_every_combination_and_nothing_else(
     again = tune("ctrl", TINY, None, 1, 2_000, 240, tmp_path / "tuned", grid={**grid, "average": [0.9]})
     assert resume_lines(tmp_path / "tuned" / "ctrl.tiny.trials.jsonl") == trials, "what was tried is not tried again"
     assert (again["trials"], again["J"]) == (2, max(line["J"] for line in (trials[1], trials[3])))
-    words = ["--rule", "ddpo", "--problem", "gaussian-2d", "--grid", "learning_rate=1e-3, 3e-3", "--seeds", "1"]
+    dear = tune("ctrl", TINY, None, 1, 2_000, 240, tmp_path / "tuned", grid=grid, kl_weight=5.0)
+    assert dear["kl_weight"] == 5.0
+    assert len(resume_lines(tmp_path / "tuned" / "ctrl.tiny.trials.jsonl")) == 8, "at another price all is tried anew"
+    words = [
+        "--rule",
+        "ddpo",
+        "--problem",
+        "gaussian-2d",
+        "--kl-weight",
+        "0.5",
+        "--grid",
+        "learning_rate=1e-3, 3e-3",
+        "--seeds",
+        "1",
+    ]
     budget = ["--set", "batch_size=16", "--network-calls", "1000", "--reward-calls", "64"]
     cli.run(["tune", *words, *budget, "--out", str(tmp_path / "words")])
     said = capsys.readouterr().out
+    assert json.loads((tmp_path / "words" / "ddpo.gaussian-2d.json").read_text())["kl_weight"] == 0.5
     assert "1/2 J" in said
     assert "learning_rate 0.003" in said
     assert "the defaults" not in said

@@ -74,15 +74,16 @@ def tune(
     settings: Mapping[str, Any] | None = None,
     start: str | Path | None = None,
     grid: Mapping[str, Sequence[Any]] | None = None,
+    kl_weight: float | None = None,
     on_trial: Callable[[Line, int, int], None] | None = None,
 ) -> Line:
     """Search a rule's settings for the highest mean held-out J at the budget; write OUT/RULE.PROBLEM.json.
 
     The first of `trials` (20) is the defaults, then come those that `start`, a folder like `out`, holds of the rule on
     whatever problem, the others are Optuna's TPE. With `grid`, setting -> values, every combination of its values is
-    tried instead, and nothing else: for models where a trial takes minutes. Seeds and held-out noise are none of
-    `bench`'s. A killed search continues: trials in OUT/RULE.PROBLEM.trials.jsonl are not run again. Returns what the
-    file says.
+    tried instead, and nothing else: for models where a trial takes minutes. kl_weight: the problem's own where None.
+    Seeds and held-out noise are none of `bench`'s. A killed search continues: trials in
+    OUT/RULE.PROBLEM.trials.jsonl are not run again. Returns what the file says.
     Raises SettingError for names, numbers and combinations that cannot be used.
     """
     try:
@@ -100,8 +101,9 @@ def tune(
         raise SettingError(reason)
     common, of_rule = split_settings(settings or {}, [rule])
     common = {**common, **of_rule.get(rule, {})}
+    price = where.config(common).kl_weight if kl_weight is None else kl_weight
     base = Job(
-        rule, where, TUNING_SEEDS, where.config(common).kl_weight, network_calls or where.network_calls,
+        rule, where, TUNING_SEEDS, price, network_calls or where.network_calls,
         reward_calls or where.reward_calls, common, transfer_samples=0, points=1, heldout_seed=HELDOUT["tune"],
     )  # fmt: skip
     check_used([base], {}, {rule: common})
@@ -120,6 +122,8 @@ def tune(
     log = (folder / tuned_name(rule, where.name)).with_suffix(".trials.jsonl")
     budget = counts((base.network_calls, base.reward_calls))
     asked = {"budget": budget, "seeds": seeds, "common": common}
+    if kl_weight is not None:
+        asked["kl_weight"] = price
     known = {json.dumps(line["settings"], sort_keys=True): line for line in resume_lines(log)
              if line["asked"] == json.loads(json.dumps(asked))}  # fmt: skip
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -163,7 +167,7 @@ def tune(
     result = {
         "rule": rule, "problem": where.name, "settings": best["settings"], "J": best["J"], "recovered": best["recovered"],
         "defaults": None if grid else lines[0], "trials": count, "seeds": seeds, "budget": budget, "common": common,
-        "space": space,
+        "kl_weight": price, "space": space,
     }  # fmt: skip
     write_json(folder / tuned_name(rule, where.name), finite(result))
     return result

@@ -57,6 +57,7 @@ def tune_arguments(parser: Parser) -> None:
     add("--grid", action="append", default=[], metavar="NAME=V,V",
         help="try these values of a setting, and with others every combination, instead of searching")  # fmt: skip
     add("--seeds", type=whole(1), default=2, metavar="INT", help="runs of each, on seeds that bench never uses [2]")
+    add("--kl-weight", type=positive, metavar="BETA", help="price of KL [the problem's own]")
     add("--out", type=Path, default=Path("tuned"), metavar="DIR", help="RULE.PROBLEM.json goes there [tuned]")
     add(
         "--start",
@@ -177,7 +178,7 @@ def tune(options: argparse.Namespace) -> int:
                 found = tuning.tune(
                     rule, problem, options.trials, options.seeds, options.network_calls, options.reward_calls, options.out,
                     options.jobs, settings=assignments(options.set, "--set"), start=options.start, grid=grid,
-                    on_trial=_say_trial,
+                    kl_weight=options.kl_weight, on_trial=_say_trial,
                 )  # fmt: skip
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(
