@@ -1,26 +1,31 @@
 """The tables of docs/results/arena.md, made from the results that `scoreact bench` left.
 
     python benchmarks/arena_page.py                     # prints the tables of benchmarks/arena
-    python benchmarks/arena_page.py --write             # and puts them into that page, between their two marks
+    python benchmarks/arena_page.py --write             # and puts them into that page, between their marks
 
 `benchmarks/arena` has the runs at each problem's budget, `benchmarks/arena-third` those at a third of the network calls
-that `ddpo` needed there. `tests/docs/test_results.py` holds the page against the same results.
+that `ddpo` needed there, `benchmarks/arena-shapes` those on the pipeline of `shapes.py`. `tests/docs/test_results.py` holds the
+page against the same results.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from page_tables import put
+
 from scoreact.arena.statistics import summarise
 from scoreact.support.files import resume_lines
 
 HERE = Path(__file__).resolve().parent
 MARKS = ("<!-- arena-table -->\n", "<!-- /arena-table -->")
+PIPELINE_MARKS = ("<!-- arena-shapes -->\n", "<!-- /arena-shapes -->")
 
 
 def thousands(number: float) -> str:
@@ -105,19 +110,46 @@ def made(folder: Path, third: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def of_pipeline(folder: Path) -> str:
+    """The rules on a pipeline: what each gains and pays."""
+    lines = resume_lines(folder / "results.jsonl")
+    [place] = summarise(lines)
+    star, budget = place["yardstick"], place["budget"]
+    titles = ["rule", "rate", "seeds", "gain in J", "gain in reward", "path KL, nats"]
+    titles += ["network calls", "reward calls", "CPU s"]
+    rows = []
+    for entry in (e for e in place["rules"] if e["runs"]):
+        name = f"{entry['rule']}.{place['problem']}.json"
+        own = json.loads((folder / "tuned" / name).read_text(encoding="utf-8"))
+        row = [f"`{entry['rule']}`", f"{own['settings']['learning_rate']:g}", str(entry["runs"])]
+        for what, key in (("J", "objective/J"), ("reward", "reward/heldout")):
+            mean, half = entry[what]
+            row.append(f"{mean - star['start'][key]:+.3f} ± {half:.3f}")
+        used = [f"{entry[what][0]:,.0f}" for what in ("network_calls", "reward_calls", "seconds")]
+        rows.append([*row, f"{entry['kl'][0]:.1f}", *used])
+    most = star["objective/J_star"] - star["objective/J_ref"]
+    sure = "" if star["objective/trusted"] else ", which is not trusted"
+    said = (
+        f"Mean and 95 % interval over the seeds, of J = reward - {place['kl_weight']:g} path KL and of the reward, on "
+        f"{lines[0]['config']['heldout_samples']} held-out pictures. J* - J_ref is {most:.2f}{sure}. Budget: "
+        f"{budget['network_calls']:,} network and {budget['reward_calls']:,} reward calls. Two rates were tried for each "
+        "rule, on a seed of its own."
+    )
+    return "\n\n".join([table(titles, rows), textwrap.fill(said, 128)]) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=HERE / "arena")
     parser.add_argument("third", nargs="?", type=Path, default=HERE / "arena-third")
+    parser.add_argument("pipeline", nargs="?", type=Path, default=HERE / "arena-shapes")
     parser.add_argument("--write", action="store_true", help="put them into docs/results/arena.md")
     options = parser.parse_args()
-    text = made(options.folder, options.third)
-    print(text)
-    if options.write:
-        page = HERE.parent / "docs" / "results" / "arena.md"
-        before, _, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
-        _, _, after = rest.partition(MARKS[1])
-        page.write_text(before + MARKS[0] + text + MARKS[1] + after, encoding="utf-8")
+    page = HERE.parent / "docs" / "results" / "arena.md"
+    for text, marks in ((made(options.folder, options.third), MARKS), (of_pipeline(options.pipeline), PIPELINE_MARKS)):
+        print(text)
+        if options.write:
+            put(text, page, marks)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from page_tables import put
 from trl_side_by_side import HELDOUT, Bench, Run, own, peer
 
 EPOCHS, LOOK = 40, 8  # of DDPO: 1,280 paths, and a look every 8 epochs
@@ -216,15 +217,6 @@ def made(folder: str, out: Path, seeds: int = 5) -> str:
     return "\n".join(table(Sides(Bench(out, None), folder, seeds, "adapters", True), list(TRIALS)))
 
 
-def write(page: Path, name: str, text: str) -> None:
-    """Put a table between the page's marks of a task."""
-    before, mark, rest = page.read_text(encoding="utf-8").partition(f"<!-- {name} -->\n")
-    _, end, after = rest.partition(f"<!-- /{name} -->")
-    if not mark or not end:
-        raise SystemExit(f"{page} has no marks <!-- {name} --> and <!-- /{name} -->.")
-    page.write_text(f"{before}{mark}{text}\n{end}{after}", encoding="utf-8")
-
-
 COLOURS = {
     "trl": "#7a838c",
     "few": "#0f62a8",
@@ -277,7 +269,8 @@ def main() -> None:
     found = "\n".join(table(sides, arguments.rules))
     print(found)
     if arguments.page is not None:
-        write(arguments.page, Path(arguments.folder).name, found)
+        name = Path(arguments.folder).name
+        put(f"{found}\n", arguments.page, (f"<!-- {name} -->\n", f"<!-- /{name} -->"))
     if arguments.picture is not None:
         draw(sides, arguments.rules, arguments.picture)
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from page_tables import put
 from torch import Tensor, nn
 
 import scoreact as sa
@@ -342,14 +343,6 @@ def balance_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(found)
 
 
-def write(page: Path, text: str) -> None:
-    before, mark, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
-    if not mark or not end:
-        raise SystemExit(f"{page} has no marks {MARKS}.")
-    page.write_text(before + mark + text + end + after, encoding="utf-8")
-
-
 def picture(data: Path, folder: Path, path: Path, columns: int = 8) -> None:
     """Seed 0: the pretrained model, the same noise tuned to none, and real pictures without a finding."""
     from matplotlib.figure import Figure
@@ -386,7 +379,7 @@ def main() -> None:
         found = tables(lines(options.out))
         print(found)
         if options.write:
-            write(PAGE, found)
+            put(found, PAGE, MARKS)
 
 
 if __name__ == "__main__":

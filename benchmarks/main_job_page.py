@@ -13,7 +13,8 @@ import argparse
 import json
 from pathlib import Path
 
-from main_job import ROWS, table  # the script beside this one
+from main_job import ROWS, table  # the scripts beside this one
+from page_tables import put
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKS = ("<!-- plain-table -->\n", "<!-- /plain-table -->")
@@ -31,15 +32,6 @@ def tables(path: Path) -> tuple[str, str]:
     return "\n".join([*rows[:2], *(row for row in rows[2:] if row.split(" | ")[0].removeprefix("| ") in wanted)]), whole
 
 
-def write(page: Path, text: str) -> None:
-    """Put a table between the page's marks."""
-    before, mark, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
-    if not mark or not end:
-        raise SystemExit(f"{page} has no marks {MARKS[0].strip()} and {MARKS[1]}.")
-    page.write_text(before + MARKS[0] + text + "\n" + MARKS[1] + after, encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
@@ -48,8 +40,8 @@ def main() -> None:
     short, whole = tables(options.results)
     print(f"{short}\n\n{whole}")
     if options.write:
-        write(ROOT / "README.md", short)
-        write(ROOT / "docs" / "results" / "main-job.md", whole)
+        put(short + "\n", ROOT / "README.md", MARKS)
+        put(whole + "\n", ROOT / "docs" / "results" / "main-job.md", MARKS)
 
 
 if __name__ == "__main__":

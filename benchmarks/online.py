@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from black_box import write as write_table
+from page_tables import put
 
 import scoreact as sa
 from scoreact.api.saved_run import SavedRun
@@ -435,7 +435,7 @@ def main() -> None:
         if options.write:
             draw(lines, PAGE.parent / PICTURE)
             for name, text in tables.items():
-                write_table(PAGE, name, text)
+                put(f"{text}\n", PAGE, (f"<!-- {name} -->\n", f"<!-- /{name} -->"))
         return
     if not any("yardsticks" in line for line in lines):
         append_line(options.out, {"yardsticks": yardsticks()})
