@@ -132,7 +132,7 @@ def of_pipeline(folder: Path) -> str:
     said = (
         f"Mean and 95 % interval over the seeds, of J = reward - {place['kl_weight']:g} path KL and of the reward, on "
         f"{lines[0]['config']['heldout_samples']} held-out pictures. J* - J_ref is {most:.2f}{sure}. Budget: "
-        f"{budget['network_calls']:,} network and {budget['reward_calls']:,} reward calls. Two rates were tried for each "
+        f"{budget['network_calls']:,} network and {budget['reward_calls']:,} reward calls. Three rates were tried for each "
         "rule, on a seed of its own."
     )
     return "\n\n".join([table(titles, rows), textwrap.fill(said, 128)]) + "\n"

@@ -743,6 +743,22 @@ def test_a_grid_is_tried_in_every_combination_and_nothing_else(
     budget = ["--set", "batch_size=16", "--network-calls", "1000", "--reward-calls", "64"]
     cli.run(["tune", *words, *budget, "--out", str(tmp_path / "words")])
     said = capsys.readouterr().out
+    bench = [
+        "bench",
+        "--rules",
+        "ddpo",
+        "--problems",
+        "gaussian-2d",
+        "--seeds",
+        "1",
+        "--tuned",
+        str(tmp_path / "words"),
+        *budget,
+    ]
+    cli.run([*bench, "--kl-weights", "0.5", "--transfer-samples", "0", "--out", str(tmp_path / "same")])
+    assert "note: " not in capsys.readouterr().out
+    cli.run([*bench, "--kl-weights", "2", "--transfer-samples", "0", "--out", str(tmp_path / "other")])
+    assert "ddpo.gaussian-2d.json was searched at kl_weight 0.5, now 2." in capsys.readouterr().out
     assert json.loads((tmp_path / "words" / "ddpo.gaussian-2d.json").read_text())["kl_weight"] == 0.5
     assert "1/2 J" in said
     assert "learning_rate 0.003" in said

@@ -232,14 +232,33 @@ def tuned_settings(folder: str | Path | None, rule: str, problem: str) -> dict[s
         return None
     if not Path(folder).is_dir():
         raise SettingError(f"the folder {str(folder)!r} of tuned settings does not exist; `scoreact tune` makes it.")
-    path = Path(folder) / tuned_name(rule, problem)
+    found = _stored(Path(folder) / tuned_name(rule, problem))
+    return found and dict(found["settings"])
+
+
+def _stored(path: Path) -> dict[str, Any] | None:
+    """What `tune` wrote, or None where it did not. Raises SettingError for a damaged file."""
     if not path.is_file():
         return None
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["settings"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {"budget": {}, "kl_weight": None, **found, "settings": dict(found["settings"])}
+    except (ValueError, KeyError, TypeError) as error:
         raise SettingError(f"{path} is damaged ({error}); tune again.") from None
-    return found
+
+
+def searched_otherwise(folder: str | Path, rule: str, problem: str, asked: Mapping[str, Any]) -> str | None:
+    """Where `tune` searched at another budget or price of KL than is asked for now, a sentence that says so.
+
+    asked: network_calls, reward_calls and kl_weight; None is not compared.
+    """
+    path = Path(folder) / tuned_name(rule, problem)
+    stored = _stored(path)
+    if stored is None:
+        return None
+    then = {**stored["budget"], "kl_weight": stored["kl_weight"]}
+    other = [f"{k} {then[k]:g}, now {v:g}" for k, v in asked.items() if None not in (v, then.get(k)) and v != then[k]]
+    return f"{path} was searched at {'; '.join(other)}." if other else None
 
 
 def found_before(folder: str | Path | None, rule: str) -> list[dict[str, Any]]:

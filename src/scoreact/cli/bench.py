@@ -135,6 +135,8 @@ def bench(options: argparse.Namespace) -> int:
         for rule in names:
             if reason := skips(rule, problem):
                 print(f"skipped: {reason}", flush=True)
+            elif options.tuned is not None:
+                _say_searched(options, rule, problem)
     try:
         lines = arena.bench(
             names, problems, options.seeds, options.network_calls, options.reward_calls, options.out, options.jobs,
@@ -148,6 +150,19 @@ def bench(options: argparse.Namespace) -> int:
     print(f"results    {options.out / 'results.jsonl'}\nplots      {options.out / 'plots'}")
     print(f"again      scoreact bench --out {shlex.quote(str(options.out))} --table")
     return 0 if any("failed" not in line for line in lines) else 1
+
+
+def _say_searched(options: argparse.Namespace, rule: str, problem: ArenaProblem) -> None:
+    """Whether the tuned settings were searched for something else."""
+    from ..arena.tuning import searched_otherwise
+
+    for kl_weight in options.kl_weights or [problem.config({}).kl_weight]:
+        asked = {
+            "network_calls": options.network_calls or problem.network_calls,
+            "reward_calls": options.reward_calls or problem.reward_calls, "kl_weight": kl_weight,
+        }  # fmt: skip
+        if said := searched_otherwise(options.tuned, rule, problem.name, asked):
+            print(f"note: {said}", flush=True)
 
 
 def _say_run(line: dict[str, Any], finished: int, wanted: int) -> None:
