@@ -364,10 +364,11 @@ def tables(lines: list[dict[str, Any]]) -> str:
         x for x in lines if x["kind"] == "train" and x["seed"] != TUNING_SEED and x["settings"] in trials(x["arm"])
     ]
     for steps in sorted({x["steps"] for x in trained}):
-        heads = [f"tuned at {steps} steps", "seeds", *(f"Frechet, {s}" for s in JUDGED), "solver", "class error", "precision",
-                 "recall", "coverage", "reward", "path KL", "iterations", "CPU s"]  # fmt: skip
+        heads = [f"tuned at {steps} steps", "seeds", *(f"Frechet, {s}" for s in JUDGED), "solver"]
+        heads += ["validation, half of the calls", "validation", "class error", "precision", "recall", "coverage"]
+        heads += ["reward", "path KL", "iterations", "CPU s"]
         rows += ["", "| " + " | ".join(heads) + " |",
-                 "| --- | ---: |" + " ---: |" * len(JUDGED) + " --- |" + " ---: |" * 8]  # fmt: skip
+                 "| --- | ---: |" + " ---: |" * len(JUDGED) + " --- |" + " ---: |" * 10]  # fmt: skip
         for arm in dict.fromkeys(x["arm"] for x in trained):
             mine = [x for x in trained if (x["arm"], x["steps"]) == (arm, steps)]
             if not mine:
@@ -376,6 +377,11 @@ def tables(lines: list[dict[str, Any]]) -> str:
             mine = [x for x in mine if x["settings"] == chosen]
             solver = min(JUDGED, key=lambda name: sum(x["validation"][name]["frechet"] for x in mine))
             cells = [cell([x["test"][name]["frechet"] for x in mine], 1) for name in JUDGED] + [solver]
+            [half] = [
+                x["validation"][solver]["frechet"] for x in lines
+                if (x.get("arm"), x["steps"], x.get("seed"), x.get("settings")) == (arm, steps, TUNING_SEED, chosen)
+            ]  # fmt: skip
+            cells += [f"{half:.1f}", cell([x["validation"][solver]["frechet"] for x in mine], 1)]
             cells += [cell([x["test"][solver][name] for x in mine], MEASURES[name]) for name in list(MEASURES)[1:]]
             cells += [cell([x[name] for x in mine], 2) if name in mine[0] else "" for name in ("reward", "kl")]
             cells += [f"{statistics.mean(x[name] for x in mine):.0f}" for name in ("iterations", "seconds")]
