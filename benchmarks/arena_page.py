@@ -115,13 +115,14 @@ def of_pipeline(folder: Path) -> str:
     lines = resume_lines(folder / "results.jsonl")
     [place] = summarise(lines)
     star, budget = place["yardstick"], place["budget"]
-    titles = ["rule", "rate", "seeds", "gain in J", "gain in reward", "path KL, nats"]
+    titles = ["rule", "its best", "of trials", "seeds", "gain in J", "gain in reward", "path KL, nats"]
     titles += ["network calls", "reward calls", "CPU s"]
     rows = []
     for entry in (e for e in place["rules"] if e["runs"]):
         name = f"{entry['rule']}.{place['problem']}.json"
         own = json.loads((folder / "tuned" / name).read_text(encoding="utf-8"))
-        row = [f"`{entry['rule']}`", f"{own['settings']['learning_rate']:g}", str(entry["runs"])]
+        chosen = ", ".join(f"`{what}` {value:g}" for what, value in own["settings"].items())
+        row = [f"`{entry['rule']}`", chosen, str(own["trials"]), str(entry["runs"])]
         for what, key in (("J", "objective/J"), ("reward", "reward/heldout")):
             mean, half = entry[what]
             row.append(f"{mean - star['start'][key]:+.3f} ± {half:.3f}")
@@ -132,8 +133,7 @@ def of_pipeline(folder: Path) -> str:
     said = (
         f"Mean and 95 % interval over the seeds, of J = reward - {place['kl_weight']:g} path KL and of the reward, on "
         f"{lines[0]['config']['heldout_samples']} held-out pictures. J* - J_ref is {most:.2f}{sure}. Budget: "
-        f"{budget['network_calls']:,} network and {budget['reward_calls']:,} reward calls. Three rates were tried for each "
-        "rule, on a seed of its own."
+        f"{budget['network_calls']:,} network and {budget['reward_calls']:,} reward calls. Trials were on a seed of their own."
     )
     return "\n\n".join([table(titles, rows), textwrap.fill(said, 128)]) + "\n"
 

@@ -614,10 +614,14 @@ TUNED = sorted((Path(__file__).parents[2] / "benchmarks").glob("arena*/tuned/*.j
 def test_what_earlier_searches_found_can_be_used(path: Path) -> None:
     """Some hold settings that the rule does not use, as the states of a bound that it does not have."""
     found = json.loads(path.read_text(encoding="utf-8"))
-    config = Job(found["rule"], PROBLEMS[found["problem"]], 0, 0.5, 1, 1, settings=found["settings"]).config()
+    problem = PROBLEMS.get(found["problem"], ArenaProblem("shapes", "pipeline", 1, 1))
+    common = found.get("common", {})
+    config = Job(found["rule"], problem, 0, 0.5, 1, 1, common, found["settings"]).config()
     used = {**config.to_dict(), **config.rule}
-    assert all(used[name] == value for name, value in found["settings"].items() if name in used)
-    assert config.average == found["settings"]["average"]
+    kept = [used[name] == value for name, value in found["settings"].items() if name in used]
+    assert kept
+    assert all(kept)
+    assert config.average == (common | found["settings"])["average"]
 
 
 def test_settings_that_no_run_uses_are_refused_and_those_that_some_use_are_not() -> None:

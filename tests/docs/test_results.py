@@ -56,6 +56,13 @@ def test_the_arenas_table_is_that_of_its_results() -> None:
     assert "| `ctrl` |" in shown
 
 
+def test_the_arenas_table_of_the_pipeline_is_that_of_its_results() -> None:
+    module = benchmark("arena_page")
+    shown = between(module.PIPELINE_MARKS, "results/arena.md")
+    assert shown == module.of_pipeline(ROOT / "benchmarks" / "arena-shapes")
+    assert "| `ctrl_pathwise` |" in shown
+
+
 def test_the_table_of_rams_bias_is_that_of_its_runs() -> None:
     module = benchmark("ram_bias")
     page = (ROOT / "docs" / "results" / "ram.md").read_text(encoding="utf-8")
