@@ -713,7 +713,7 @@ def test_a_search_can_start_from_what_earlier_ones_found(tmp_path: Path) -> None
 def test_a_grid_is_tried_in_every_combination_and_nothing_else(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    grid = {"learning_rate": ["1e-3", 4e-3], "average": [0.0, 0.9]}
+    grid = {"learning_rate": ["1e-3", 4e-3, 0.001], "average": [0.0, 0.9]}
     found = tune("ctrl", TINY, None, 1, 2_000, 240, tmp_path / "tuned", grid=grid)
     trials = resume_lines(tmp_path / "tuned" / "ctrl.tiny.trials.jsonl")
     pairs = [(line["settings"]["learning_rate"], line["settings"]["average"]) for line in trials]

@@ -185,7 +185,7 @@ def _yardstick(folder: Path, problem: ArenaProblem, common: Mapping[str, Any], w
 
 
 def _combinations(grid: Mapping[str, Sequence[Any]], base: Job) -> list[dict[str, Any]]:
-    """Every combination of a grid's values, as the rule's settings have them. Raises SettingError for what it does not use."""
+    """Every combination of a grid's values once, as the rule's settings have them. SettingError for what it does not use."""
     for name, values in grid.items():
         if not values:
             raise SettingError(f"the grid has no value of {name}; give one at least.")
@@ -196,7 +196,7 @@ def _combinations(grid: Mapping[str, Sequence[Any]], base: Job) -> list[dict[str
         config = dataclasses.replace(base, settings=given).config()
         current = {**config.to_dict(), **config.rule}
         found.append({name: current[name] for name in grid})
-    return found
+    return [given for k, given in enumerate(found) if given not in found[:k]]  # 1e-3 and 0.001 are one value
 
 
 def _inside(space: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:
