@@ -725,10 +725,13 @@ def test_a_grid_is_tried_in_every_combination_and_nothing_else(
     assert resume_lines(tmp_path / "tuned" / "ctrl.tiny.trials.jsonl") == trials, "what was tried is not tried again"
     assert (again["trials"], again["J"]) == (2, max(line["J"] for line in (trials[1], trials[3])))
     with pytest.MonkeyPatch.context() as patch:  # the pretrained model is measured once for all rules of a folder
-        patch.setattr(tuning, "measure", None)
+        patch.setattr(referee, "measure", None)
         tune("ddpo", TINY, None, 1, 2_000, 240, tmp_path / "tuned", grid={"learning_rate": [1e-3]})
         with pytest.raises(ValueError, match="cannot be measured"):  # but anew for other settings of all runs
             tune("ddpo", TINY, None, 1, 2_000, 240, tmp_path / "tuned", grid={"epochs": [1]}, settings={"steps": 4})
+    other = ArenaProblem("tiny", "gaussian", 20_000, 400, True, {"width": 16}, settings=SMALL, reference_samples=200)
+    with pytest.raises(ValueError, match="knows another problem named tiny; rename it"):
+        tune("ddpo", other, None, 1, 2_000, 240, tmp_path / "tuned", grid={"learning_rate": [5e-3]})
     dear = tune("ctrl", TINY, None, 1, 2_000, 240, tmp_path / "tuned", grid=grid, kl_weight=5.0)
     assert dear["kl_weight"] == 5.0
     assert len(resume_lines(tmp_path / "tuned" / "ctrl.tiny.trials.jsonl")) == 8, "at another price all is tried anew"

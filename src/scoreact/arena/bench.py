@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from ..support.files import Line, append_line, resume_lines, write_json
 from ..support.workers import Workers
 from .budget import check_budget, split_settings
 from .problems import HELDOUT, TUNING_SEEDS, ArenaProblem, Job, check_used, known_problem, skips
-from .referee import measure
+from .referee import yardsticks
 from .run import run_one
 from .tables import report
 from .tuning import keep_tuned, tuned_settings
@@ -88,8 +87,9 @@ def bench(
     todo = [job for job in wanted if job.key not in done]
     with Workers(min(jobs, max(1, len(todo)))) as workers:
         missing = {job.problem.name: job.problem for job in todo}
-        yardsticks = _yardsticks(folder, list(missing.values()), common, transfer_samples, workers)
-        ready = [dataclasses.replace(job, yardstick=yardsticks[job.problem.name]) for job in todo]
+        known = list(missing.values())
+        found = yardsticks(folder, known, common, transfer_samples, HELDOUT["bench"], workers)
+        ready = [dataclasses.replace(job, yardstick=found[job.problem.name]) for job in todo]
         for index, outcome in workers.map(run_one, [(job,) for job in ready]):
             job = ready[index]
             named = {"rule": job.rule, "problem": job.problem.name, "kl_weight": job.kl_weight, "seed": job.seed}
@@ -116,27 +116,3 @@ def _open(folder: Path, network: int | None, reward: int | None, common: Any, po
         raise SettingError(
             f"{folder} was made with other settings: {'; '.join(changed)}. Repeat with the same, or give another out."
         )
-
-
-def _yardsticks(
-    folder: Path, problems: Sequence[ArenaProblem], common: Mapping[str, Any], samples: int, workers: Workers
-) -> dict[str, Line]:
-    """`measure` of each problem, kept in yardsticks/NAME.json."""
-    (folder / "yardsticks").mkdir(exist_ok=True)
-    paths = {p.name: folder / "yardsticks" / f"{p.name}.json" for p in problems}
-    todo = []
-    for problem in problems:
-        if paths[problem.name].is_file():
-            stored = json.loads(paths[problem.name].read_text(encoding="utf-8"))["problem"]
-            if stored != json.loads(json.dumps(asdict(problem))):
-                raise SettingError(
-                    f"{folder} knows another problem named {problem.name}; rename it, or give another out."
-                )
-        else:
-            todo.append(problem)
-    tasks = [(problem, common, samples, HELDOUT["bench"]) for problem in todo]
-    for index, outcome in workers.map(measure, tasks):
-        if "failed" in outcome:
-            raise SettingError(f"problem {todo[index].name} cannot be measured: {outcome['failed']}")
-        write_json(paths[todo[index].name], {"problem": asdict(todo[index]), **outcome})
-    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items()}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +22,9 @@ from ..recipes.base import Problem
 from ..rewards.check import checked
 from ..sampling.draw import balanced, draw
 from ..support.devices import device_of
-from ..support.files import Line
+from ..support.errors import SettingError
+from ..support.files import Line, write_json
+from ..support.workers import Workers
 from ..training.config import Config
 from ..types import Condition, Metrics
 from .problems import ArenaProblem
@@ -75,6 +80,40 @@ def measure(problem: ArenaProblem, common: Mapping[str, Any], transfer_samples: 
         "start": heldout(policy, built, config, heldout_seed, judge=True),
         "transfer": transfer(policy, built, config, transfer_samples, heldout_seed),
     }
+
+
+def yardsticks(
+    folder: Path,
+    problems: Sequence[ArenaProblem],
+    common: Mapping[str, Any],
+    transfer_samples: int,
+    heldout_seed: int,
+    workers: Workers,
+) -> dict[str, Line]:
+    """`measure` of each problem by name, kept in yardsticks/NAME.json: measured once for all rules, anew for other settings.
+
+    Raises SettingError where the folder knows another problem of that name, or one cannot be measured.
+    """
+    (folder / "yardsticks").mkdir(exist_ok=True)
+    found: dict[str, Line] = {}
+    todo = []
+    for problem in problems:
+        path = folder / "yardsticks" / f"{problem.name}.json"
+        stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if stored is not None and stored["problem"] != json.loads(json.dumps(asdict(problem))):
+            raise SettingError(f"{folder} knows another problem named {problem.name}; rename it, or give another out.")
+        if stored is not None and stored.get("settings", common) == json.loads(json.dumps(common)):
+            found[problem.name] = stored
+        else:
+            todo.append(problem)
+    tasks = [(problem, common, transfer_samples, heldout_seed) for problem in todo]
+    for index, outcome in workers.map(measure, tasks):
+        problem = todo[index]
+        if "failed" in outcome:
+            raise SettingError(f"problem {problem.name} cannot be measured: {outcome['failed']}")
+        found[problem.name] = {"problem": asdict(problem), "settings": dict(common), **outcome}
+        write_json(folder / "yardsticks" / f"{problem.name}.json", found[problem.name])
+    return found
 
 
 def optimum_of(yardstick: Mapping[str, Any], problem: Problem, kl_weight: float) -> Metrics:

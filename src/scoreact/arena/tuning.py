@@ -18,7 +18,7 @@ from ..support.workers import Workers
 from ..training.config import Config
 from .budget import check_budget, counts, split_settings
 from .problems import HELDOUT, TUNING_SEEDS, ArenaProblem, Job, check_used, known_problem, skips
-from .referee import measure
+from .referee import yardsticks
 from .run import run_one
 
 
@@ -133,13 +133,12 @@ def tune(
         study.enqueue_trial(_inside(space, {**current, **given}), skip_if_exists=True)
     lines: list[Line] = []
     with Workers(min(jobs, seeds)) as workers:
-        yardstick: Line = {}
         for number in range(count):
             trial = study.ask()
             chosen = {name: _suggest(trial, name, range_) for name, range_ in space.items()}
             line = known.get(json.dumps(finite(chosen), sort_keys=True))
             if line is None:
-                yardstick = yardstick or _yardstick(folder, where, common, workers)
+                yardstick = yardsticks(folder, [where], common, 0, HELDOUT["tune"], workers)[where.name]
                 runs = [
                     dataclasses.replace(base, seed=TUNING_SEEDS + k, settings=chosen, yardstick=yardstick)
                     for k in range(seeds)
@@ -168,20 +167,6 @@ def tune(
     }  # fmt: skip
     write_json(folder / tuned_name(rule, where.name), finite(result))
     return result
-
-
-def _yardstick(folder: Path, problem: ArenaProblem, common: Mapping[str, Any], workers: Workers) -> Line:
-    """`measure` of a problem, kept in yardsticks/NAME.json for the rules that are searched after this one."""
-    path = folder / "yardsticks" / f"{problem.name}.json"
-    asked = json.loads(json.dumps({"problem": dataclasses.asdict(problem), "common": common}))
-    if path.is_file() and (stored := json.loads(path.read_text(encoding="utf-8")))["asked"] == asked:
-        return dict(stored)
-    [(_, found)] = workers.map(measure, [(problem, common, 0, HELDOUT["tune"])])
-    if "failed" in found:
-        raise SettingError(f"problem {problem.name} cannot be measured: {found['failed']}")
-    path.parent.mkdir(exist_ok=True)
-    write_json(path, {"asked": asked, **found})
-    return found
 
 
 def _combinations(grid: Mapping[str, Sequence[Any]], base: Job) -> list[dict[str, Any]]:
