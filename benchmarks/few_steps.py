@@ -14,6 +14,7 @@ training set that no discriminator here sees (`validation`); what is printed is 
 `train` runs every arm within `--calls` network calls (policy and reference, one a picture and pass). Each arm has
 TRIALS settings, on a seed of its own and with half the calls; the one nearest to the validation pictures goes on to the other
 seeds. `split` writes the real pictures that training may see: all of the training set but `validation`.
+Arms with `energy distance` have that reward of a batch in the discriminator's place.
 Every figure is of SAMPLES pictures, balanced over the classes; Frechet distances of other numbers are others.
 """
 
@@ -91,7 +92,15 @@ ARMS: dict[str, dict[str, Any]] = {
     "dxmi, published step": {"algorithm": "dxmi", "form": "clamped_displacement"},
     "ctrl, black box": {"algorithm": "ctrl_pathwise", "value": "surrogate"},
     "ddpo, black box": {"algorithm": "ddpo"},
+    "draft, energy distance": {"algorithm": "draft"},
+    "adjoint_matching, energy distance": {"algorithm": "adjoint_matching"},
 }  # fmt: skip
+DISTANCE = (
+    ", energy distance"  # to the real pictures of each class, of a batch, in the features that the discriminator sees
+)
+OF_DISTANCE: list[dict[str, Any]] = [  # its reward is smaller
+    {"kl_weight": weight, "learning_rate": rate} for weight in (2e-3, 4e-3, 8e-3) for rate in (1.5e-4, 3e-4)
+]
 OF_DXMI: list[dict[str, Any]] = [
     {"learning_rate": rate, "energy_rate": 3e-4, "time_bonus": bonus}
     for rate, bonus in ((3e-6, 0.0), (1e-5, 0.0), (1e-6, 1.0), (3e-6, 1.0), (1e-5, 1.0), (3e-6, 3.0))
@@ -247,6 +256,14 @@ def more_pretraining(data: str, rate: float, seed: int, calls: int) -> tuple[Net
     return model, costs
 
 
+def reward_of(arm: str, options: argparse.Namespace) -> Any:
+    if not arm.endswith(DISTANCE):
+        return load(str(options.real))
+    found = load("energy_distance", reference=options.pictures, features="classifier", labels=True)
+    found.take_model(recipe.model())  # the classes of an .npz are numbers
+    return found
+
+
 def one(arm: str, trial: int, steps: int, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """Train one arm, and judge what it draws at its steps with each solver."""
     settings, final = trials(arm)[trial], seed != TUNING_SEED
@@ -255,7 +272,7 @@ def one(arm: str, trial: int, steps: int, seed: int, options: argparse.Namespace
         model, costs = more_pretraining(options.data, settings["learning_rate"], seed, calls)
     else:
         data = {"data": str(options.pictures)} if ARMS[arm]["algorithm"] == "dxmi" else {}
-        model, costs = tuned(arm, {**settings, **data}, load(str(options.real)), steps, seed, calls)
+        model, costs = tuned(arm, {**settings, **data}, reward_of(arm, options), steps, seed, calls)
     found: dict[str, Any] = {}
     for split, judged in (
         splits(options.data).items() if final else [("validation", splits(options.data)["validation"])]
@@ -273,6 +290,8 @@ def trials(arm: str) -> list[dict[str, Any]]:
     """The settings that are tried: as many for every arm."""
     if arm == "more pretraining":
         return RATES
+    if arm.endswith(DISTANCE):
+        return OF_DISTANCE
     return {"dxmi": OF_DXMI, "ddpo": RATES}.get(ARMS[arm]["algorithm"], TRIALS)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
-from scipy.spatial.distance import pdist
+from scipy.spatial.distance import cdist, pdist
 from torch import Tensor
 
 import scoreact as sa
@@ -21,6 +24,7 @@ from scoreact.rewards.base import is_of_batch
 from scoreact.rewards.batch import BatchReward, pairs
 from scoreact.rewards.registry import OF_A_BATCH, load
 from scoreact.rewards.weighted_statistics import open_statistic
+from scoreact.support.own_data import read_data
 from scoreact.types import Condition
 
 REAL = torch.randn(40, 3, generator=torch.Generator().manual_seed(1))
@@ -37,6 +41,9 @@ def sign(samples: Tensor) -> Tensor:
 
 def softly(samples: Tensor) -> Tensor:
     return samples.softmax(1)
+
+
+softly.differentiable = True  # type: ignore[attr-defined]
 
 
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -140,6 +147,141 @@ def test_the_gradient_of_the_mean_is_that_of_the_measure() -> None:
     assert float(found) == pytest.approx(float(wanted), abs=1e-10)
 
 
+@pytest.mark.parametrize(("name", "options"), [case for case in CASES if case[1].get("classes") is not sign])
+def test_the_gradient_in_the_samples(name: str, options: dict[str, Any]) -> None:
+    """Against differences; that of the mean is what rules follow."""
+    reward = made(name, options)
+    assert reward.differentiable
+    x = X.double().requires_grad_(True)
+    assert torch.autograd.gradcheck(lambda samples: reward(samples, here(9)), (x,), eps=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"bandwidth": 0.7}])
+def test_samples_that_are_alike_have_a_gradient_too(options: dict[str, Any]) -> None:
+    """The kernel is singular there, and x log x has no slope at 0."""
+    x = torch.eye(3).repeat_interleave(torch.tensor([2, 3, 4]), 0)[:, :2].add(0.1).double().requires_grad_(True)
+    found = torch.autograd.grad(made("vendi", options)(x, here(9)).mean(), x)[0]
+    assert bool(found.isfinite().all())
+
+
+def test_the_gradient_goes_through_features() -> None:
+    pictures = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(4)).requires_grad_(True)
+    reward = made("energy_distance", {"reference": torch.rand(20, 1, 8, 8), "features": "pixels"})
+    found = torch.autograd.grad(checked(reward)(pictures, here(6)).mean(), pictures)[0]
+    fields = found.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4)  # four fields a side, and a pixel counts as its field
+    assert torch.allclose(fields, fields[..., :1].expand_as(fields), atol=1e-8)
+    assert float(found.abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize(("name", "options"), CASES[:2] + CASES[4:6])
+def test_of_a_mean_over_pairs_it_is_the_measures_own(name: str, options: dict[str, Any]) -> None:
+    """So a batch of any size gives E F's gradient without bias."""
+    reward, x = made(name, options), X.double().requires_grad_(True)
+    found = torch.autograd.grad(reward(x, here(9)).mean(), x)[0]
+    assert torch.allclose(found, torch.autograd.grad(reward.measure(reward.seen(x))[0], x)[0])
+    assert float(found.abs().max()) > 1e-3
+
+
+def labelled(tmp_path: Path, names: tuple[str, str] = ("left", "right")) -> tuple[Path, Tensor, list[int]]:
+    """Two blobs in a file, each a class."""
+    x, rows = torch.randn(200, 2, generator=torch.Generator().manual_seed(3)), [i % 2 for i in range(200)]
+    x = x + torch.tensor([[-4.0, 0.0], [4.0, 0.0]])[rows]
+    np.savez(tmp_path / "blobs.npz", train_values=x.numpy(), train_labels=np.array([names[i] for i in rows]))
+    return tmp_path / "blobs.npz", x, rows
+
+
+@pytest.mark.parametrize("name", ["mmd", "energy_distance"])
+def test_samples_are_compared_with_their_own_class(tmp_path: Path, name: str) -> None:
+    """Right samples under the other prompts are as near as ever without labels, and far with them."""
+    path, x, rows = labelled(tmp_path)
+    prompts = ["left" if i == 0 else "right" for i in rows[:40]]
+    right, wrong = Condition(prompts), Condition(prompts[1:] + prompts[:1])
+    blind, seeing = (load(name, reference=str(path), labels=labels) for labels in (False, True))
+    assert float(blind(x[:40], right).mean()) == pytest.approx(float(blind(x[:40], wrong).mean()))
+    near, far = (float(seeing(x[:40], prompts).mean()) for prompts in (right, wrong))
+    assert near > -0.02
+    assert far < -0.2
+
+
+def joint(x: Tensor, rows: Sequence[int], size: float) -> np.ndarray[Any, Any]:
+    return np.concatenate([x.double().numpy(), size * np.eye(2)[list(rows)]], axis=1)
+
+
+def test_the_joint_distance_by_its_formula(tmp_path: Path) -> None:
+    """sqrt(|x - y|^2 + 2 (3 spread)^2 [another class]), a pair of classes as often as their shares say; scipy has the means."""
+    path, x, rows = labelled(tmp_path)
+    reward = made("energy_distance", {"reference": str(path), "labels": True})
+    kept = read_data(path, labels=True).train
+    assert kept.labels is not None
+    real, labels = kept.floats(), kept.labels.numpy()
+    size = 3 * float(real.double().std(0).norm())
+    y, few = joint(real, labels.tolist(), size), [*range(0, 30, 2), *range(1, 11, 2)]  # fifteen and five
+    mine, own = joint(x[few], [rows[i] for i in few], size), np.array([rows[i] for i in few])
+    share, wanted = np.bincount(own) / len(own), 0.0
+    for a in (0, 1):
+        for b in (0, 1):
+            same = [pdist(z[c == a]).mean() if a == b else cdist(z[c == a], z[c == b]).mean()
+                    for z, c in ((mine, own), (y, labels))]  # fmt: skip
+            wanted += share[a] * share[b] * (sum(same) - 2 * cdist(mine[own == a], y[labels == b]).mean())
+    prompts = Condition([("left", "right")[i] for i in own])
+    assert float(reward(x[few], prompts).mean()) == pytest.approx(wanted, rel=1e-5)
+    alone = reward(x[[0, 1, 2]], Condition(["left", "right", "left"]))  # one sample of a class: it has no pair
+    assert bool(alone.isfinite().all())
+
+
+@pytest.mark.parametrize("name", ["mmd", "energy_distance"])
+def test_prompts_that_are_dealt_out_leave_it_unbiased(tmp_path: Path, name: str) -> None:
+    """Batches of the reference set's own examples, as many of each class: 0 in the mean. By plain means over pairs two of a
+    class are too rare in them, and the batch is said to be nearer than its own law."""
+    path, _, _ = labelled(tmp_path)
+    kept = read_data(path, labels=True).train
+    assert kept.labels is not None
+    reward, generator = made(name, {"reference": str(path), "labels": True}), torch.Generator().manual_seed(0)
+    prompts, found = Condition(["left"] * 5 + ["right"] * 5), []
+    of = [torch.nonzero(kept.labels == row).flatten() for row in (0, 1)]
+    for _ in range(400):
+        drawn = torch.cat([rows[torch.randint(len(rows), (5,), generator=generator)] for rows in of])
+        found.append(float(reward(kept.floats()[drawn], prompts).mean()))
+    values = np.array(found)
+    floor = 1 / len(of[0])  # an example is drawn twice so often
+    assert abs(values.mean()) < 4 * values.std() / 20 + 2 * floor
+
+
+def test_numbered_classes_are_those_of_the_model(tmp_path: Path) -> None:
+    path, x, rows = labelled(tmp_path, ("0", "1"))
+    reward, model = made("energy_distance", {"reference": str(path), "labels": True}), fresh()
+    prompts = Condition([("left", "right")[i] for i in rows[:40]])
+    with pytest.raises(sa.RewardError, match=r"prompt 'left' is no class of the reference set \(0, 1\)"):
+        reward(x[:40], prompts)
+    by_number = reward(x[:40], Condition([str(i) for i in rows[:40]]))
+    model.classes = ("right", "left")
+    reward.take_model(model)
+    swapped = reward(x[:40], prompts)
+    model.classes = ("left", "right")
+    reward.take_model(model)
+    assert torch.equal(reward(x[:40], prompts), by_number)
+    assert float(swapped.mean()) < float(by_number.mean()) - 0.5
+    with pytest.raises(sa.RewardError, match="the reference set is a tensor"):
+        made("mmd", {"reference": REAL, "labels": True})
+
+
+def test_draft_follows_it(tmp_path: Path) -> None:
+    """The gradient moves samples together towards the real ones, spread and all, where minibatches fit."""
+    settings: dict[str, Any] = {
+        k: v for k, v in TINY.items() if not k.startswith("value_") and k != "reference_batches"
+    } | {"algorithm": "draft"}
+    with pytest.raises(sa.SettingError, match="batch_size 16 and minibatch_size 7"):
+        sa.finetune(fresh(), "diversity", **settings, minibatch_size=7)
+    with pytest.raises(sa.SettingError, match="gradient"):
+        sa.finetune(fresh(), load("coverage", classes=sign), **settings)
+    real = 0.3 * torch.randn(500, 2, generator=torch.Generator().manual_seed(5)) + torch.tensor([0.5, 0.0])
+    settings |= {"iterations": 80, "batch_size": 64, "minibatch_size": 32, "learning_rate": 1e-2, "kl_weight": 3e-3}
+    found = sa.finetune(fresh(), load("energy_distance", reference=real), **settings | {"steps": 5})
+    before, after = (found.sample(count=1000, seed=1, reference=reference) for reference in (True, False))
+    assert after.mean(0).tolist() == pytest.approx([0.5, 0.0], abs=0.2)
+    assert float(after.std(0).norm()) < 0.85 * float(before.std(0).norm())  # a mean alone would leave it
+
+
 def test_prompts_may_be_batches_of_their_own() -> None:
     reward = made("diversity", {"by_prompt": True})
     prompts = Condition(["a", "b", "a", "b", "a", "b"])
@@ -173,7 +315,6 @@ def test_what_cannot_be_of_a_batch_is_refused() -> None:
             {"algorithm": "rwr", "replay": 1, "baseline": "denoised"},
             "baseline denoised wants the reward of single states",
         ),
-        ({"algorithm": "draft"}, "gradient"),
     ):
         settings = {k: v for k, v in TINY.items() if not (k.startswith("value_") and "algorithm" in changes)}
         with pytest.raises(sa.SettingError, match=text):

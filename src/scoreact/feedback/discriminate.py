@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..dynamics.grids import grid_times
 from ..dynamics.samplers import sampler_by_name
 from ..evaluation.metrics import auc_interval
-from ..models.base import HasClasses, ScoreModel
+from ..models.base import HasClasses, ScoreModel, rows_among
 from ..models.weights import digest_of
 from ..rewards.learned import LearnedReward, need_empty, save_learned
 from ..rewards.sample_features import Features, open_features
@@ -190,15 +190,7 @@ def _rows(data: OwnData, classes: tuple[str, ...]) -> tuple[Tensor, Tensor]:
         return tuple(torch.zeros(len(part), dtype=torch.int64) for part in (data.train, data.heldout))  # type: ignore[return-value]
     assert data.train.labels is not None
     assert data.heldout.labels is not None
-    names = list(data.classes)
-    numbered = all(name.isdigit() for name in names) and not set(names) & set(classes)
-    known = [str(i) for i in range(len(classes))] if numbered else list(classes)
-    if unknown := [name for name in names if name not in known]:
-        raise SettingError(
-            f"the data have the class {unknown[0]!r}, which the model does not know ({', '.join(classes)}); name the folders "
-            "or labels as the model does, by its numbers from 0, or leave labels out."
-        )
-    where = torch.tensor([known.index(name) for name in names])
+    where = torch.tensor(list(rows_among(data.classes, classes).values()))
     return where[data.train.labels], where[data.heldout.labels]
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..dynamics.schedule import Schedule
 from ..support.devices import HasDevice as HasDevice
+from ..support.errors import SettingError
 from ..types import Condition
 
 if TYPE_CHECKING:
@@ -137,6 +138,19 @@ class HasClasses(Protocol):
     def classes(self) -> Sequence[str]:
         """Every prompt that `condition` accepts."""
         ...
+
+
+def rows_among(names: Sequence[str], classes: Sequence[str]) -> dict[str, int]:
+    """Each class of some data with its place among a model's: by name, or by its number from 0 where all are numbers and the
+    model's are not. Raises SettingError for one that the model does not know."""
+    numbered = all(name.isdigit() for name in names) and not set(names) & set(classes)
+    known = [str(i) for i in range(len(classes))] if numbered else list(classes)
+    if unknown := [name for name in names if name not in known]:
+        raise SettingError(
+            f"the data have the class {unknown[0]!r}, which the model does not know ({', '.join(classes)}); name the folders "
+            "or labels as the model does, by its numbers from 0, or leave labels out."
+        )
+    return {name: known.index(name) for name in names}
 
 
 @runtime_checkable

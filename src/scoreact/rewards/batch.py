@@ -3,23 +3,24 @@
     R_i = n F(S) - (n - 1) F(S without i)         (Tukey's pseudo-values of the jackknife)
 
 F(S without i) does not know sample i, so that it is a baseline: the gradient of the mean R is that of E F(S), whatever F is.
-The mean of R is the jackknife's estimate of F. R depends on the other samples of the batch, so there is no tilted law and no
-J*, and whoever asks for the reward of one state is refused (`training.assembly`). Measures of a batch are below; each gives F
-and all F without one, in closed form where there is one.
+The mean of R is the jackknife's estimate of F, and the gradient of that mean in the samples is what `draft` and the adjoint
+follow: of a mean over pairs it is F's own, without bias at any size of a batch. R depends on the other samples of the batch,
+so there is no tilted law and no J*, and whoever asks for the reward of one state is refused (`training.assembly`). Measures
+of a batch alone are below, distances to a reference set in `two_sample`; each gives F and all F without one, in closed form
+where there is one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..support.errors import RewardError
 from ..support.loading import load_named
-from ..support.own_data import read_data
 from ..types import Condition, groups
+from .base import is_differentiable
 from .sample_features import Features, open_features
 
 FEWEST = 3  # samples: without one of them there are still pairs
@@ -28,7 +29,7 @@ Measure = Callable[[Tensor], Measured]  # of features [n, F] in float64
 
 
 class BatchReward:
-    """R above. Without a gradient in the samples.
+    """R above.
 
     Args:
         measure: F and F without each, of features.
@@ -39,16 +40,19 @@ class BatchReward:
     A call raises RewardError where a batch has fewer than `FEWEST` samples.
     """
 
-    differentiable = False
     of_batch = True
 
     def __init__(self, measure: Measure, name: str, features: str = "values", by_prompt: bool = False) -> None:
         self.measure, self.name, self.by_prompt = measure, name, by_prompt
         self.seen = SeenBy(features)
+        self.differentiable = True
 
-    @torch.no_grad()
+    def look(self, samples: Tensor, condition: Condition) -> Tensor:
+        """What is measured of each, [n, F]."""
+        return self.seen(samples)
+
     def __call__(self, samples: Tensor, condition: Condition) -> Tensor:
-        seen = self.seen(samples)
+        seen = self.look(samples, condition)
         if not self.by_prompt:
             return self._contributions(seen, f"a batch of {len(samples)}").to(samples)
         found = torch.zeros(len(samples), dtype=torch.float64)
@@ -79,26 +83,8 @@ class SeenBy:
             return samples.flatten(1).double()
         if self._made is None or self._made.shape != tuple(samples.shape[1:]):
             self._made = open_features(self.spec, samples.shape[1:])
-        return self._made.in_parts(samples).double()
-
-
-class Reference:
-    """Real examples as features [m, F], at most `most` of them: a tensor [m, *D], or what `read_data` takes."""
-
-    def __init__(self, data: str | Path | Tensor, seen: SeenBy, most: int, seed: int) -> None:
-        values = data if isinstance(data, Tensor) else read_data(data).train.floats()
-        if len(values) < FEWEST:
-            raise RewardError(f"the reference set holds {len(values)} examples; give at least {FEWEST}.")
-        kept = torch.randperm(len(values), generator=torch.Generator().manual_seed(seed))[:most]
-        self.shape, self.features = tuple(values.shape[1:]), seen(values[kept])
-
-    def beside(self, x: Tensor) -> Tensor:
-        if x.shape[1] != self.features.shape[1]:
-            raise RewardError(
-                f"a sample has {x.shape[1]} features and a reference example {self.features.shape[1]} (of shape {self.shape}); "
-                "give a reference set of the model's samples' shape."
-            )
-        return self.features.to(x)
+        look = self._made if torch.is_grad_enabled() and samples.requires_grad else self._made.in_parts
+        return look(samples).double()
 
 
 # --- measures ----------------------------------------------------------------------------------------------------------
@@ -111,6 +97,12 @@ def pairs(matrix: Tensor) -> Measured:
     return total / (n * (n - 1)), (total - 2 * rows) / ((n - 1) * (n - 2))
 
 
+def weighted_pairs(matrix: Tensor, weights: Tensor) -> Measured:
+    """The same with a weight for each pair [n, n], symmetric, of sum 1 and 0 on the diagonal."""
+    rows = (weights * matrix).sum(1)
+    return rows.sum(), (rows.sum() - 2 * rows) / (1 - 2 * weights.sum(1))
+
+
 def mean_of(values: Tensor) -> Measured:
     """The mean of [n], and the same without each."""
     return values.mean(), (values.sum() - values) / (len(values) - 1)
@@ -121,14 +113,14 @@ def gaussian_kernel(x: Tensor, y: Tensor, bandwidth: float) -> Tensor:
     return (-torch.cdist(x, y).square() / (2 * bandwidth**2)).exp()
 
 
-def _checked_bandwidth(bandwidth: float | None) -> None:
+def check_bandwidth(bandwidth: float | None) -> None:
     if bandwidth is not None and not 0 < bandwidth < float("inf"):
         raise RewardError(f"bandwidth is {bandwidth}; give a distance above 0, in units of the features.")
 
 
 def diversity_reward(features: str = "values", bandwidth: float | None = None, by_prompt: bool = False) -> BatchReward:
     """F = mean distance of two samples; with a bandwidth 1 - mean Gaussian kernel, to which far apart is as good as farther."""
-    _checked_bandwidth(bandwidth)
+    check_bandwidth(bandwidth)
 
     def measure(x: Tensor) -> Measured:
         if bandwidth is None:
@@ -142,7 +134,7 @@ def diversity_reward(features: str = "values", bandwidth: float | None = None, b
 def vendi_reward(features: str = "values", bandwidth: float | None = None, by_prompt: bool = False) -> BatchReward:
     """F = Vendi score (Friedman & Dieng 2023): exp of the entropy of the eigenvalues of K / n, the effective number of
     different samples. K: the cosine of features, or with a bandwidth the Gaussian kernel. n + 1 eigenvalue problems a batch."""
-    _checked_bandwidth(bandwidth)
+    check_bandwidth(bandwidth)
 
     def measure(x: Tensor) -> Measured:
         n = len(x)
@@ -165,88 +157,15 @@ def vendi_reward(features: str = "values", bandwidth: float | None = None, by_pr
 
 def effective_number(matrix: Tensor) -> Tensor:
     """exp of the entropy of the eigenvalues of a symmetric matrix of trace 1."""
-    return torch.special.entr(torch.linalg.eigvalsh(matrix).clamp(min=0)).sum().exp()
-
-
-def mmd_reward(
-    reference: str | Path | Tensor, features: str = "values", bandwidth: float | None = None, most: int = 2000, seed: int = 0
-) -> BatchReward:  # fmt: skip
-    """F = -MMD^2 to real examples, unbiased (Gretton et al. 2012), Gaussian kernel.
-
-    reference: what `read_data` takes, `most` of its examples drawn by `seed`. bandwidth: the median distance of two of them.
-    """
-    _checked_bandwidth(bandwidth)
-    found = BatchReward(lambda x: measure(x), "mmd", features)
-    real = Reference(reference, found.seen, most, seed)
-    width = bandwidth or float(torch.pdist(real.features).median())
-    _checked_bandwidth(width)
-    within = pairs(gaussian_kernel(real.features, real.features, width))[0]
-
-    def measure(x: Tensor) -> Measured:
-        y = real.beside(x)
-        own, across = pairs(gaussian_kernel(x, x, width)), mean_of(gaussian_kernel(x, y, width).mean(1))
-        whole, without = (2 * b - a - within.to(x) for a, b in zip(own, across, strict=True))
-        return whole, without
-
-    return found
-
-
-def energy_distance_reward(
-    reference: str | Path | Tensor, features: str = "values", most: int = 2000, seed: int = 0
-) -> BatchReward:
-    """F = -(2 E|X - Y| - E|X - X'| - E|Y - Y'|), unbiased: the squared energy distance to real examples (Székely)."""
-    found = BatchReward(lambda x: measure(x), "energy_distance", features)
-    real = Reference(reference, found.seen, most, seed)
-    within = pairs(torch.cdist(real.features, real.features))[0]
-
-    def measure(x: Tensor) -> Measured:
-        y = real.beside(x)
-        own, across = pairs(torch.cdist(x, x)), mean_of(torch.cdist(x, y).mean(1))
-        whole, without = (a + within.to(x) - 2 * b for a, b in zip(own, across, strict=True))
-        return whole, without
-
-    return found
-
-
-def sliced_wasserstein_reward(
-    reference: str | Path | Tensor, features: str = "values", projections: int = 64, most: int = 2000, seed: int = 0
-) -> BatchReward:
-    """F = -mean of the 1-Wasserstein distances to real examples along random directions, the same in every call.
-
-    Biased by the batch's size: only batches of one size compare.
-    """
-    if projections < 1:
-        raise RewardError(f"projections is {projections}; give at least 1.")
-    found = BatchReward(lambda x: measure(x), "sliced_wasserstein", features)
-    real = Reference(reference, found.seen, most, seed)
-    directions = torch.randn(
-        projections, real.features.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
-    directions = directions / directions.norm(dim=1, keepdim=True)
-
-    def measure(x: Tensor) -> Measured:
-        y, lines = real.beside(x), directions.to(x)
-        each = [wasserstein(x @ line, y @ line) for line in lines]
-        return -torch.stack([a for a, _ in each]).mean(), -torch.stack([b for _, b in each]).mean(0)
-
-    return found
-
-
-def wasserstein(x: Tensor, y: Tensor) -> Measured:
-    """The 1-Wasserstein distance of x [n] and y [m] on the line, the area between their distributions; and without each x."""
-    at = torch.cat([x, y]).sort().values
-    width = at[1:] - at[:-1]
-    below_x = torch.searchsorted(x.sort().values, at[:-1], right=True)
-    below_y = torch.searchsorted(y.sort().values, at[:-1], right=True).to(x) / len(y)
-    whole = ((below_x / len(x) - below_y).abs() * width).sum()
-    without = (below_x - (x.unsqueeze(1) <= at[:-1]).to(x)) / (len(x) - 1)
-    return whole, ((without - below_y).abs() * width).sum(1)
+    eigenvalues = torch.linalg.eigvalsh(matrix).clamp(min=1e-12)  # the slope of entr at 0 is infinite
+    return torch.special.entr(eigenvalues).sum().exp()
 
 
 def coverage_reward(classes: str | Callable[[Tensor], Tensor], by_prompt: bool = False) -> BatchReward:
     """F = effective number of classes that the batch holds: exp of the entropy of their shares.
 
-    classes: samples [n, ...] -> class numbers [n] or probabilities [n, K]; a function, or file.py:function.
+    classes: samples [n, ...] -> class numbers [n] or probabilities [n, K]; a function, or file.py:function. Of probabilities
+        there is a gradient, where the function says `differentiable`.
     """
     function: Callable[[Tensor], Tensor] = load_named(classes, "classes") if isinstance(classes, str) else classes
 
@@ -267,4 +186,5 @@ def coverage_reward(classes: str | Callable[[Tensor], Tensor], by_prompt: bool =
 
     found = BatchReward(measure, "coverage", by_prompt=by_prompt)
     found.seen = shares  # type: ignore[assignment]
+    found.differentiable = is_differentiable(function)
     return found

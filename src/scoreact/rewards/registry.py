@@ -14,14 +14,7 @@ from typing import Any
 
 from ..support.errors import RewardError
 from .base import FunctionReward, Reward, known, name_of, outside
-from .batch import (
-    coverage_reward,
-    diversity_reward,
-    energy_distance_reward,
-    mmd_reward,
-    sliced_wasserstein_reward,
-    vendi_reward,
-)
+from .batch import coverage_reward, diversity_reward, vendi_reward
 from .closed_form import Linear, Quadratic
 from .image import brightness, colorfulness, jpeg_compressibility, jpeg_incompressibility, of_measure
 from .imagenet import ImageNet, ZeroShot
@@ -31,6 +24,7 @@ from .onnx import OnnxReward
 from .remote.client import find
 from .score_matching import ScoreMatching
 from .text_image import Aesthetic, CLIPScore, HPSv2, ImageReward, PickScore
+from .two_sample import energy_distance_reward, mmd_reward, sliced_wasserstein_reward
 from .user import adapt, from_spec
 from .video import SmoothMotion, temporal_flickering
 from .vision_language import VQAScore

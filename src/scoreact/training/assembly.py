@@ -30,6 +30,7 @@ from ..dynamics.sde import SDE
 from ..dynamics.solvers import SOLVERS
 from ..models.base import BatchDependent, HasClasses, ReadsFeatures, ScoreModel
 from ..rewards.base import is_differentiable, is_of_batch, name_of
+from ..rewards.batch import FEWEST
 from ..rewards.check import Checked, HasParts, checked
 from ..rewards.sample_features import SIDE
 from ..rewards.user import with_gradient
@@ -166,6 +167,14 @@ def check_batch_reward(config: Config, reward: Checked) -> list[str]:
         raise SettingError(
             f"{what}, and replay is {c.rule['replay']}: what is remembered are contributions to other batches. Set it to 1."
         )
+    kind = find_rule(c.algorithm)
+    if kind.differentiates_reward and not kind.transitions_only:  # the reward is asked for inside the loss
+        rest = c.batch_size % c.minibatch_size
+        if c.minibatch_size < FEWEST or 0 < rest < FEWEST:
+            raise SettingError(
+                f"{what}, and its gradient is that of a minibatch: of batch_size {c.batch_size} and minibatch_size "
+                f"{c.minibatch_size} some have fewer than {FEWEST} samples. Let minibatch_size divide batch_size."
+            )
     notes = [
         f"{what}: a sample's value is what it adds to a measure of its batch, and the mean of these values is "
         "maximised. There is no tilted law, so J* is not to be trusted."
@@ -259,7 +268,7 @@ def check_differentiable(algorithm: str, model: ScoreModel, reward: Checked, pro
 
     A function of the user's without the mark `differentiable` is tried too: whoever chose such a rule wants its gradient.
     """
-    condition = model.condition(prompts[:1])
+    condition = model.condition(list(prompts[:1]) * (FEWEST if is_of_batch(reward.reward) else 1))
     device = device_of(model)
     x = model.prior(condition, torch.Generator(device).manual_seed(0)).requires_grad_(True)
     found = with_gradient(reward.reward)
