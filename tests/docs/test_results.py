@@ -137,12 +137,13 @@ def test_the_table_of_cifar_is_that_of_its_pictures() -> None:
     assert shown.count("| am60 |") == 3
 
 
-def test_the_table_of_four_steps_is_that_of_its_runs() -> None:
+@pytest.mark.parametrize(("recipe", "steps"), [("four-steps", 4)])
+def test_the_table_of_few_steps_is_that_of_its_runs(recipe: str, steps: int) -> None:
     module = benchmark("four_steps")
-    shown = between(module.MARKS, "results/four-steps.md")
-    lines = measured("four_steps.jsonl")
+    shown = between(module.MARKS[recipe], "results/four-steps.md")
+    lines = measured(f"{recipe.replace('-', '_')}.jsonl")
     assert shown == module.table(lines)
-    assert "| pretrained | ddim 4 |" in shown
+    assert f"| pretrained | ddim {steps} |" in shown
 
 
 def test_the_tables_of_health_are_those_of_their_runs() -> None:

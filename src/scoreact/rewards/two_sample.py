@@ -7,7 +7,7 @@ rarer in a batch than in the law. Each pair of classes counts as often as in the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -24,34 +24,22 @@ APART = 3  # spreads of the features between the examples of one class and those
 
 
 class Reference:
-    """Real examples as features [m, F], at most `most` of them, and their classes [m].
+    """Real examples as features [m, F], and their classes [m], places in `names`; without labels one class without a name.
 
-    data: a tensor [m, *D], or what `read_data` takes. seen: what an example is seen by. labels: as of `read_data`; without
-    them there is one class, without a name.
+    what: of an example, for messages. Raises RewardError where a class has fewer than `FEWEST`.
     """
 
     def __init__(
-        self, data: str | Path | Tensor, seen: SeenBy, most: int, seed: int, labels: bool | str = False
+        self, features: Tensor, rows: Tensor | None = None, names: Sequence[str] = ("",), what: str = ""
     ) -> None:
-        rows, self.names = None, [""]
-        if isinstance(data, Tensor):
-            if labels:
-                raise RewardError("labels are of a file or folder, and the reference set is a tensor; leave them out.")
-            values = data
-        else:
-            own = read_data(data, labels=labels)
-            values, rows, self.names = own.train.floats(), own.train.labels, list(own.classes) or [""]
-        if len(values) < FEWEST:
-            raise RewardError(f"the reference set holds {len(values)} examples; give at least {FEWEST}.")
-        kept = torch.randperm(len(values), generator=torch.Generator().manual_seed(seed))[:most]
-        self.shape, self.features = tuple(values.shape[1:]), seen(values[kept])
-        self.rows = torch.zeros(len(kept), dtype=torch.int64) if rows is None else rows[kept]
+        self.features, self.names, self.what = features.double(), tuple(names), what
+        self.rows = torch.zeros(len(features), dtype=torch.int64) if rows is None else rows
         self.counts = torch.bincount(self.rows, minlength=len(self.names))
         if int(self.counts.min()) < FEWEST:
-            name = self.names[int(self.counts.argmin())]
+            which = f"class {self.names[int(self.counts.argmin())]!r} has" if len(self.names) > 1 else "there are"
             raise RewardError(
-                f"class {name!r} has {int(self.counts.min())} examples among the {len(kept)} that are compared with; give at "
-                f"least {FEWEST}: more of them, a larger `most`, or no labels."
+                f"{which} {int(self.counts.min())} examples among the {len(features)} that are compared with; give at least "
+                f"{FEWEST}: more of them, a larger `most`, or no labels."
             )
 
     def within(self) -> Tensor:
@@ -61,12 +49,29 @@ class Reference:
     def beside(self, x: Tensor) -> Reference:
         if x.shape[1] != self.features.shape[1]:
             raise RewardError(
-                f"a sample has {x.shape[1]} features and a reference example {self.features.shape[1]} (of shape {self.shape}); "
+                f"a sample has {x.shape[1]} features and a reference example {self.features.shape[1]}{self.what}; "
                 "give a reference set of the model's samples' shape."
             )
         self.features = self.features.to(x)
         self.rows, self.counts = self.rows.to(x.device), self.counts.to(x.device)
         return self
+
+
+def open_reference(
+    data: str | Path | Tensor, seen: SeenBy, most: int, seed: int, labels: bool | str = False
+) -> Reference:
+    """At most `most` examples of a tensor [m, *D], or of what `read_data` takes, drawn by `seed`; seen: by what."""
+    rows, names = None, [""]
+    if isinstance(data, Tensor):
+        if labels:
+            raise RewardError("labels are of a file or folder, and the reference set is a tensor; leave them out.")
+        values = data
+    else:
+        own = read_data(data, labels=labels)
+        values, rows, names = own.train.floats(), own.train.labels, list(own.classes) or [""]
+    kept = torch.randperm(len(values), generator=torch.Generator().manual_seed(seed))[:most]
+    what = f" (of shape {tuple(values.shape[1:])})"
+    return Reference(seen(values[kept]), None if rows is None else rows[kept], names, what)
 
 
 class TwoSampleReward(BatchReward):
@@ -142,7 +147,7 @@ def mmd_reward(
     """
     check_bandwidth(bandwidth)
     seen = SeenBy(features)
-    real = Reference(reference, seen, most, seed, labels)
+    real = open_reference(reference, seen, most, seed, labels)
     width = bandwidth or float(real.within().median())
     check_bandwidth(width)
     return TwoSampleReward("mmd", real, seen, lambda x, y: -gaussian_kernel(x, y, width))
@@ -160,7 +165,7 @@ def energy_distance_reward(
     reference, labels, most, seed: as of `mmd_reward`.
     """
     seen = SeenBy(features)
-    return TwoSampleReward("energy_distance", Reference(reference, seen, most, seed, labels), seen, torch.cdist)
+    return TwoSampleReward("energy_distance", open_reference(reference, seen, most, seed, labels), seen, torch.cdist)
 
 
 def sliced_wasserstein_reward(
@@ -173,7 +178,7 @@ def sliced_wasserstein_reward(
     if projections < 1:
         raise RewardError(f"projections is {projections}; give at least 1.")
     found = BatchReward(lambda x: measure(x), "sliced_wasserstein", features)
-    real = Reference(reference, found.seen, most, seed)
+    real = open_reference(reference, found.seen, most, seed)
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(projections, real.features.shape[1], generator=generator, dtype=torch.float64)
     directions = directions / directions.norm(dim=1, keepdim=True)

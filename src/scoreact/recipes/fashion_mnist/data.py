@@ -183,6 +183,13 @@ def neighbour_features() -> Tensor:
     return load_tensors((folder / "fashion_mnist_neighbours.safetensors").read_bytes())["features"].float()
 
 
+def example_features() -> tuple[Tensor, Tensor]:
+    """2,000 real training pictures, as many of each class: the training-side classifier's features [2000, F], and classes."""
+    folder = resources.files("scoreact") / "assets"
+    found = load_tensors((folder / "fashion_mnist_examples.safetensors").read_bytes())
+    return found["features"].float(), found["classes"].long()
+
+
 def _from_npz(path: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     try:
         with np.load(path) as arrays:

@@ -193,8 +193,18 @@ def make_neighbours(data: str | None, count: int = 2000, seed: int = 0) -> Tenso
         return judge.load_classifier("judge").features(images[chosen][:, None].float() / 255).half()
 
 
+def make_examples(data: str | None, count: int = 2000, seed: int = 0) -> dict[str, Tensor]:
+    """Of `count` training pictures, as many of each class: training-side features [count, F] float16, and classes [count]."""
+    images, labels = load_pictures(data, "train")
+    chosen = draw_balanced(labels, count, torch.Generator().manual_seed(seed))
+    assert chosen is not None
+    with torch.no_grad():
+        found = judge.load_classifier("classifier").features(images[chosen][:, None].float() / 255)
+    return {"features": found.half(), "classes": labels[chosen].to(torch.uint8)}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write `fashion_mnist_reference.safetensors`, its `.json` and `fashion_mnist_neighbours.safetensors`."""
+    """Write `fashion_mnist_reference.safetensors`, its `.json`, `fashion_mnist_neighbours.safetensors` and `..._examples`."""
     parser = argparse.ArgumentParser(prog="scoreact pretrain reference", description=main.__doc__)
     parser.add_argument("--data", help="an .npz or a folder with the official files; downloaded when left out")
     parser.add_argument("--out", type=Path, default=Path("src/scoreact/assets"), help="folder to write to")
@@ -206,6 +216,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     neighbours = save({"features": make_neighbours(options.data, seed=options.seed)})
     (options.out / "fashion_mnist_neighbours.safetensors").write_bytes(neighbours)
+    examples = save(make_examples(options.data, seed=options.seed))
+    (options.out / "fashion_mnist_examples.safetensors").write_bytes(examples)
     tensors, description = make(options.data, options.scale, options.seed)
     (options.out / "fashion_mnist_reference.safetensors").write_bytes(save(tensors))
     text = json.dumps(description, indent=1) + "\n"
