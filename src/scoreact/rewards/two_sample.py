@@ -83,28 +83,28 @@ class TwoSampleReward(BatchReward):
 
     def __init__(self, name: str, real: Reference, seen: SeenBy, distance: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__(self.compare, name)
-        self.seen, self.real, self.distance = seen, real, distance
+        self.seen, self.distance, self.names = seen, distance, real.names
         self.row_of = {name: row for row, name in enumerate(real.names)}
         self.apart = APART * float(real.features.std(0).norm())
-        real.features = self.with_class(real.features, real.rows)
+        self.real = Reference(self.with_class(real.features, real.rows), real.rows, real.names, real.what)
         one = F.one_hot(real.rows, len(real.names)).to(real.features)
-        between = distance(real.features, real.features).fill_diagonal_(0)
+        between = distance(self.real.features, self.real.features).fill_diagonal_(0)
         counts = one.sum(0)
         self.of_real = (one.T @ between @ one) / (counts.outer(counts) - counts.diag())  # mean distances of classes
 
     def take_model(self, model: ScoreModel) -> None:
         """The model whose classes those of the reference set are, where they are numbers."""
-        if len(self.real.names) > 1 and isinstance(model, HasClasses) and model.classes:
-            places = rows_among(self.real.names, list(model.classes))
+        if len(self.names) > 1 and isinstance(model, HasClasses) and model.classes:
+            places = rows_among(self.names, list(model.classes))
             self.row_of |= {model.classes[place]: self.row_of[name] for name, place in places.items()}
 
     def look(self, samples: Tensor, condition: Condition) -> Tensor:
         """Features, and where there are classes those of the prompts. Raises RewardError for a prompt that is no class."""
-        if len(self.real.names) == 1:
+        if len(self.names) == 1:
             return self.seen(samples)
         if unknown := [prompt for prompt in condition.prompts if prompt not in self.row_of]:
             raise RewardError(
-                f"prompt {unknown[0]!r} is no class of the reference set ({', '.join(self.real.names)}); name its classes "
+                f"prompt {unknown[0]!r} is no class of the reference set ({', '.join(self.names)}); name its classes "
                 "as the prompts, or leave labels out."
             )
         rows = torch.tensor([self.row_of[prompt] for prompt in condition.prompts], device=samples.device)
@@ -112,11 +112,11 @@ class TwoSampleReward(BatchReward):
 
     def with_class(self, features: Tensor, rows: Tensor) -> Tensor:
         """A column for each class: 0, or `APART` spreads for its own."""
-        count = len(self.real.names)
+        count = len(self.names)
         return features if count == 1 else torch.cat([features, self.apart * F.one_hot(rows, count).to(features)], 1)
 
     def compare(self, x: Tensor) -> Measured:
-        real, count = self.real.beside(x), len(self.real.names)
+        real, count = self.real.beside(x), len(self.names)
         rows = x[:, -count:].argmax(1) if count > 1 else torch.zeros(len(x), dtype=torch.int64, device=x.device)
         share = torch.bincount(rows, minlength=count).to(x) / len(x)
         own = weighted_pairs(self.distance(x, x), pair_weights(rows, share))
@@ -130,9 +130,8 @@ def pair_weights(rows: Tensor, share: Tensor) -> Tensor:
     """Of samples of the classes `rows` [n], a weight for each pair, of sum 1: pairs of two classes weigh as much together as
     among independent draws of these shares [K]. A class with one sample has no pair of its own; the others make up for it."""
     counts = share * len(rows)
-    weights = (share.outer(share) / (counts.outer(counts) - counts.diag()).clamp(min=1))[rows][:, rows].fill_diagonal_(
-        0
-    )
+    of_classes = share.outer(share) / (counts.outer(counts) - counts.diag())
+    weights = of_classes[rows][:, rows].fill_diagonal_(0)
     return weights / weights.sum()
 
 
@@ -154,12 +153,8 @@ def mmd_reward(
 
 
 def energy_distance_reward(
-    reference: str | Path | Tensor,
-    features: str = "values",
-    labels: bool | str = False,
-    most: int = 2000,
-    seed: int = 0,
-) -> BatchReward:
+    reference: str | Path | Tensor, features: str = "values", labels: bool | str = False, most: int = 2000, seed: int = 0
+) -> BatchReward:  # fmt: skip
     """F = -(2 E|X - Y| - E|X - X'| - E|Y - Y'|), unbiased: the squared energy distance to real examples (Székely).
 
     reference, labels, most, seed: as of `mmd_reward`.
