@@ -93,7 +93,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "ctrl, black box": {"algorithm": "ctrl_pathwise", "value": "surrogate"},
     "ddpo, black box": {"algorithm": "ddpo"},
     "draft, energy distance": {"algorithm": "draft"},
-    "adjoint_matching, energy distance": {"algorithm": "adjoint_matching"},
 }  # fmt: skip
 DISTANCE = (
     ", energy distance"  # to the real pictures of each class, of a batch, in the features that the discriminator sees

@@ -137,7 +137,7 @@ def test_the_table_of_cifar_is_that_of_its_pictures() -> None:
     assert shown.count("| am60 |") == 3
 
 
-@pytest.mark.parametrize(("recipe", "steps"), [("four-steps", 4)])
+@pytest.mark.parametrize(("recipe", "steps"), [("four-steps", 4), ("two-steps", 2)])
 def test_the_table_of_few_steps_is_that_of_its_runs(recipe: str, steps: int) -> None:
     module = benchmark("four_steps")
     shown = between(module.MARKS[recipe], "results/four-steps.md")
