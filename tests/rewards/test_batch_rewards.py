@@ -19,6 +19,7 @@ from scoreact.evaluation.metrics import vendi_score
 from scoreact.models.gaussian_mixture import GaussianMixture
 from scoreact.models.mlp import ResidualModel
 from scoreact.recipes.gaussian import build
+from scoreact.report.progress import summary_lines
 from scoreact.rewards import checked, explain, product, weighted_sum
 from scoreact.rewards.base import is_of_batch
 from scoreact.rewards.batch import BatchReward, pairs
@@ -326,6 +327,9 @@ def test_a_run_says_what_its_reward_is_and_goes_on_bit_for_bit(tmp_path: Any) ->
     said = [line["text"] for line in whole.history if line.get("guard") == "note"]
     assert any("diversity is of samples together" in text for text in said)
     assert whole.reference["objective/trusted"] == 0
+    assert any(
+        line.endswith("recovered, and J* is not to be trusted") for line in summary_lines(whole.history, whole.final)
+    )
     how: dict[str, Any] = {"checkpoint_every": 1, "hooks": [Ends()], **TINY, "iterations": 3}
     sa.finetune(fresh(), "diversity", out=tmp_path / "b", report=False, **how)
     run = sa.open_run(tmp_path / "b", fresh(), "diversity")

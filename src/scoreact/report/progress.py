@@ -171,10 +171,12 @@ def summary_lines(history: Sequence[Mapping[str, Any]], final: Mapping[str, Any]
         line for line in history if line.get("guard") == "unmoved" and line["iteration"] == history[-1]["iteration"]
     ]
     reward = rounded(after["reward/heldout"], after["reward/heldout_se"])
+    reference = next((line for line in history if "objective/trusted" in line), {})
+    known = "objective/J_star_exact" in reference or reference.get("objective/trusted", 1.0)
     lines = [
         f"reward     {rounded(before['reward/heldout'])} -> {reward}",
         f"J          {rounded(before['objective/J'])} -> {rounded(after['objective/J'], after['objective/J_se'])}, "
-        f"{share(after.get('objective/recovered'))} of J* - J_ref recovered",
+        f"{share(after.get('objective/recovered'))} of J* - J_ref recovered{'' if known else ', and J* is not to be trusted'}",
         f"path KL    {rounded(after['policy/kl'], after.get('policy/kl_se'))} nats",
     ]
     lines += [f"NOT MOVED  {line['text']}" for line in still[-1:]]
