@@ -94,9 +94,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "ddpo, black box": {"algorithm": "ddpo"},
     "draft, energy distance": {"algorithm": "draft"},
 }  # fmt: skip
-DISTANCE = (
-    ", energy distance"  # to the real pictures of each class, of a batch, in the features that the discriminator sees
-)
+DISTANCE = ", energy distance"  # of a batch to real pictures, class by class, in the features of the discriminator
 OF_DISTANCE: list[dict[str, Any]] = [  # its reward is smaller
     {"kl_weight": weight, "learning_rate": rate} for weight in (2e-3, 4e-3, 8e-3) for rate in (1.5e-4, 3e-4)
 ]

@@ -273,6 +273,8 @@ def test_draft_follows_it(tmp_path: Path) -> None:
     } | {"algorithm": "draft"}
     with pytest.raises(sa.SettingError, match="batch_size 16 and minibatch_size 7"):
         sa.finetune(fresh(), "diversity", **settings, minibatch_size=7)
+    with pytest.raises(sa.SettingError, match="batch_size 16 and minibatch_size 13"):  # 80 starts, two of them left
+        sa.finetune(fresh(), "diversity", **settings, minibatch_size=13, last_steps=1, renoise=4)
     with pytest.raises(sa.SettingError, match="gradient"):
         sa.finetune(fresh(), load("coverage", classes=sign), **settings)
     real = 0.3 * torch.randn(500, 2, generator=torch.Generator().manual_seed(5)) + torch.tensor([0.5, 0.0])

@@ -47,6 +47,7 @@ class Reference:
         return torch.cat([torch.pdist(self.features[self.rows == row]) for row in range(len(self.names))])
 
     def beside(self, x: Tensor) -> Reference:
+        """This one, on the device and in the dtype of samples' features x [n, F]. Raises RewardError for another F."""
         if x.shape[1] != self.features.shape[1]:
             raise RewardError(
                 f"a sample has {x.shape[1]} features and a reference example {self.features.shape[1]}{self.what}; "

@@ -169,7 +169,7 @@ def check_batch_reward(config: Config, reward: Checked) -> list[str]:
         )
     kind = find_rule(c.algorithm)
     if kind.differentiates_reward and not kind.transitions_only:  # the reward is asked for inside the loss
-        rest = c.batch_size % c.minibatch_size
+        rest = c.batch_size * (1 + c.rule.get("renoise", 0)) % c.minibatch_size
         if c.minibatch_size < FEWEST or 0 < rest < FEWEST:
             raise SettingError(
                 f"{what}, and its gradient is that of a minibatch: of batch_size {c.batch_size} and minibatch_size "

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...evaluation.evaluate import Judge
 from ...evaluation.metrics import neighbours
+from ...rewards.base import Reward
 from ...rewards.learned import LearnedReward, open_learned
 from ...training.config import Config
 from ...types import Condition, Metrics
@@ -55,17 +56,22 @@ def real_judge() -> Judge:
     return look
 
 
-def build(guidance_scale: float = 1.0, weights: str | None = None) -> Problem:
-    """The shipped model, the shipped reward, and the judge of real pictures."""
+def in_few_steps(reward: Reward, words: str, guidance_scale: float, weights: str | None) -> Problem:
+    """The shipped model in few steps, a reward made of real pictures, and the judge of these. words: on the report."""
     return Problem(
         model=model(guidance_scale, weights),
-        reward=real_reward(),
+        reward=reward,
         prompts=data.CLASSES,
         value_network=value_network,
         judge=real_judge(),
         features=features,
-        labels={"problem": "Fashion-MNIST, 28x28, ten classes, in four steps; the data are the reward"},
+        labels={"problem": f"Fashion-MNIST, 28x28, ten classes, {words}"},
     )
+
+
+def build(guidance_scale: float = 1.0, weights: str | None = None) -> Problem:
+    """The shipped log-ratio as the reward."""
+    return in_few_steps(real_reward(), "in four steps; the data are the reward", guidance_scale, weights)
 
 
 # At a kl_weight below 1 the ratio is followed further than it says: its head is held back by the ridge.

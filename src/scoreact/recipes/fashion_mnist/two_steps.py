@@ -15,8 +15,8 @@ from ...rewards.two_sample import Reference, TwoSampleReward
 from ...training.config import Config
 from ..base import Problem, Recipe
 from . import data
-from .four_steps import real_judge
-from .recipe import OPTIONS, features, model, value_network
+from .four_steps import in_few_steps
+from .recipe import OPTIONS
 
 
 def real_distance() -> TwoSampleReward:
@@ -27,16 +27,8 @@ def real_distance() -> TwoSampleReward:
 
 
 def build(guidance_scale: float = 1.0, weights: str | None = None) -> Problem:
-    """The shipped model, the distance to the shipped examples, and the judge of real pictures."""
-    return Problem(
-        model=model(guidance_scale, weights),
-        reward=real_distance(),
-        prompts=data.CLASSES,
-        value_network=value_network,
-        judge=real_judge(),
-        features=features,
-        labels={"problem": "Fashion-MNIST, 28x28, ten classes, in two steps; batches are to be like real ones"},
-    )
+    """The distance to the shipped examples as the reward."""
+    return in_few_steps(real_distance(), "in two steps; batches are to be like real ones", guidance_scale, weights)
 
 
 SHARED: dict[str, Any] = {
