@@ -20,11 +20,13 @@ from scoreact.models.gaussian_mixture import GaussianMixture
 from scoreact.models.mlp import ResidualModel
 from scoreact.recipes.gaussian import build
 from scoreact.report.progress import summary_lines
+from scoreact.report.words import warnings
 from scoreact.rewards import checked, explain, product, weighted_sum
 from scoreact.rewards.base import is_of_batch
 from scoreact.rewards.batch import BatchReward, pairs
 from scoreact.rewards.registry import OF_A_BATCH, load
 from scoreact.rewards.weighted_statistics import open_statistic
+from scoreact.runs.record import read_record
 from scoreact.support.own_data import read_data
 from scoreact.types import Condition
 
@@ -332,6 +334,9 @@ def test_a_run_says_what_its_reward_is_and_goes_on_bit_for_bit(tmp_path: Any) ->
     assert any(
         line.endswith("recovered, and J* is not to be trusted") for line in summary_lines(whole.history, whole.final)
     )
+    said_on_top = " ".join(warnings(read_record(tmp_path / "a")))
+    assert "depends on the others of its batch" in said_on_top
+    assert "reference_batches make it firmer" not in said_on_top  # no number of them does
     how: dict[str, Any] = {"checkpoint_every": 1, "hooks": [Ends()], **TINY, "iterations": 3}
     sa.finetune(fresh(), "diversity", out=tmp_path / "b", report=False, **how)
     run = sa.open_run(tmp_path / "b", fresh(), "diversity")

@@ -113,10 +113,16 @@ def warnings(run: Record) -> list[str]:
         means_little = f", so the share recovered ({100 * share:.0f}%) means little" if math.isfinite(share) else ""
         effective = number(value(run.reference, "objective/effective_samples"))
         where = "pooled over prompts" if run.reference.get("objective/pooled") else "in the prompt with fewest"
-        found.append(
-            f"J* is only a rough estimate{means_little}: {where} it rests on {effective} effective "
-            "samples of the reference. A larger kl_weight or more reference_batches make it firmer."
-        )
+        if run.reference.get("objective/unsteady_reward"):
+            found.append(
+                f"J* is not to be trusted{means_little}: a sample's reward is not always the same. It depends on the others of "
+                "its batch, or on chance, and no number of samples mends that."
+            )
+        else:
+            found.append(
+                f"J* is only a rough estimate{means_little}: {where} it rests on {effective} effective "
+                "samples of the reference. A larger kl_weight or more reference_batches make it firmer."
+            )
     before, before_error = before_training(run, "objective/J")
     last = run.evaluations[-1] if run.evaluations else {}
     if value(last, "objective/J") < before - 1.96 * math.hypot(before_error, value(last, "objective/J_se")):
